@@ -922,11 +922,12 @@ class Dispatcher:
         return _FOREVER
 
     def _leave_producers_locked(self, s: _State, entry: _Entry) -> None:
-        """Lock held. Entry waits no longer; if it was the first, the next one looks for room."""
+        """Lock held. Entry waits no longer; what is behind it may fit where it did not."""
         with contextlib.suppress(ValueError):
             s.producers.remove(entry)
-        if s.owed and s.producers:
-            s.producers[0].wake()
+        if s.phase is _RUNNING:
+            self._serve_locked(s)
+            self._signal_locked(s)
 
     def _admit_locked(self, s: _State, data: bytes, charge: int, entry: _Entry | None) -> bool:
         """Lock held. Accept one payload if it fits, exactly (I1); entry is whose it is, if somebody waits for it."""
@@ -1057,7 +1058,7 @@ class Dispatcher:
         if s.storing:
             self._trim_locked(s, items)
             s.storing = False
-        if n == 1:
+        if n == 1 and not s.mixed:
             return
         empties = 0
         rest: list[bytes] = []  # pending

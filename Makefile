@@ -1,0 +1,58 @@
+# Every target sets up what it needs by itself, in .venv/ (see .ci/prepare.py). All it takes is make, python3 and git.
+
+PYTHON   ?= python3
+DURATION ?= 5m
+
+# Given to `soak run` only when set; what it does else is told by: python3 -m soak run --help
+SOAK_VARIABLES := PRODUCERS CONSUMERS PAYLOAD INTERVAL MAX_BATCH_BYTES MAX_BUFFERED_BYTES CONSUMER_DELAY \
+                  ON_FULL BULK SINK OUT JSON BASELINE
+
+# MAX_BATCH_BYTES=1MiB becomes --max-batch-bytes '1MiB'
+lower   = $(shell echo '$(1)' | tr 'A-Z_' 'a-z-')
+options = $(foreach variable,$(SOAK_VARIABLES),$(if $($(variable)),--$(call lower,$(variable)) '$($(variable))'))
+
+# $(call with,EXTRAS) sets $$py to an interpreter that has them.
+with = py=$$($(PYTHON) .ci/prepare.py $(1))
+
+.DEFAULT_GOAL := help
+.PHONY: help soak test coverage lint clean
+
+help: ## show this
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo 'PYTHON=python3.12 takes another interpreter, ARGS="..." is given on as it stands.'
+	@echo 'make soak also takes DURATION=$(DURATION) and'
+	@echo '  $(wordlist 1,7,$(SOAK_VARIABLES))'
+	@echo '  $(wordlist 8,99,$(SOAK_VARIABLES))'
+	@echo 'for example: make soak DURATION=30s PRODUCERS=8 PAYLOAD=10KiB JSON=result.json'
+
+soak: ## sustained load on this machine: is every event delivered once, how fast, in how much memory
+	@$(call with,--optional soak) && exec "$$py" -m soak run --duration '$(DURATION)' $(options) $(ARGS)
+
+test: ## the tests
+	@$(call with,test) && exec "$$py" -m pytest $(ARGS)
+
+# The one place that says how much must be covered.
+define COVERED
+import json, sys
+total = json.load(sys.stdin)["totals"]
+lines = 100 * total["covered_lines"] / total["num_statements"]
+branches = 100 * total["covered_branches"] / max(1, total["num_branches"])
+print(f"covered: lines {lines:.1f}% (100% needed), branches {branches:.1f}% (98% needed)")
+sys.exit(lines < 100 or branches < 98)
+endef
+export COVERED
+
+coverage: ## the tests, and how much of tempo.py they run
+	@$(call with,test coverage) && "$$py" -m coverage erase && \
+	"$$py" -m coverage run -m pytest $(ARGS) && \
+	"$$py" -m coverage combine -q && \
+	"$$py" -m coverage report && \
+	"$$py" -m coverage json -q -o - | "$$py" -c "$$COVERED"
+
+lint: ## ruff and mypy
+	@$(call with,test lint soak) && "$$py" -m ruff check . && "$$py" -m mypy
+
+clean: ## remove environments, caches and builds (not the results in soak/out)
+	rm -rf .venv build dist *.egg-info .coverage .coverage.* htmlcov .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -856,7 +856,6 @@ class Dispatcher:
 
     def _enqueue_locked(self, s: _State, data: bytes, charge: int, entry: _Entry | None, wait: bool) -> bool:
         """Lock held. Accept a payload, or raise why not; False: it has to wait, and entry stands in the queue."""
-        self._count_locked(s)
         if s.phase is not _RUNNING:
             raise self._refusal_locked(s, charge)
         if not (wait and s.producers) and self._admit_locked(s, data, charge, None):
@@ -969,7 +968,6 @@ class Dispatcher:
 
     def _enqueue_chunk_locked(self, s: _State, chunk: list[bytes], wait: bool) -> int:
         """Lock held. As _enqueue_chunk."""
-        self._count_locked(s)
         if s.phase is not _RUNNING or (wait and s.producers):
             return 0
         sizes = list(map(len, chunk))
@@ -997,7 +995,7 @@ class Dispatcher:
             s.mixed = True
             s.inbox.extend(places)
             s.left = True
-            buffered = self._buffered_before(s, entry)
+            buffered = self._accepted_before(s, entry)[1] - s.taken.charge
             if s.phase is _RUNNING and buffered + charge <= self._max_buffered:
                 entry.accepted = True
                 return
@@ -1008,23 +1006,28 @@ class Dispatcher:
         s.nested_rejects.append(charge)
         raise self._refusal(s, charge, buffered)
 
-    def _buffered_before(self, s: _State, entry: _Entry | None) -> int:
-        """Bytes accepted before entry (None: all), for a nested call: nobody changes the header meanwhile."""
+    def _accepted_before(self, s: _State, entry: _Entry | None) -> tuple[int, int]:
+        """Number and charge of the payloads accepted before entry's place (None: of all), from the beginning.
+
+        For the lock's holder, or a call nested in it: nobody else changes the header.
+        """
         snapshot = s.inbox[:]
-        _, _, charge, granted, _ = snapshot[0]
-        buffered: int = charge - s.taken.charge
+        items, _, charge, granted, _ = snapshot[0]
+        limit = self._max_buffered + s.taken.charge
         for i in range(1, len(snapshot)):
             item = snapshot[i]
-            if item is entry and entry is not None:
-                break
             if isinstance(item, _Entry):
+                if item is entry:
+                    break
                 # Undecided: that of a call which this one interrupted, and which will decide as is done here.
-                fits = buffered + item.charge <= self._max_buffered
-                if item.accepted or (item.accepted is None and entry is not None and fits):
-                    buffered += item.charge
+                undecided = item.accepted is None and entry is not None
+                if item.accepted or (undecided and charge + item.charge <= limit):
+                    items += 1
+                    charge += item.charge
             elif item is not None and i < granted:
-                buffered += len(item)
-        return buffered
+                items += 1
+                charge += len(item)
+        return items, charge
 
     # -- Counting and packing ----------------------------------------------------------------------------------------
 
@@ -1498,23 +1501,18 @@ class Dispatcher:
 
     def _snapshot(self, s: _State) -> Stats:
         """Lock held, by this call or by the one that it interrupted."""
-        snapshot = s.inbox[:]
-        items, _, _charge, granted, _ = snapshot[0]
         t = s.taken
-        buffered = self._buffered_before(s, None)
-        for i in range(1, len(snapshot)):
-            item = snapshot[i]
-            items += bool(item.accepted) if isinstance(item, _Entry) else item is not None and i < granted
+        items, charge = self._accepted_before(s, None)
         refused = list(s.nested_rejects)
         return Stats(
             accepted=items,
-            accepted_bytes=t.charge + buffered,
+            accepted_bytes=charge,
             delivered=t.items - t.flight_items - t.discarded_items,
             delivered_bytes=t.charge - t.flight_charge - t.discarded_charge,
             in_flight=t.flight_items,
             in_flight_bytes=t.flight_charge,
             buffered=items - t.items,
-            buffered_bytes=buffered,
+            buffered_bytes=charge - t.charge,
             discarded=t.discarded_items,
             discarded_bytes=t.discarded_charge,
             rejected=s.rejected[0] + len(refused),
@@ -1522,7 +1520,7 @@ class Dispatcher:
             failed=t.failed_items,
             failed_bytes=t.failed_charge,
             batches=t.batches,
-            peak_buffered_bytes=max(s.peak, buffered),
+            peak_buffered_bytes=max(s.peak, charge - t.charge),
             waiting_producers=len(s.producers),
             waiting_consumers=len(s.consumers),
             state=s.phase,

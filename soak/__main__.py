@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: MIT
+"""Entry of ``python3 -m soak``: finds the command and turns a bad option into one line and exit code 2.
+
+A command is a module with ``add_parser(commands)``, which sets ``main`` to a function from the parsed options to the
+exit code.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from soak import run
+from soak.options import OneLineParser, attach_values
+
+COMMANDS = (run,)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return its exit code (0 well, 1 a failed verdict or an unwritten file, 2 a bad option)."""
+    parser = OneLineParser(
+        prog="python3 -m soak",
+        description="Soak harness of tempo, the in-process batching dispatcher.",
+        epilog="example: python3 -m soak run --duration 30s",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_parser(commands)
+    options = parser.parse_args(attach_values(sys.argv[1:] if argv is None else argv))
+    command_main: Callable[..., int] = options.main
+    return command_main(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: MIT
+"""What producers send. Every payload is formatted as text per event and then encoded, as an application would do it.
+
+Each event names its producer and its place in that producer's sequence (``0007-1000001234``), so that a receiver can
+tell what is missing, doubled or out of order. Numbers keep their width (sequences start at 1e9), so that payloads of
+one kind have one size, the identity always stands at the same place, and the mix has an exact mean: 163 bytes.
+
+One event of ``STRIDE`` is a *probe*: behind its identity it carries ``~``, a byte that no other payload holds, and the
+time at which it was made. A consumer finds probes in a batch at C speed, without looking at each event. Events of a
+fixed size below ``PROBED_SIZE`` have no room for a probe, and below ``IDENTITY_SIZE`` none for an identity.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache, partial
+from itertools import chain, count, cycle, islice, repeat
+from operator import mod
+from time import perf_counter_ns
+
+PAGE = (
+    '{"id":"%s-%d","event":"page_view","url":"https://shop.example/catalogue/garden/lanterns?sort=price&page=3",'
+    '"referrer":"https://search.example/results?q=lantern+for+the+garden","title":"Garden lanterns - page 3 of 12",'
+    '"viewport":[1440,900],"language":"en","agent":"Mozilla/5.0 (X11; Linux aarch64) Browser/131.0","render_ms":%d,'
+    '"transfer_kib":412,"consent":["needed","stats"],"trial":"B"}'
+)
+FORM = (
+    '{"id":"%s-%d","event":"form_input","form":"checkout.delivery","field":"street_and_number","step":2,"of":4,'
+    '"filled_by":"keyboard","value_length":9,"corrections":1,"valid":true,"hint_shown":false,"focus_ms":%d,'
+    '"remaining":"town"}'
+)
+CLICK = (
+    '{"id":"%s-%d","event":"click","target":"button#to-basket","label":"Add","at":[%d,412],"button":0,'
+    '"modifiers":[],"path":"/candle"}'
+)
+SCROLL = (
+    '{"id":"%s-%d","event":"scroll","top_px":%d,"height_px":5120,"direction":"down","by":"wheel","path":"/lanterns"}'
+)
+HEARTBEAT = (
+    '{"id":"%s-%d","event":"heartbeat","visible":true,"idle_ms":%d,"online":true,"queue":0,"battery":0.8,"tabs":2}'
+)
+PROBE = (
+    '{"id":"%s-%d~%019d","event":"probe","visible":true,"online":true,"note":"the part behind the tilde is the clock '
+    'in ns when this was made."}'
+)
+
+# Twenty events: one page view, four form inputs, clicks, scrolls and heartbeats five each. 163 bytes on average.
+MIX = (
+    *(PAGE, CLICK, SCROLL, HEARTBEAT),
+    *(FORM, CLICK, SCROLL, HEARTBEAT) * 4,
+)
+
+STRIDE = 256
+FIGURES = tuple(range(STRIDE, 2 * STRIDE))
+"""Three digits an event: a coordinate, a time, a distance. Made once, so that each producer holds next to nothing."""
+MARK = b"~"
+FIRST_SEQUENCE = 1_000_000_000
+LARGEST = 398
+MEAN = 163
+"""Sizes in the telemetry mix."""
+
+# Places within the head, which starts with the identity.
+SESSION = slice(0, 4)
+SEQUENCE = slice(5, 15)
+IDENTITY_SIZE = 15
+TIME = slice(16, 35)
+PROBED_SIZE = 35
+
+_FAR = 1024
+"""Bytes from one event to the next above which looking at each event is cheaper than searching all the data."""
+
+
+def identity_start(size: int | None) -> int:
+    """Return where the identity starts in each payload: behind ``{"id":"`` in telemetry."""
+    return 7 if size is None else 0
+
+
+class Sent:
+    """The probes of one producer that were accepted: how many, and the sum of the CRC-32 of their heads.
+
+    A sum does not depend on the order in which several consumers add up, so both ends can be compared.
+    """
+
+    __slots__ = ("_head", "_mark", "checksum", "probes")
+
+    def __init__(self, size: int | None) -> None:
+        self.probes = 0
+        self.checksum = 0
+        start = identity_start(size)
+        self._head = slice(start, start + PROBED_SIZE)
+        self._mark = slice(start + IDENTITY_SIZE, start + IDENTITY_SIZE + 1)
+
+    def add(self, probe: bytes) -> bytes:
+        """Count a probe that is about to be sent; return it."""
+        self.probes += 1
+        self.checksum += zlib.crc32(probe[self._head])
+        return probe
+
+    def take_back(self, payload: bytes) -> None:
+        """Uncount ``payload``, which was refused, if it is a probe."""
+        if payload[self._mark] == MARK:
+            self.probes -= 1
+            self.checksum -= zlib.crc32(payload[self._head])
+
+
+def events(size: int | None, producer: int, sent: Sent) -> Iterator[bytes]:
+    """Return the endless events of one producer: of ``size`` bytes each, or the telemetry mix for None.
+
+    An iterator, because taking the next event from one costs less than calling a function.
+    """
+    session = f"{producer:04d}"
+    if size is None:
+        return chain.from_iterable(_telemetry(session, sent))
+    if size >= PROBED_SIZE:
+        return _sized(session, size, sent)
+    return _small(session, size)
+
+
+def _telemetry(session: str, sent: Sent) -> Iterator[Iterable[bytes]]:
+    """Strides of events. Each event is formatted when it is asked for; map() merely does without a Python loop."""
+    templates = cycle(MIX)
+    for first in count(FIRST_SEQUENCE, STRIDE):
+        last = first + STRIDE - 1
+        fields = zip(repeat(session), range(first, last), FIGURES)
+        yield map(str.encode, map(mod, islice(templates, STRIDE - 1), fields))
+        yield (sent.add((PROBE % (session, last, perf_counter_ns())).encode()),)
+
+
+def _sized(session: str, size: int, sent: Sent) -> Iterator[bytes]:
+    # No template here: % would look at each character of a large filler, where an f-string copies it at once.
+    filler = _filler(size - IDENTITY_SIZE)
+    probe_filler = _filler(size - PROBED_SIZE)
+    for first in count(FIRST_SEQUENCE, STRIDE):
+        last = first + STRIDE - 1
+        for sequence in range(first, last):
+            yield f"{session}-{sequence}{filler}".encode()
+        yield sent.add(f"{session}-{last}~{perf_counter_ns():019d}{probe_filler}".encode())
+
+
+def _small(session: str, size: int) -> Iterator[bytes]:
+    """Too small for a probe; below ``IDENTITY_SIZE`` only the identity's last characters are left, down to none."""
+    filler = _filler(size - IDENTITY_SIZE)
+    cut = max(0, IDENTITY_SIZE - size)
+    for sequence in count(FIRST_SEQUENCE):
+        yield f"{session}-{sequence}{filler}"[cut:].encode()
+
+
+@lru_cache(maxsize=4)
+def _filler(size: int) -> str:
+    """Return ``size`` characters (none when negative) that hold neither a probe's mark nor a line's end.
+
+    All producers share one text, which would else be the most of what the harness holds.
+    """
+    text = " the quick brown fox jumps over the lazy dog 0123456789"
+    return "".join(islice(cycle(text), max(0, size)))
+
+
+def probe_finder(size: int | None) -> Callable[[memoryview], list[bytes]] | None:
+    """Return what finds the heads (identity, mark, time) of all probes in a batch's data; None if there are none."""
+    if size is not None and size < PROBED_SIZE:
+        return None
+    return _search if size is None or size < _FAR else partial(_search_behind, size)
+
+
+def _search(data: memoryview) -> list[bytes]:
+    """Search all of the data: some 10 GB/s."""
+    text = _text(data)
+    found = []
+    at = text.find(MARK)
+    while at >= 0:
+        found.append(text[at - IDENTITY_SIZE : at + PROBED_SIZE - IDENTITY_SIZE])
+        at = text.find(MARK, at + 1)
+    return found
+
+
+def _search_behind(size: int, data: memoryview) -> list[bytes]:
+    """Look at the one byte behind each identity: payloads of one size have it at known places."""
+    text = _text(data)
+    behind = text[IDENTITY_SIZE::size]
+    found = []
+    at = behind.find(MARK)
+    while at >= 0:
+        found.append(text[at * size : at * size + PROBED_SIZE])
+        at = behind.find(MARK, at + 1)
+    return found
+
+
+def _text(data: memoryview) -> bytes:
+    """Return the data as bytes: without a copy when, as usual, it is a view of the whole of one bytes object."""
+    owner = data.obj
+    return owner if type(owner) is bytes and len(owner) == data.nbytes else bytes(data)

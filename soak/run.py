@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: MIT
+"""The ``run`` command: sustained load with intended backpressure, and a verdict.
+
+Its passes, all with the same settings: a calibration, a pass under tracemalloc, a census of every event, the load
+itself, a calibration again. The rate over the mean of both calibrations is what compares from run to run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from soak import baseline, census, environment, heap, results, verdict
+from soak.calibration import calibrate
+from soak.config import TELEMETRY, Config
+from soak.crew import describe
+from soak.drive import Outcome, drive
+from soak.load import Latencies, Load
+from soak.options import complain, converter
+from soak.payloads import PROBED_SIZE, STRIDE
+from soak.progress import Monitor, say
+from soak.sinks import Sink, open_sink, parse_sink
+from soak.units import format_seconds, format_size, parse_count, parse_duration, parse_size
+
+SCHEMA = 1
+"""Raised when a key of the result changes its meaning."""
+
+HURRY = 0.1
+"""Seconds that each pass still takes after an interrupt."""
+
+MOST_THREADS = 9999
+"""An identity has four digits for its producer."""
+MOST_BULK = 1_000_000
+
+EXAMPLE = """\
+examples:
+  python3 -m soak run
+  python3 -m soak run --duration 30s --producers 8 --payload 10KiB --max-batch-bytes none --json result.json
+
+times take ns, us, ms, s, m, h; sizes B, KiB, MiB, GiB, or none of these for bytes
+exit code: 0 all is well (warnings included), 1 a verdict is "fail" or a file cannot be written, 2 a bad option
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add this command to the subparsers of ``python3 -m soak``."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "run",
+        help="sustained load: is every event delivered once, how fast, in how much memory",
+        description="Put the dispatcher under sustained load and judge correctness, throughput, memory and drain.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(main=main, parser=parser)
+    time_, size = converter(parse_duration), converter(parse_size)
+    add = parser.add_argument
+    add("--duration", type=time_, default="5m", metavar="TIME", help="how long the load lasts (%(default)s)")
+    threads = converter(partial(parse_count, most=MOST_THREADS))
+    add("--producers", type=threads, default="32", metavar="N", help="producer threads (%(default)s)")
+    add("--consumers", type=threads, default="1", metavar="N", help="consumer threads (%(default)s)")
+    add(
+        "--payload",
+        type=converter(_parse_payload),
+        default=TELEMETRY,
+        metavar="telemetry|SIZE",
+        help="a mix of web events, 163 bytes on average, or payloads of one size, 0 too (%(default)s)",
+    )
+    add("--interval", type=time_, default="10ms", metavar="TIME", help="the oldest event's wait (%(default)s)")
+    add(
+        "--max-batch-bytes",
+        type=converter(_parse_batch_limit),
+        default="320KiB",
+        metavar="SIZE|none",
+        help="at which a batch closes, none for the interval alone (%(default)s)",
+    )
+    add("--max-buffered-bytes", type=size, default="2MiB", metavar="SIZE", help="the buffer's limit (%(default)s)")
+    add(
+        "--consumer-delay",
+        type=converter(partial(parse_duration, zero=True)),
+        default="10us",
+        metavar="TIME",
+        help="what a consumer sleeps after each batch, 0 for nothing (%(default)s)",
+    )
+    add(
+        "--on-full",
+        choices=("block", "raise"),
+        default="block",
+        help="whether producers wait for room or drop what is refused (%(default)s)",
+    )
+    bulk = converter(partial(parse_count, most=MOST_BULK))
+    add("--bulk", type=bulk, default="1", metavar="N", help="events in one call (%(default)s: enqueue, singly)")
+    add("--sink", type=converter(parse_sink), default="null", metavar="null|file:PATH", help="null or a file (null)")
+    add("--out", type=converter(_parse_path), default="soak/out", metavar="DIR", help="folder of results (%(default)s)")
+    add("--json", type=converter(_parse_path), metavar="PATH", help="the result's file (a new one in --out)")
+    add(
+        "--baseline",
+        type=converter(baseline.parse_baseline),
+        default="auto",
+        metavar="auto|NAME|none",
+        help="what to compare with, of soak/baselines/ (%(default)s: what fits machine, interpreter and settings)",
+    )
+
+
+def _parse_payload(text: str) -> str | int:
+    if text == TELEMETRY:
+        return text
+    try:
+        return parse_size(text, least=0)
+    except ValueError as error:
+        raise ValueError(f"{error}, or {TELEMETRY}") from None
+
+
+def _parse_batch_limit(text: str) -> int | None:
+    return None if text == "none" else parse_size(text)
+
+
+def _parse_path(text: str) -> Path:
+    if not text or "\0" in text:
+        raise ValueError(f"{text!r} is not a path")
+    return Path(text)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run all passes, write the result, print the summary; return the exit code."""
+    config = Config(
+        duration=options.duration,
+        producers=options.producers,
+        consumers=options.consumers,
+        payload=options.payload,
+        interval=options.interval,
+        max_batch_bytes=options.max_batch_bytes,
+        max_buffered_bytes=options.max_buffered_bytes,
+        consumer_delay=options.consumer_delay,
+        on_full=options.on_full,
+        bulk=options.bulk,
+        sink=options.sink,
+    )
+    if config.largest_payload > config.max_buffered_bytes:
+        options.parser.error(
+            f"argument --payload: {config.payload!r} has payloads of {format_size(config.largest_payload)}, more than"
+            f" --max-buffered-bytes {config.max_buffered_bytes} ever has room for"
+        )
+    try:
+        sink = open_sink(config.sink)
+    except OSError as error:
+        options.parser.error(f"argument --sink: {config.sink!r} cannot be opened: {error.strerror or error}")
+
+    files = results.Files(options.out, options.json)
+    try:
+        result = run(config, sink, files, options.baseline)
+    except KeyboardInterrupt:
+        complain("interrupted again: there is no result")
+        return 130
+    except RuntimeError as error:
+        complain(str(error))
+        return 1
+    unwritten = files.finish(result)
+    text = results.summary(result, baseline.records(options.baseline), files.written)
+    if unwritten is None:
+        print(text, flush=True)
+    else:
+        say(text)
+        sys.stdout.write(unwritten)
+        sys.stdout.flush()
+    overall = result["verdict"]["overall"]["status"]
+    return 0 if overall != verdict.FAIL and files.well else 1
+
+
+def run(config: Config, sink: Sink | None, files: results.Files, baseline_option: str) -> dict[str, Any]:
+    """Run all passes and return the result, ready for JSON.
+
+    A KeyboardInterrupt ends the pass that it comes in, and cuts short those after it: the result stays complete. Raises
+    it only when it comes while a pass drains; RuntimeError when the machine cannot run the threads.
+    """
+    place = environment.describe()
+    stream = files.stream
+    if stream is not None:
+        head = {"type": "header", "schema": SCHEMA, "started": _now(), "config": config.as_json(), "environment": place}
+        stream.write(head)
+
+    started = _now()
+    before = calibrate(config, config.pass_seconds(1.0, 3.0))
+    interrupted = before.interrupted
+    say(f"calibration: {before.events_per_second:,.0f} events/s with no dispatcher")
+
+    traced = heap.measure(config, HURRY if interrupted else config.pass_seconds(2.0, 4.0))
+    interrupted |= traced.outcome.interrupted
+    say(f"heap: peak {format_size(traced.peak)}, the buffer at most {format_size(traced.peak_buffered)} full")
+
+    counted, counting = census.take(config, HURRY if interrupted else config.pass_seconds(1.0, 4.0))
+    interrupted |= counting.interrupted
+    say(f"census: {counted.accepted:,} events accepted, {counted.delivered:,} delivered, each looked at")
+
+    monitor = Monitor(config, stream)
+    load = Load(config, None if sink is None else sink.deliver)
+    duration = min(HURRY, config.duration) if interrupted else config.duration
+    say(f"load: {format_seconds(duration)}, {config.producers} producers, {config.consumers} consumers")
+    outcome = drive(config, duration, load, monitor.sample, monitor.every)
+    interrupted |= outcome.interrupted
+    peak_rss = environment.peak_rss()
+
+    after = calibrate(config, HURRY if interrupted else config.pass_seconds(1.0, 3.0))
+    interrupted |= after.interrupted
+    say(f"calibration: {after.events_per_second:,.0f} events/s again")
+
+    figures = _figures(config, load, outcome, counted)
+    problems = [
+        *(f"heap pass: {problem}" for problem in traced.outcome.problems),
+        *(f"census: {problem}" for problem in counted.problems),
+        *figures.pop("problems"),
+    ]
+    if sink is not None:
+        try:
+            unsunk = sink.finish(figures["delivered"])
+        except OSError as error:
+            unsunk = f"sink: {describe(error)}"
+        if unsunk is not None:
+            problems.append(unsunk)
+
+    calibration = (before.events_per_second + after.events_per_second) / 2
+    ratio = figures["delivered_per_second"] / calibration if calibration else None
+    choice = baseline.choose(baseline_option, config.as_json(), place)
+    bound, allowance = heap.bound(config), heap.allowance(config)
+    throughput = verdict.judge_throughput(
+        figures["delivered_per_second"],
+        ratio,
+        None if choice.baseline is None else choice.baseline.figures,
+        choice.note,
+    )
+    if choice.baseline is not None and choice.note:
+        throughput = verdict.Finding(throughput.status, f"{throughput.note} ({choice.note})")
+    findings = {
+        "correctness": verdict.judge_correctness(
+            problems=problems,
+            lost=figures["lost"],
+            duplicated=figures["duplicated"],
+            rejected=figures["rejected"],
+            on_full=config.on_full,
+            remarks=_remarks(config, counted),
+        ),
+        "throughput": throughput,
+        "memory": verdict.judge_memory(traced.peak, bound, allowance),
+        "drain": verdict.judge_drain(figures["drain_seconds"]),
+    }
+    findings["overall"] = verdict.overall(findings)
+    return {
+        "schema": SCHEMA,
+        "started": started,
+        "finished": _now(),
+        "interrupted": interrupted,
+        "verdict": {name: finding.as_json() for name, finding in findings.items()},
+        **figures,
+        "calibration": calibration,
+        "ratio": ratio,
+        "peak_heap_bytes": traced.peak,
+        "peak_rss_bytes": peak_rss,
+        "heap": {
+            "bound_bytes": bound,
+            "allowance_bytes": allowance,
+            "peak_buffered_bytes": traced.peak_buffered,
+            "seconds": traced.outcome.load_seconds,
+        },
+        "census": vars(counted),
+        "calibrations": {
+            "before": before.events_per_second,
+            "after": after.events_per_second,
+            "used": "mean",
+        },
+        "baseline": None if choice.baseline is None else choice.baseline.name,
+        "problems": problems,
+        "config": config.as_json(),
+        "environment": place,
+    }
+
+
+def _figures(config: Config, load: Load, outcome: Outcome, counted: census.CensusResult) -> dict[str, Any]:
+    """Return the load's figures, and under ``problems`` what does not add up."""
+    accepted, refused = sum(load.accepted), sum(load.refused)
+    delivered = sum(taken.events for taken in load.taken)
+    nbytes = sum(taken.nbytes for taken in load.taken)
+    problems = list(outcome.problems)
+    stats = outcome.stats
+    if stats is not None:
+        if outcome.problems:
+            # A producer that raised has left its count a round behind, so the dispatcher's is the better one.
+            accepted = stats.accepted
+        own = (accepted, delivered)
+        if own != (stats.accepted, stats.delivered):
+            problems.append(
+                f"producers and consumers count {own[0]} accepted, {own[1]} delivered;"
+                f" stats() says {stats.accepted}, {stats.delivered}"
+            )
+        # How enqueue_many counts what it did not take is its own affair; producers that wait are never refused.
+        comparable = config.bulk == 1 or config.on_full == "block"
+        if comparable and not outcome.problems and refused != stats.rejected:
+            problems.append(f"producers count {refused} refused, stats() says {stats.rejected}")
+        if not stats.accepted_bytes == stats.delivered_bytes == (nbytes if config.payload != 0 else delivered):
+            problems.append(
+                f"stats() says {stats.accepted_bytes} bytes accepted, {stats.delivered_bytes} delivered;"
+                f" the batches held {nbytes}"
+            )
+    if config.payload_size is not None and nbytes != config.payload_size * delivered:
+        problems.append(f"{delivered} payloads of {config.payload_size} bytes cannot make the {nbytes} delivered")
+
+    probes = sum(taken.probes for taken in load.taken)
+    missing = sum(sent.probes for sent in load.sent) - probes
+    disordered = sum(taken.out_of_order for taken in load.taken)
+    latencies = Latencies()
+    for taken in load.taken:
+        latencies.merge(taken.latencies)
+    if not outcome.problems:
+        if missing:
+            problems.append(f"{abs(missing)} probes {'lost' if missing > 0 else 'too many'}")
+        if sum(sent.checksum for sent in load.sent) != sum(taken.checksum for taken in load.taken):
+            problems.append("the checksums of the probes sent and received differ")
+    if disordered:
+        problems.append(f"{disordered} probes came out of order")
+
+    seconds = outcome.load_seconds + (outcome.drain_seconds or 0.0)
+    mean = sum(load.accepted) / config.producers
+    return {
+        "delivered_per_second": delivered / seconds if seconds else 0.0,
+        "accepted": accepted,
+        "rejected": refused,
+        "delivered": delivered,
+        "delivered_bytes": nbytes,
+        # The probes are a part of the load's events: what counts show already is not added a second time.
+        "lost": max(0, accepted - delivered, 0 if outcome.problems else missing) + counted.lost,
+        "duplicated": max(0, delivered - accepted, 0 if outcome.problems else -missing)
+        + counted.duplicated
+        + counted.repeated,
+        "batches": sum(taken.batches for taken in load.taken),
+        "load_seconds": outcome.load_seconds,
+        "drain_seconds": outcome.drain_seconds,
+        "shutdown_seconds": outcome.shutdown_seconds,
+        "latency_seconds": latencies.as_json(),
+        "slowest_producer_share": min(load.accepted) / mean if mean else None,
+        "stats": None if stats is None else stats._asdict(),
+        "problems": problems,
+    }
+
+
+def _remarks(config: Config, counted: census.CensusResult) -> list[str]:
+    """Return what the settings kept from being checked."""
+    remarks = []
+    if not counted.identities_checked:
+        remarks.append("payloads too small to carry an identity: counted and checksummed, order not checked")
+    elif config.consumers > 1:
+        remarks.append("order checked at each consumer")
+    if config.payload_size is not None and config.payload_size < PROBED_SIZE:
+        remarks.append(f"no latency below {PROBED_SIZE} bytes")
+    elif config.payload_size is None or config.payload_size >= PROBED_SIZE:
+        remarks.append(f"latency of one event in {STRIDE}")
+    return remarks
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: MIT
+"""Pass, warn or fail, each with a note that says why. Plain functions of plain figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from soak.units import format_seconds, format_size
+
+PASS, WARN, FAIL = "pass", "warn", "fail"
+_ORDER = (PASS, WARN, FAIL)
+
+DRAIN_WARN = 0.5
+DRAIN_FAIL = 5.0
+"""Seconds."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One verdict."""
+
+    status: str
+    note: str
+
+    def as_json(self) -> dict[str, str]:
+        """Return it as it stands in the result."""
+        return {"status": self.status, "note": self.note}
+
+
+def judge_correctness(
+    *, problems: Sequence[str], lost: int, duplicated: int, rejected: int, on_full: str, remarks: Iterable[str] = ()
+) -> Finding:
+    """Fail on anything that was lost, doubled, refused though producers wait for room, or otherwise went wrong.
+
+    ``problems`` are one line each; ``remarks`` say what could not be checked.
+    """
+    wrong = []
+    if lost or duplicated:
+        wrong.append(f"{lost:,} events lost, {duplicated:,} duplicated")
+    if rejected and on_full == "block":
+        wrong.append(f"{rejected:,} events refused although producers wait for room")
+    wrong.extend(problems[:3])
+    if len(problems) > 3:
+        wrong.append(f"and {len(problems) - 3} problems more")
+    if wrong:
+        return Finding(FAIL, "; ".join(wrong))
+    refused = f"; {rejected:,} refused, none of them delivered" if rejected else ""
+    return Finding(PASS, "; ".join([f"every accepted event delivered once{refused}", *remarks]))
+
+
+def judge_throughput(
+    rate: float, ratio: float | None, baseline: tuple[str, float, float] | None, without: str = "no baseline"
+) -> Finding:
+    """Compare a ratio (rate over calibration) with ``baseline``, its (name, ratio, spread).
+
+    With no baseline, events that flow at all pass; the note then is ``without``, the reason.
+    """
+    if rate <= 0:
+        return Finding(FAIL, "nothing was delivered")
+    if baseline is None:
+        return Finding(PASS, without)
+    name, expected, spread = baseline
+    against = f"{name}: {expected:.3f} +- {spread:.3f}"
+    if ratio is None:
+        return Finding(WARN, f"not calibrated, so not compared with {against}")
+    if ratio < expected - spread:
+        return Finding(FAIL, f"ratio {ratio:.3f} is below the baseline {against}")
+    better = "above" if ratio > expected + spread else "within"
+    return Finding(PASS, f"ratio {ratio:.3f} is {better} the baseline {against}")
+
+
+def judge_memory(peak: int, bound: int, allowance: int) -> Finding:
+    """Hold the traced peak against the bound (bytes) and what the harness itself may take on top."""
+    measured = f"peak heap {format_size(peak)}"
+    if peak <= bound:
+        return Finding(PASS, f"{measured}, bound {format_size(bound)}")
+    limit = f"bound {format_size(bound)} and {format_size(allowance)} for the harness"
+    if peak <= bound + allowance:
+        return Finding(WARN, f"{measured} is within {limit}, but only with that")
+    return Finding(FAIL, f"{measured} is over {limit}")
+
+
+def judge_drain(seconds: float | None) -> Finding:
+    """Judge the time from "all producers stopped" to "all delivered"; None is a drain that did not come to its end."""
+    if seconds is None:
+        return Finding(FAIL, "not drained")
+    note = f"drained in {format_seconds(seconds)}"
+    if seconds > DRAIN_FAIL:
+        return Finding(FAIL, f"{note}, over {DRAIN_FAIL:.0f} s")
+    if seconds > DRAIN_WARN:
+        return Finding(WARN, f"{note}, over {DRAIN_WARN} s")
+    return Finding(PASS, note)
+
+
+def overall(findings: Mapping[str, Finding]) -> Finding:
+    """Return the worst of ``findings``, naming those that are not a pass."""
+    worst = max((finding.status for finding in findings.values()), key=_ORDER.index)
+    short = [f"{name} {finding.status}" for name, finding in findings.items() if finding.status != PASS]
+    return Finding(worst, ", ".join(short) or "all pass")

@@ -33,7 +33,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate, chain, islice, repeat
+from itertools import accumulate, chain, repeat
 from operator import countOf, eq, sub
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, TypeVar, overload
 
@@ -68,18 +68,18 @@ KiB: Final = 1024
 MiB: Final = 1024 * KiB
 GiB: Final = 1024 * MiB
 
+_FOREVER: Final = float("inf")
 _NO_WAIT: Final = 0.0  # the default timeout; the fast path knows it by identity
 _CREDIT_FLOOR: Final = 64 * KiB  # buffers below this get no credit: every admission is counted under the lock
-_RUN_ITEMS: Final = 512  # payloads a run holds before the next one is begun
-_RUN_BYTES: Final = 64 * KiB  # bytes a run holds before the next one is begun
-_PIECE: Final = 256  # payloads stored in a run at a time
-_PACK_BELOW: Final = 512  # bytes; smaller payloads are packed ahead, because an object each costs too much
-_SPAN: Final = 1 << 31  # bytes after which runs count from a new origin, so that ends fit 32 bits
-_PATIENCE: Final = 0.01  # seconds the first waiting producer trusts a consumer to come back
-_RECHECK: Final = 0.5  # seconds after which a wait for the drain sees whether a signal handler has forked
 _CREDIT_ITEMS: Final = 1024  # payloads accepted unseen at most; each costs about 42 bytes until it is packed
 _CHUNK: Final = 512  # payloads that enqueue_many admits at a time
-_FOREVER: Final = float("inf")
+_RUN_ITEMS: Final = 512  # payloads a run holds before the next one is begun
+_RUN_BYTES: Final = 32 * KiB  # bytes a run holds before the next one is begun
+_PIECE: Final = 256  # payloads stored in a run at a time
+_PACK_BELOW: Final = 512  # bytes; smaller payloads are packed ahead, because an object each costs too much
+_PACK_BYTES: Final = 128 * KiB  # the largest run that is packed: for a moment it is there twice
+_SPAN: Final = 1 << 31  # bytes after which runs count from a new origin, so that ends fit 32 bits
+_PATIENCE: Final = 0.01  # seconds the first waiting producer trusts a consumer to come back
 
 _RUNNING: Final = "running"
 _SHUTTING_DOWN: Final = "shutting_down"
@@ -95,30 +95,31 @@ _T = TypeVar("_T")
 # full) and sums the sizes.  A consumer joins the front of the runs into a Batch.  All of it is in a _State; a fork
 # replaces the _State whole, so a call that the fork cut short goes on in the old one and harms nobody.
 #
-# Header.  inbox[0] is a tuple (items, nbytes, charge, granted, entry): everything counted since the beginning, and up
+# Truth.  inbox[0] is a tuple (items, nbytes, charge, granted, entry): everything counted since the beginning, and up
 # to which index the inbox is accepted unseen.  Header and payloads are one list, changed by single C-level list
 # operations (append, slice assignment), so whoever reads `inbox[:]`, at any bytecode of any other call, sees exactly
-# what is accepted:
+# what is accepted.  What has left is one tuple too, s.taken.  All else (runs, open batch, wake-ups, credit, phase after
+# the drain) follows from these and is derived by _settle_locked at the end of each locked section; each step can be
+# done again, so what an exception (a KeyboardInterrupt, say) cuts short is made good by the next.
 #
 #   I1  0 <= buffered_bytes <= max_buffered_bytes, where buffered_bytes = charge - taken.charge + the accepted part of
 #       the inbox: payloads at an index < granted, and entries whose `accepted` is True.
 #   I2  Runs hold the payloads [taken.items, items) in order.  A commit stores in the runs first and changes the header
 #       last; what a commit that was cut short left in the runs beyond `items` is cut off by the next count.
 #   I3  gate is 0 or header.granted.  Credit is given only as granted = 1 + room // small, so granted - 1 payloads of at
-#       most `small` bytes fit whatever happens.  Nobody but the lock's holder takes items out of the inbox, so an
-#       index in it only ever decreases.
-#   I4  s.open is where the open batch starts, s.born when its first payload was accepted at the earliest; what is
-#       before s.open is in closed batches.  Credit is only given while the open batch has a payload: the first payload
-#       of a batch takes the lock, notes the time, and tells a waiting consumer, which is the timer.
+#       most `small` bytes fit whatever happens.  While there is credit nothing leaves the inbox but pending payloads.
+#   I4  s.open is where the open batch starts; what is before it is in closed batches.  Credit is only given while the
+#       open batch has a payload: the first payload after a pause takes the lock, notes the time, and tells a waiting
+#       consumer, which is the timer.  (A batch that begins within a credit counts its interval from that credit.)
 #   I5  While consumers wait, credit stays below what would close the open batch; while producers wait, there is none.
-#   I6  accepted == delivered + in_flight + buffered + discarded, items and bytes; s.taken is one tuple, stored at once.
+#   I6  accepted == delivered + in_flight + buffered + discarded, items and bytes.
 #
 # Enqueue without the lock.  (1) size <= small and len(inbox) < gate; (2) append; (3) len(inbox) <= gate: accepted.
 # A thread stopped between (1) and (2) may append when the credit is long withdrawn.  (3) finds out: it reads the length
-# first and the gate second, and by I3 the payload's index is below that length, so if the gate is at least that length
-# now, the index is below `granted` now.  Otherwise the payload is pending: not accepted, and nobody but its owner
-# touches it.  The owner takes the lock; a payload of its that is still in the inbox at an index >= granted was not
-# accepted: it takes it out and goes the exact way.  (Two threads that enqueue the very same object may swap outcomes.)
+# first and the gate second.  The payload's index is below that length and can only have become less, so if the gate is
+# at least that length now, the index is below `granted` now.  Otherwise the payload is pending: not accepted.  Its
+# owner takes the lock; if the payload is still in the inbox at an index >= granted, it was not accepted, and the owner
+# takes it out and goes the exact way.  (Two threads that enqueue the very same object may swap outcomes.)
 # What must be atomic: list.append, len(list), list slices read and assigned, attribute loads and stores: under the GIL,
 # and sequentially consistent in a build without it.
 #
@@ -127,15 +128,16 @@ _T = TypeVar("_T")
 # inbox, and decides by walking header and inbox in order: that is exact (I1), and calls nested deeper come to the same
 # result.  The holder's commit is a compare-and-set on the inbox's length (assignment to inbox[::-1] fails if it has
 # grown), so a decision never rests on a room that a nested call has taken.  An entry takes as many places as its size
-# could need, so that a credit computed before it came is still safe.  The holder counts it on its way out (`s.left`).
+# could need, and keeps them when it is refused, so that a credit computed before it came is still safe.
 #
 # Waiting.  Producers in s.producers, first come first served: whoever makes room accepts their payloads for them.  With
 # a large buffer that is done when it has drained to half, so that threads are woken seldom; until then the first of
-# them looks for itself every _PATIENCE.  Consumers in s.consumers: the first is the timer (armed), and is woken when
-# the open batch gets its first payload, or a batch can be taken; who takes one and leaves more behind wakes the next.
-# Each waits on a lock of its own used as a binary semaphore, because a threading.Condition loses a wake-up that comes
-# from its own thread, a signal handler's, between its test and its wait.  flush and shutdown, which no nested call
-# completes, wait on the Condition s.drained; whoever delivers or stops notifies it.
+# them looks for itself after _PATIENCE (armed).  Consumers in s.consumers: the first is the timer (armed), and is woken
+# when the open batch gets its first payload, or a batch can be taken.  Coroutines do not count as first, because their
+# loop may be stuck: they are timers beside it.  flush and shutdown wait in s.drainers.
+# Each waits on a lock of its own, used as a binary semaphore: it keeps a wake-up that comes early.  A
+# threading.Condition loses one that comes from a signal handler in its own thread, between its test and its wait; and
+# an exception that comes in its wait can leave the lock released twice.  No wait holds the lock.
 # A call from inside tempo (handler, iterable, signal) never waits: its own thread could be the one that makes room.
 #
 # States.  running -> shutting_down -> stopped, or running -> stopped; never back.
@@ -208,13 +210,13 @@ class Batch(Sequence[memoryview]):
     """
 
     __slots__ = ("_base", "_data", "_ends")
-    _data: memoryview
+    _data: bytes
     _ends: array[int]  # where each payload ends, counted from _base; 4 bytes a payload
     _base: int
 
     def __init__(self, data: bytes, ends: array[int], base: int) -> None:
         set_slot = object.__setattr__
-        set_slot(self, "_data", memoryview(data))
+        set_slot(self, "_data", data)
         set_slot(self, "_ends", ends)
         set_slot(self, "_base", base)
 
@@ -227,12 +229,12 @@ class Batch(Sequence[memoryview]):
     @property
     def data(self) -> memoryview:
         """All payloads back to back: one read-only contiguous memoryview of `nbytes` bytes, no copy."""
-        return self._data
+        return memoryview(self._data)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all payloads together."""
-        return self._data.nbytes
+        return len(self._data)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -246,7 +248,7 @@ class Batch(Sequence[memoryview]):
             return [self[i] for i in range(*index.indices(len(self._ends)))]
         i = range(len(self._ends))[index]  # negative indices, IndexError
         base = self._base
-        return self._data[(self._ends[i - 1] - base if i else 0) : self._ends[i] - base]
+        return memoryview(self._data)[(self._ends[i - 1] - base if i else 0) : self._ends[i] - base]
 
     def _slices(self) -> Iterator[slice]:
         """Where each payload is in `data`, at C speed."""
@@ -256,15 +258,14 @@ class Batch(Sequence[memoryview]):
         return map(slice, chain((0,), ends), ends)
 
     def __iter__(self) -> Iterator[memoryview]:
-        return map(self._data.__getitem__, self._slices())
+        return map(memoryview(self._data).__getitem__, self._slices())
 
     def tolist(self) -> list[bytes]:
         """Return the payloads as a list of bytes objects, copied at C speed; the list is the caller's."""
-        data: bytes = self._data.obj  # type: ignore[assignment]
-        return list(map(data.__getitem__, self._slices()))
+        return list(map(self._data.__getitem__, self._slices()))
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Batch, (bytes(self._data), self._ends, self._base)
+        return Batch, (self._data, self._ends, self._base)
 
     def __repr__(self) -> str:
         return f"<tempo.Batch {len(self)} payloads, {self.nbytes} bytes>"
@@ -315,7 +316,7 @@ class _Taken(NamedTuple):
 class _Run:
     """Consecutive payloads: a list of them while it grows, one bytes object once packed. Guarded by the lock."""
 
-    __slots__ = ("base", "body", "ends", "offset", "origin", "start")
+    __slots__ = ("base", "body", "cuts", "ends", "offset", "origin", "start")
 
     def __init__(self, start: int, origin: int, base: int, typecode: str) -> None:
         self.start = start  # number of its first payload
@@ -324,6 +325,7 @@ class _Run:
         self.ends = array(typecode)  # where each payload ends
         self.body: list[bytes] | bytes = []
         self.offset = 0  # where a packed body starts (later than base if some of the run was taken before)
+        self.cuts: array[int] | None = None  # where flush closed a batch, in payloads from the run's start
 
     def end(self) -> int:
         """Byte at which the run ends, from the beginning of all."""
@@ -339,48 +341,54 @@ class _Run:
         return (body,) if begin == 0 and end == len(body) else (memoryview(body)[begin:end],)
 
 
-class _Parker:
-    """One waiting thread. `wake` may come early, or twice: it is kept, once."""
-
-    __slots__ = ("_ready", "armed", "woken")
-
-    def __init__(self, lock: Any) -> None:
-        lock.acquire()
-        self._ready = lock
-        self.woken = False  # guarded by the dispatcher's lock, as is armed
-        self.armed = False  # a consumer: has a timer for the open batch; a producer: looks for itself
-
-    def park(self, timeout: float) -> None:
-        """Wait for `wake`, at most timeout seconds; without the dispatcher's lock."""
-        self._ready.acquire(True, timeout if timeout < threading.TIMEOUT_MAX else -1)
-
-    def wake(self) -> None:
-        if not self.woken:
-            self.woken = True
-            self._ready.release()
-
-    def reset(self) -> None:
-        if self.woken:
-            self._ready.acquire(False)
-            self.woken = False
-
-
-class _Entry(_Parker):
+class _Entry:
     """A payload whose fate is decided by its place in the inbox: a nested call's, or a waiting producer's."""
 
     __slots__ = ("accepted", "charge", "data")
 
-    def __init__(self, data: bytes, charge: int, lock: Any) -> None:
-        super().__init__(lock)
-        self.data = data
+    def __init__(self, data: bytes, charge: int) -> None:
+        self.data = data  # dropped when the fate is decided and the payload elsewhere
         self.charge = charge
         self.accepted: bool | None = None
+
+
+class _Parker:
+    """One waiting thread. `wake` may come early, or twice: it is kept, once. All but park under the lock."""
+
+    __slots__ = ("_ready", "armed", "entry", "target", "woken")
+    sure = True  # it runs when it is woken
+
+    def __init__(self, lock: Any) -> None:
+        lock.acquire()
+        self._ready = lock
+        self.woken = False
+        self.armed = False  # a consumer: has a timer for the open batch; a producer: looks for room by itself
+        self.entry: _Entry | None = None  # of a waiting producer
+        self.target: float = _FOREVER  # of flush: the number of payloads that are to be delivered
+
+    def park(self, pause: float, remaining: float) -> bool:
+        """Wait for `wake`, at most the lesser of two times; without the dispatcher's lock. True: nothing remains."""
+        pause = min(pause, remaining)
+        woken = self._ready.acquire(True, max(0.0, pause) if pause < threading.TIMEOUT_MAX else -1)
+        return not woken and pause == remaining
+
+    def wake(self) -> None:
+        if not self.woken:
+            with contextlib.suppress(RuntimeError):  # released already, by a wake that an exception cut short
+                self._ready.release()
+            self.woken = True
+
+    def reset(self) -> None:
+        if self.woken:
+            self.woken = False
+            self._ready.acquire(False)
 
 
 class _AsyncParker(_Parker):
     """One waiting coroutine, woken through its event loop, after the lock is released."""
 
     __slots__ = ("_loop", "_outbox", "future")
+    sure = False  # the loop may be closed, stopped or busy
 
     def __init__(self, lock: Any, loop: Any, outbox: deque[Callable[[], object]]) -> None:
         super().__init__(lock)
@@ -390,60 +398,66 @@ class _AsyncParker(_Parker):
 
     def wake(self) -> None:
         if not self.woken:
-            self.woken = True
             self._outbox.append(self._post)
+            self.woken = True
 
     def reset(self) -> None:
         self.woken = False
         self.future = self._loop.create_future()
 
     def _post(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and its tasks are gone with it
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the next settling finds out
             self._loop.call_soon_threadsafe(self.fire)
 
     def fire(self) -> None:
         if not self.future.done():
             self.future.set_result(None)
 
+    def dead(self) -> bool:
+        return bool(self._loop.is_closed())
+
 
 class _State:
     """Everything that a fork replaces."""
 
     __slots__ = (  # noqa: RUF023 - in the order of __init__
-        "inbox", "gate", "owner", "mixed", "left", "requests", "nested_rejects", "outbox", "phase",
-        "lock", "drained", "runs", "storing", "taken", "open", "born", "granted_at", "cuts", "flight_first", "rejected",
-        "peak", "producers", "consumers", "owed", "halted", "thread",
+        "inbox", "gate", "owner", "phase", "outbox", "left", "mixed", "flush_asked", "shutdown_asked", "leavers",
+        "refused", "lock", "runs", "storing", "taken", "open", "born", "granted_at", "unseen", "flight_first",
+        "rejected", "peak", "producers", "consumers", "drainers", "announced", "halted", "undelivered", "thread",
     )  # fmt: skip
 
-    def __init__(self, rlock: Any, condition: Any) -> None:
+    def __init__(self, rlock: Any) -> None:
         # Touched without the lock; why that is safe is told in Theory.
         self.inbox: list[Any] = [(0, 0, 0, 1, None)]
         self.gate = 0  # an inbox shorter than this takes small payloads without the lock; set under it
         self.owner = 0  # identity of the thread in a locked section; only that thread compares equal
-        self.mixed = False  # the inbox may hold entries
-        self.left = False  # a nested call left something to the lock's holder
-        self.requests: set[str] = set()  # what nested calls asked for: "flush", "shutdown"
-        self.nested_rejects: list[int] = []  # charges refused to nested calls
-        self.outbox: deque[Callable[[], object]] = deque()  # wake-ups of coroutines, made after the lock is released
         self.phase = _RUNNING  # changed under the lock
+        self.outbox: deque[Callable[[], object]] = deque()  # wake-ups of coroutines, made after the lock is released
+        # What nested calls leave to the lock's holder, which is their own thread.
+        self.left = False  # anything
+        self.mixed = False  # entries in the inbox
+        self.flush_asked = self.shutdown_asked = False
+        self.leavers: list[_Parker] = []  # no longer waiting
+        self.refused: list[int] = []  # charges
 
         # Guarded by the lock.
         self.lock = rlock
-        self.drained = condition  # flush and shutdown wait here; who delivers, discards or stops notifies
         self.runs: deque[_Run] = deque()
         self.storing = False  # the runs may hold more than the header says (I2)
         self.taken = _Taken()
         self.open = (0, 0)  # first payload of the open batch, and the byte at which it starts
-        self.born = 0.0  # when the open batch's first payload was accepted, at the earliest
+        self.born = (-1, 0.0)  # first payload of the open batch once it is there, and when it was accepted
         self.granted_at = 0.0  # when the credit was given
-        self.cuts: deque[int] = deque()  # payload numbers at which flush closed a batch
+        self.unseen = False  # the last commit was of payloads accepted under credit
         self.flight_first = -1  # number of the first payload that the handler has, or -1
-        self.rejected = (0, 0)
+        self.rejected = (0, 0)  # payloads, charge
         self.peak = 0
-        self.producers: deque[_Entry] = deque()
+        self.producers: deque[_Parker] = deque()
         self.consumers: deque[_Parker] = deque()
-        self.owed = False  # there may be room that waiting producers were not told of
+        self.drainers: deque[_Parker] = deque()
+        self.announced = _RUNNING  # the phase that everybody waiting was woken for
         self.halted = False  # stopped before it was drained
+        self.undelivered: list[tuple[int, Batch]] = []  # what stop is to return: number of the first payload, batch
         self.thread: threading.Thread | None = None
 
 
@@ -463,18 +477,18 @@ class _Batches(Iterator[Batch]):
             batch = d.get()
         except Stopped:
             raise StopIteration from None
-        self.thread = d._ident()
-        d._local.body = weakref.ref(self)
+        d._enter_body(self)
         return batch
 
 
 class _AsyncBatches:
     """Asynchronous iterator over a dispatcher's batches."""
 
-    __slots__ = ("_dispatcher",)
+    __slots__ = ("__weakref__", "_dispatcher", "thread")
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
+        self.thread = 0  # identity of the event loop's thread, until the iterator ends
 
     def __aiter__(self) -> _AsyncBatches:
         return self
@@ -484,12 +498,13 @@ class _AsyncBatches:
 
         d = self._dispatcher
         loop = asyncio.get_running_loop()
+        d._enter_body(self)
         parker: _AsyncParker | None = None
         s = d._state
         try:
             while True:
-                s = d._state
-                if parker is None or parker._outbox is not s.outbox:
+                if parker is None or s is not d._state:
+                    s = d._state
                     parker = _AsyncParker(d._new_lock(), loop, s.outbox)
                 # From a batch being taken to its being returned there is no await, so a cancellation loses none.
                 batch, delay = d._locked(s, d._poll_locked, parker, False)
@@ -502,10 +517,14 @@ class _AsyncBatches:
                     if timer is not None:
                         timer.cancel()
         except Stopped:
+            self.thread = 0
             raise StopAsyncIteration from None
         finally:
-            if parker is not None and s is d._state:
-                d._locked(s, d._leave_locked, parker)
+            try:
+                d._leave(s, parker)
+            except BaseException:
+                d._leave(s, parker)
+                raise
 
 
 class Dispatcher:
@@ -529,7 +548,7 @@ class Dispatcher:
 
     __slots__ = (
         "__weakref__", "_clock", "_ident", "_interval", "_lazy", "_local", "_max_batch", "_max_buffered", "_new_lock",
-        "_new_state", "_new_thread", "_push", "_small", "_state",
+        "_new_rlock", "_new_thread", "_places", "_push", "_small", "_state",
     )  # fmt: skip
 
     def __init__(
@@ -544,21 +563,16 @@ class Dispatcher:
         # The largest payload that credit covers: the smaller, the more payloads a credit is good for.
         self._lazy = max_buffered_bytes >= _CREDIT_FLOOR
         self._small = min(max(512, max_buffered_bytes >> 11), 64 * KiB) if self._lazy else 0
+        # How many payloads a credit is good for at most: counting them, they are there twice for a moment.
+        self._places = min(_CREDIT_ITEMS, ((max_buffered_bytes >> 3) + 64 * KiB) // _PACK_BELOW)
         self._clock = time.monotonic
         self._ident = threading.get_ident
         self._new_lock = threading.Lock
         self._new_thread = threading.Thread
         self._local = threading.local()
-        rlock, condition = threading.RLock, threading.Condition
-
-        def new_state() -> _State:
-            lock = rlock()
-            return _State(lock, condition(lock))
-
-        self._new_state = new_state
-
+        self._new_rlock = threading.RLock
         self._push: tuple[_Handler, _OnError | None, float] | None = None  # set once, under the lock
-        self._state = new_state()  # replaced in a forked child, by its only thread
+        self._state = _State(self._new_rlock())  # replaced in a forked child, by its only thread
         _DISPATCHERS.add(self)
 
     # -- Producers ---------------------------------------------------------------------------------------------------
@@ -578,7 +592,7 @@ class Dispatcher:
         inbox = s.inbox
         late = False
         if (
-            (timeout is None or timeout is _NO_WAIT)
+            (timeout is None or timeout is _NO_WAIT or _timeout(timeout) >= 0)
             and type(payload) is bytes
             and 0 < len(payload) <= self._small
             and len(inbox) < s.gate
@@ -592,7 +606,8 @@ class Dispatcher:
     def enqueue_many(self, payloads: Iterable[Buffer], *, timeout: _Timeout = _NO_WAIT) -> int:
         """Accept payloads in order, as `enqueue` would, at a fraction of the cost; return how many.
 
-        One deadline for all. The iterable is read 512 payloads at a time, without a lock held.
+        One deadline for all. Lists and tuples are admitted 512 at a time; other iterables are read one by one, so that
+        nothing is taken out of them that is not offered. No lock is held while an iterable runs.
 
         Raises:
             What `enqueue` raises, and what the iterable raises; the exception's `.accepted` says how many of the
@@ -601,38 +616,25 @@ class Dispatcher:
         accepted = 0
         try:
             deadline = self._deadline(_timeout(timeout))
-            source = iter(payloads)
-            error: BaseException | None = None
-            while error is None:
-                chunk: list[Any] = []
-                try:
-                    chunk.extend(islice(source, _CHUNK))
-                except BaseException as exc:  # what came before it is kept, and offered before it is raised
-                    error = exc
-                if not chunk:
-                    break
-                if countOf(map(type, chunk), bytes) != len(chunk):
-                    for i, payload in enumerate(chunk):
-                        try:
-                            chunk[i] = _own(payload)
-                        except BaseException as exc:
-                            error = exc
-                            del chunk[i:]
-                            break
-                done = 0
-                while done < len(chunk):
-                    n = self._enqueue_chunk(chunk[done:] if done else chunk, deadline)
-                    done += n
-                    accepted += n
-                    if done < len(chunk):  # no room for this one: wait for it, or be refused, as any other
-                        self._admit(chunk[done], deadline)
-                        done += 1
-                        accepted += 1
-            if error is not None:
-                raise error
+            if isinstance(payloads, (list, tuple)):
+                for i in range(0, len(payloads), _CHUNK):
+                    chunk = payloads[i : i + _CHUNK]
+                    done = 0
+                    ready = countOf(map(type, chunk), bytes) == len(chunk)
+                    while done < len(chunk):
+                        if ready:
+                            n = self._enqueue_chunk(chunk[done:] if done else chunk, deadline)
+                            done += n
+                            accepted += n
+                        if done < len(chunk):  # it does not fit, or is to be copied
+                            accepted += self._admit(_own(chunk[done]), deadline)
+                            done += 1
+            else:
+                for payload in payloads:
+                    accepted += self._admit(_own(payload), deadline)
         except BaseException as exc:
             with contextlib.suppress(Exception):  # foreign exceptions may have slots
-                exc.accepted = accepted  # type: ignore[attr-defined]
+                exc.accepted = accepted + (getattr(exc, "_accepted_by", None) is self)  # type: ignore[attr-defined]
             raise
         return accepted
 
@@ -648,7 +650,10 @@ class Dispatcher:
     __iter__ = batches
 
     def __aiter__(self) -> _AsyncBatches:
-        """Return an asynchronous iterator over batches, for asyncio: no thread, no polling; cancelling loses none."""
+        """Return an asynchronous iterator over batches, for asyncio: no thread, no polling; cancelling loses none.
+
+        `flush` and `shutdown` never block a thread while such an iterator is in use in it: they would block its loop.
+        """
         return _AsyncBatches(self)
 
     def get(self, timeout: _Timeout = None) -> Batch:
@@ -693,20 +698,18 @@ class Dispatcher:
         """
         deadline = self._deadline(_timeout(timeout))
         s = self._state
-        if s.owner == self._ident():
-            self._ask(s, "flush")
+        if self._nested(s):
+            s.flush_asked = s.left = True
             return False
         target = self._locked(s, self._cut_locked)
-        if self._inside():
-            deadline = 0.0
-        return self._locked(s, self._await_locked, target, deadline)
+        return self._wait_delivered(s, target, 0.0 if self._inside() else deadline)
 
     def shutdown(self, timeout: _Timeout = None) -> None:
         """Refuse new work, release blocked producers, and wait until everything accepted is delivered.
 
         Blocks at most `timeout` seconds (None: for ever). May be called again, and by several threads at once: all wait
-        for the same drain. From the handler, or the loop body of a consumer, it does not wait for itself: the drain
-        goes on when the handler returns or the loop comes back.
+        for the same drain. From the handler, or the loop body of a consumer (in this thread, and the iterator is still
+        alive), it never waits for itself: the drain goes on when the handler returns or the loop comes back.
 
         Raises:
             DrainTimeout: out of time; the dispatcher is stopped, and `.undelivered` are the batches nobody received
@@ -715,12 +718,13 @@ class Dispatcher:
         """
         deadline = self._deadline(_timeout(timeout))
         s = self._state
-        if s.owner == self._ident():
-            self._ask(s, "shutdown")
+        if self._nested(s):
+            s.shutdown_asked = s.left = True
             return
         if self._locked(s, self._close_locked) or self._inside():
             return
-        self._locked(s, self._drain_locked, deadline)
+        if not self._wait_delivered(s, _FOREVER, deadline):
+            self._locked(s, self._give_up_locked)
         thread = s.thread
         if thread is not None and thread.ident is not None:
             thread.join()  # its last batch is delivered: it only has to return
@@ -739,9 +743,7 @@ class Dispatcher:
     def stats(self) -> Stats:
         """Return a consistent snapshot. May be called from anywhere."""
         s = self._state
-        if s.owner == self._ident():
-            return self._snapshot(s)
-        return self._locked(s, self._stats_locked)
+        return self._snapshot(s) if self._nested(s) else self._locked(s, self._stats_locked)
 
     def __enter__(self) -> Dispatcher:
         return self
@@ -759,58 +761,119 @@ class Dispatcher:
     # -- The lock ----------------------------------------------------------------------------------------------------
 
     def _locked(self, s: _State, work: Callable[..., _T], *args: Any) -> _T:
-        """Run work(s, *args) with the lock held; raise RuntimeError in a call nested in such work."""
+        """Run work(s, *args) with the lock held, and settle; raise RuntimeError in a call nested in such work."""
         me = self._ident()
+        if s.owner == me and self._nested(s):
+            raise RuntimeError("called by a signal handler or finalizer that interrupted tempo")
         try:
-            with s.lock:  # entered and left at C level: no exception can come between
-                if s.owner == me:
-                    raise RuntimeError("called by a signal handler or finalizer that interrupted tempo")
-                s.owner = me
+            with s.lock:
                 try:
+                    s.owner = me
                     return work(s, *args)
                 finally:
-                    self._disown_locked(s, me)
+                    try:
+                        self._disown_locked(s, me)
+                    except BaseException:  # KeyboardInterrupt, MemoryError: what is left undone would wake nobody
+                        self._disown_locked(s, me)
+                        raise
+                    finally:
+                        s.owner = 0
         finally:
             while s.outbox:
                 with contextlib.suppress(IndexError):  # another thread posts too
                     s.outbox.popleft()()
 
     def _disown_locked(self, s: _State, me: int) -> None:
-        """Lock held. Give credit, then do what nested calls left; a call nested after `owner = 0` does its own."""
+        """Lock held. Settle, also what nested calls left; a call nested after `owner = 0` settles by itself."""
         while True:
-            self._grant_locked(s)
+            s.owner = me
+            s.left = False
+            self._settle_locked(s)
             s.owner = 0
             if not s.left:
                 return
-            s.owner = me
-            s.left = False
-            self._count_locked(s)
-            while s.requests:
-                (self._cut_locked if s.requests.pop() == "flush" else self._close_locked)(s)
-            self._signal_locked(s)
 
-    def _ask(self, s: _State, what: str) -> None:
-        """Nested: leave a request to the thread that was interrupted, which is this one."""
-        s.requests.add(what)
-        s.left = True
+    def _settle_locked(self, s: _State) -> None:
+        """Lock held. Derive everything from header, taken and phase; wake whom it concerns; give credit."""
+        while s.leavers:
+            self._leave_locked(s, s.leavers[-1])
+            s.leavers.pop()
+        if s.refused:
+            n = len(s.refused)
+            s.rejected = (s.rejected[0] + n, s.rejected[1] + sum(s.refused[:n]))
+            del s.refused[:n]
+        if s.shutdown_asked:
+            self._close_locked(s)
+            s.shutdown_asked = False
+        if s.flush_asked:
+            self._cut_locked(s)
+            s.flush_asked = False
+        self._refresh_locked(s)
+        if s.producers and s.phase is _RUNNING:
+            self._serve_locked(s, False)
+            self._refresh_locked(s)
+        if s.phase is _SHUTTING_DOWN and s.taken.items == s.inbox[0][0] and s.flight_first < 0:
+            s.phase = _STOPPED
+        if s.announced is not s.phase:
+            for parker in chain(s.producers, s.consumers, s.drainers):
+                parker.wake()
+            s.announced = s.phase
+        for parker in s.drainers:
+            if self._delivered(s, parker.target):
+                parker.wake()
+        self._signal_locked(s)
+        self._grant_locked(s)
+
+    def _leave(self, s: _State, parker: _Parker | None) -> None:
+        """Wait no longer. Callers repeat it when an exception ends it: a parker left behind would get wake-ups."""
+        if parker is None or s is not self._state:
+            return
+        if self._nested(s):  # a coroutine that is collected in a locked section
+            s.leavers.append(parker)
+            s.left = True
+        else:
+            self._locked(s, self._leave_locked, parker)
+
+    def _leave_locked(self, s: _State, parker: _Parker) -> None:
+        """Lock held. Take parker out of its queue; settling passes on what it was told."""
+        for waiting in (s.producers, s.consumers, s.drainers):
+            if parker in waiting:
+                waiting.remove(parker)
+
+    def _nested(self, s: _State) -> bool:
+        """Whether this call interrupted its own thread in a locked section."""
+        if s.owner != self._ident():
+            return False
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code is _LOCKED_CODE and frame.f_locals.get("s") is s:
+                return True
+            frame = frame.f_back
+        return False
 
     def _inside(self) -> bool:
         """Whether this thread is in this dispatcher's code already, or in the body of a loop over its batches."""
-        body = getattr(self._local, "body", None)
-        if body is not None:
-            batches = body()
-            if batches is not None and batches.thread == self._ident():
-                return True
-        return self._reentered()
+        me = self._ident()
+        return any(body.thread == me for body in getattr(self._local, "bodies", ())) or self._reentered()
+
+    def _enter_body(self, body: _Batches | _AsyncBatches) -> None:
+        """Note that this thread goes into the body of a loop."""
+        body.thread = self._ident()
+        if not hasattr(self._local, "bodies"):
+            self._local.bodies = weakref.WeakSet()
+        self._local.bodies.add(body)
 
     def _reentered(self) -> bool:
-        """Whether this call was made from inside this dispatcher's code: by a handler, an iterable, a signal."""
+        """Whether this call was made from inside this dispatcher, or in a locked section of any.
+
+        A handler, an iterable, a signal handler: to wait there could be to wait for oneself.
+        """
         frame: FrameType | None = sys._getframe(1)
         own = True  # still in the frames of this call
         while frame is not None:
             if frame.f_globals is not _GLOBALS:
                 own = False
-            elif not own and frame.f_locals.get("self") is self:
+            elif not own and (frame.f_code is _LOCKED_CODE or frame.f_locals.get("self") is self):
                 return True
             frame = frame.f_back
         return False
@@ -823,10 +886,13 @@ class Dispatcher:
     def _enqueue(self, s: _State, payload: Any, timeout: _Timeout, late: bool) -> None:
         """Enqueue by the exact way; late: payload was appended to s.inbox, perhaps after the credit was withdrawn."""
         if late:
-            nested = s.owner == self._ident()
             if s is not self._state:
                 return  # forked by a signal handler: the parent has the payload
-            if self._withdraw_locked(s, payload) if nested else self._locked(s, self._withdraw_locked, payload):
+            if self._nested(s):
+                accepted = self._withdraw_locked(s, payload)
+            else:
+                accepted = self._locked(s, self._withdraw_locked, payload)
+            if accepted:
                 return
         self._admit(_own(payload), self._deadline(_timeout(timeout)))
 
@@ -839,38 +905,37 @@ class Dispatcher:
                 return False
         return True
 
-    def _admit(self, data: bytes, deadline: float) -> None:
-        """Accept one payload exactly, waiting for room until deadline (0: not at all)."""
+    def _admit(self, data: bytes, deadline: float) -> int:
+        """Accept one payload exactly, waiting for room until deadline (0: not at all); return 1."""
         s = self._state
         charge = len(data) or 1
-        if s.owner == self._ident():
+        if self._nested(s):
             self._admit_nested(s, data, charge)
-            return
-        if not self._locked(s, self._enqueue_locked, data, charge, None, deadline > 0):
-            if self._reentered():  # never wait: this thread could be the one that makes room
-                self._locked(s, self._enqueue_locked, data, charge, None, False)
+            return 1
+        wait = deadline > 0
+        if not self._locked(s, self._enqueue_locked, data, charge, wait):
+            if self._reentered():
+                self._locked(s, self._enqueue_locked, data, charge, False)
             else:
-                self._wait_for_room(s, _Entry(data, charge, self._new_lock()), deadline)
-        if self._push is not None and s.thread is None:
+                self._wait_for_room(s, _Entry(data, charge), deadline)
+        if s.thread is None and self._push is not None:
             self._respawn()
+        return 1
 
-    def _enqueue_locked(self, s: _State, data: bytes, charge: int, entry: _Entry | None, wait: bool) -> bool:
-        """Lock held. Accept a payload, or raise why not; False: it has to wait, and entry stands in the queue."""
-        if s.phase is not _RUNNING:
+    def _enqueue_locked(self, s: _State, data: bytes, charge: int, wait: bool) -> bool:
+        """Lock held. Accept a payload, or refuse it by raising; False: it may wait for room."""
+        if s.phase is not _RUNNING or charge > self._max_buffered:
             raise self._refusal_locked(s, charge)
-        if not (wait and s.producers) and self._admit_locked(s, data, charge, None):
-            self._signal_locked(s)
+        if not (wait and s.producers) and self._commit_locked(s, (data,), charge, not data, None):
             return True
-        if not wait or charge > self._max_buffered:
+        if not wait:
             raise self._refusal_locked(s, charge)
-        if entry is not None:
-            s.producers.append(entry)
         return False
 
     def _refusal_locked(self, s: _State, charge: int) -> Error:
         """Lock held. Count a refused payload, and return why."""
         s.rejected = (s.rejected[0] + 1, s.rejected[1] + charge)
-        return self._refusal(s, charge, s.inbox[0][2] - s.taken.charge)
+        return self._refusal(s, charge, self._held(s))
 
     def _refusal(self, s: _State, charge: int, buffered: int) -> Error:
         if s.phase is _SHUTTING_DOWN:
@@ -881,61 +946,68 @@ class Dispatcher:
             return PayloadTooLarge(f"payload of {charge} bytes exceeds max_buffered_bytes={self._max_buffered}")
         return QueueFull(charge, buffered, self._max_buffered)
 
+    def _held(self, s: _State) -> int:
+        """Charge that is counted and not taken: what is buffered, but for what is in the inbox."""
+        held: int = s.inbox[0][2] - s.taken.charge
+        return held
+
     def _wait_for_room(self, s: _State, entry: _Entry, deadline: float) -> None:
         """Stand in the queue until the payload is accepted; raise when it is not."""
+        parker = _Parker(self._new_lock())
+        parker.entry = entry
         try:
-            if self._locked(s, self._enqueue_locked, entry.data, entry.charge, entry, True):
-                return
-            pause: float | None = _FOREVER
-            while pause is not None:
-                entry.park(min(pause, max(0.0, deadline - self._clock())))
+            over = False
+            while True:
+                pause = self._locked(s, self._queue_locked, parker, entry, over)
+                if pause is None:
+                    return
+                over = parker.park(pause, deadline - self._clock())
                 if s is not self._state:  # forked by a signal handler: the child's queue is another
-                    return self._admit(entry.data, deadline)
-                pause = self._locked(s, self._recheck_locked, entry, self._clock() >= deadline)
-        except BaseException:
-            if s is self._state:
-                self._locked(s, self._leave_producers_locked, entry)
+                    self._admit(entry.data, deadline)
+                    return
+        except BaseException as exc:
+            if entry.accepted:  # and then a signal ended the wait: enqueue_many counts it
+                with contextlib.suppress(Exception):
+                    exc._accepted_by = self  # type: ignore[attr-defined]
             raise
+        finally:
+            try:
+                self._leave(s, parker)
+            except BaseException:
+                self._leave(s, parker)
+                raise
 
-    def _recheck_locked(self, s: _State, entry: _Entry, over: bool) -> float | None:
+    def _queue_locked(self, s: _State, parker: _Parker, entry: _Entry, over: bool) -> float | None:
         """Lock held. None: entry was accepted; else how long to wait on. Raises when it is refused."""
         self._count_locked(s)
-        entry.reset()
-        if not entry.accepted and s.phase is _RUNNING:
-            if s.owed and s.producers[0] is entry:
-                if not entry.armed:
-                    entry.armed = True
-                    if not over:
-                        return _PATIENCE
-                self._serve_locked(s)
-                self._signal_locked(s)
-            elif over and self._admit_locked(s, entry.data, entry.charge, entry):
-                entry.accepted = True
-                s.producers.remove(entry)
-                self._signal_locked(s)
+        parker.reset()
+        if s.phase is _RUNNING and not entry.accepted:
+            if parker.armed:
+                self._serve_locked(s, True)
+            if not entry.accepted and (over or not s.producers):
+                self._accept_locked(s, entry)
         if entry.accepted:
             return None
         if over or s.phase is not _RUNNING:
+            self._leave_locked(s, parker)  # at once, or whoever makes room next would accept what is refused here
             raise self._refusal_locked(s, entry.charge)
-        entry.armed = False
-        return _FOREVER
+        if parker not in s.producers:
+            s.producers.append(parker)
+        parker.armed = s.producers[0] is parker and self._held(s) + entry.charge <= self._max_buffered
+        return _PATIENCE if parker.armed else _FOREVER
 
-    def _leave_producers_locked(self, s: _State, entry: _Entry) -> None:
-        """Lock held. Entry waits no longer; what is behind it may fit where it did not."""
-        with contextlib.suppress(ValueError):
-            s.producers.remove(entry)
-        if s.phase is _RUNNING:
-            self._serve_locked(s)
-            self._signal_locked(s)
-
-    def _admit_locked(self, s: _State, data: bytes, charge: int, entry: _Entry | None) -> bool:
-        """Lock held. Accept one payload if it fits, exactly (I1); entry is whose it is, if somebody waits for it."""
-        return self._commit_locked(s, (data,), charge, charge == 1 and not data, entry)
+    def _accept_locked(self, s: _State, entry: _Entry) -> bool:
+        """Lock held. Accept a waiting producer's payload if it fits."""
+        if self._commit_locked(s, (entry.data,), entry.charge, not entry.data, entry):
+            entry.accepted = True  # it was by the commit: the next count says so too
+            entry.data = b""
+            return True
+        return False
 
     def _commit_locked(
         self, s: _State, new: Sequence[bytes], charge: int, empties: int, entry: _Entry | None
     ) -> bool:
-        """Lock held. Accept payloads if all of them fit: store first, then change the header (I2)."""
+        """Lock held. Accept payloads if all of them fit (I1): store first, then change the header (I2)."""
         inbox = s.inbox
         while True:
             self._count_locked(s)
@@ -946,27 +1018,27 @@ class Dispatcher:
             if total - s.taken.charge + charge > self._max_buffered:
                 return False
             s.storing = True
-            self._store_locked(s, items, nbytes, new, empties)
+            self._store_locked(s, items, nbytes, new)
             header = (items + len(new), nbytes + charge - empties, total + charge, 1, entry)
+            s.unseen = False
             try:
                 inbox[::-1] = [*pending, header]  # fails if the inbox has grown: then the room may be gone
             except ValueError:
                 continue
             s.storing = False
-            self._advance_locked(s, items, None)
             return True
 
-    def _enqueue_chunk(self, chunk: list[bytes], deadline: float) -> int:
+    def _enqueue_chunk(self, chunk: Sequence[bytes], deadline: float) -> int:
         """Accept as many payloads of a chunk as fit now, in order; return how many."""
         s = self._state
-        if s.owner == self._ident():
+        if self._nested(s):
             return 0
         n = self._locked(s, self._enqueue_chunk_locked, chunk, deadline > 0)
-        if n and self._push is not None and s.thread is None:
+        if n and s.thread is None and self._push is not None:
             self._respawn()
         return n
 
-    def _enqueue_chunk_locked(self, s: _State, chunk: list[bytes], wait: bool) -> int:
+    def _enqueue_chunk_locked(self, s: _State, chunk: Sequence[bytes], wait: bool) -> int:
         """Lock held. As _enqueue_chunk."""
         if s.phase is not _RUNNING or (wait and s.producers):
             return 0
@@ -975,12 +1047,11 @@ class Dispatcher:
         charge = sum(sizes) + empties
         while not self._commit_locked(s, chunk, charge, empties, None):
             charges = list(accumulate(size or 1 for size in sizes))
-            n = bisect_right(charges, self._max_buffered - s.inbox[0][2] + s.taken.charge)
+            n = bisect_right(charges, self._max_buffered - self._held(s))
             if not n:
                 return 0
             chunk, sizes = chunk[:n], sizes[:n]
             charge, empties = charges[n - 1], sizes.count(0)
-        self._signal_locked(s)
         return len(chunk)
 
     def _admit_nested(self, s: _State, data: bytes, charge: int) -> None:
@@ -988,22 +1059,20 @@ class Dispatcher:
 
         Appends an entry, and decides by its place (see Theory). Touches nothing else that the section uses.
         """
+        buffered = 0
         if charge <= self._max_buffered:
-            entry = _Entry(data, charge, self._new_lock())
-            places = [entry, *repeat(None, (charge - 1) // self._small if self._small else 0)]
+            entry = _Entry(data, charge)
             s.gate = 0
-            s.mixed = True
-            s.inbox.extend(places)
-            s.left = True
+            s.mixed = s.left = True
+            s.inbox.extend([entry, *repeat(None, (charge - 1) // self._small if self._small else 0)])
+            s.left = True  # again, for a section that ended with a deeper call in between
             buffered = self._accepted_before(s, entry)[1] - s.taken.charge
-            if s.phase is _RUNNING and buffered + charge <= self._max_buffered:
-                entry.accepted = True
+            entry.accepted = s.phase is _RUNNING and buffered + charge <= self._max_buffered
+            if entry.accepted:
                 return
-            i = next(i for i, item in enumerate(s.inbox) if item is entry)
-            del s.inbox[i : i + len(places)]
-        else:
-            buffered = 0
-        s.nested_rejects.append(charge)
+            entry.data = b""
+        s.refused.append(charge)
+        s.left = True
         raise self._refusal(s, charge, buffered)
 
     def _accepted_before(self, s: _State, entry: _Entry | None) -> tuple[int, int]:
@@ -1020,7 +1089,7 @@ class Dispatcher:
                 if item is entry:
                     break
                 # Undecided: that of a call which this one interrupted, and which will decide as is done here.
-                undecided = item.accepted is None and entry is not None
+                undecided = item.accepted is None and entry is not None and s.phase is _RUNNING
                 if item.accepted or (undecided and charge + item.charge <= limit):
                     items += 1
                     charge += item.charge
@@ -1033,22 +1102,24 @@ class Dispatcher:
 
     def _grant_locked(self, s: _State) -> None:
         """Lock held. Give as much credit as is safe (I3), if a payload need not be told to anybody (I4, I5)."""
-        if s.gate or not self._small or s.phase is not _RUNNING or s.producers:
+        if not self._small or s.producers or s.phase is not _RUNNING or (self._push is not None and s.thread is None):
             return
-        items, nbytes, charge, _, entry = s.inbox[0]
+        items, nbytes, charge, _, _ = s.inbox[0]
         first, begin = s.open
         if first == items:
             return
-        places = min((self._max_buffered - charge + s.taken.charge) // self._small, _CREDIT_ITEMS)
+        places = min((self._max_buffered - charge + s.taken.charge) // self._small, self._places)
         if s.consumers and self._max_batch is not None:
             places = min(places, (self._max_batch - nbytes + begin - 1) // self._small)
-        if places < 1:
-            return
-        if entry is not None:
-            entry.accepted = True
-        s.granted_at = self._clock()
-        s.inbox[0] = (items, nbytes, charge, 1 + places, None)
-        s.gate = 1 + places
+        if places > 0:
+            s.granted_at = self._clock()
+            s.inbox[0] = (items, nbytes, charge, 1 + places, None)
+            s.gate = 1 + places
+
+    def _refresh_locked(self, s: _State) -> None:
+        """Lock held. Count, and see which batches have closed."""
+        self._count_locked(s)
+        self._advance_locked(s)
 
     def _count_locked(self, s: _State) -> None:
         """Lock held. Withdraw the credit, and move what the inbox accepted into the runs."""
@@ -1061,32 +1132,42 @@ class Dispatcher:
         if s.storing:
             self._trim_locked(s, items)
             s.storing = False
-        if n == 1 and not s.mixed:
-            return
-        empties = 0
-        rest: list[bytes] = []  # pending
         if s.mixed or n > granted:
-            s.mixed = False
-            snapshot = inbox[:]
-            n = len(snapshot)
-            new = []
-            for i in range(1, n):
+            self._sort_locked(s)
+        elif n > 1:
+            new = inbox[1:n]
+            s.storing = s.unseen = True
+            end = self._store_locked(s, items, nbytes, new)
+            inbox[:n] = [(items + len(new), end, charge + end - nbytes, 1, None)]
+            s.storing = False
+        elif granted > 1:  # what a thread stopped in enqueue appends from here on is pending
+            inbox[0] = (items, nbytes, charge, 1, None)
+
+    def _sort_locked(self, s: _State) -> None:
+        """Lock held. Count an inbox that may hold nested calls' entries, or pending payloads, which stay."""
+        s.mixed = False  # before the inbox is read: a nested call that comes later sets it again
+        try:
+            snapshot = s.inbox[:]
+            items, nbytes, charge, granted, _ = snapshot[0]
+            new: list[bytes] = []
+            rest: list[bytes] = []  # pending
+            for i in range(1, len(snapshot)):
                 item = snapshot[i]
                 if isinstance(item, _Entry):
                     if item.accepted:
                         new.append(item.data)
                 elif item is not None:
                     (new if i < granted else rest).append(item)
-            empties = new.count(b"")
-        else:
-            new = inbox[1:n]
-        s.storing = True
-        end = self._store_locked(s, items, nbytes, new, empties)
-        inbox[:n] = [(items + len(new), end, charge + end - nbytes + empties, 1, None), *rest]
-        s.storing = False
-        self._advance_locked(s, items, s.granted_at)
+            s.storing = True
+            end = self._store_locked(s, items, nbytes, new)
+            total = charge + end - nbytes + new.count(b"")
+            s.inbox[: len(snapshot)] = [(items + len(new), end, total, 1, None), *rest]
+            s.storing = False
+        except BaseException:
+            s.mixed = True
+            raise
 
-    def _store_locked(self, s: _State, items: int, nbytes: int, new: Sequence[bytes], empties: int) -> int:
+    def _store_locked(self, s: _State, items: int, nbytes: int, new: Sequence[bytes]) -> int:
         """Lock held. Append payloads to the runs, behind the first `items`; return the byte at which they end."""
         step = _PIECE
         if len(new) > 1 and self._max_buffered >= _SPAN and max(map(len, new)) > MiB:
@@ -1097,9 +1178,8 @@ class Dispatcher:
             if (
                 run is None
                 or len(run.ends) >= _RUN_ITEMS
-                or run.end() - run.origin - run.base >= _RUN_BYTES
+                or nbytes - run.origin - run.base >= _RUN_BYTES
                 or len(piece[0]) >= _SPAN
-                or not isinstance(run.body, list)
             ):
                 run = self._new_run_locked(s, items, nbytes, len(piece[0]))
             ends = accumulate(map(len, piece), initial=nbytes - run.origin)
@@ -1115,15 +1195,14 @@ class Dispatcher:
         origin = nbytes
         if s.runs:
             last = s.runs[-1]
-            if isinstance(last.body, list) and nbytes - last.origin - last.base < _PACK_BELOW * len(last.ends):
+            length = nbytes - last.origin - last.base
+            if isinstance(last.body, list) and length < _PACK_BELOW * len(last.ends) and length <= _PACK_BYTES:
                 taken = max(0, s.taken.items - last.start)
                 body = b"".join(last.body[taken:])
                 last.offset = last.ends[taken - 1] if taken else last.base
                 last.body = body
-            if nbytes - last.origin < _SPAN:
+            if nbytes - last.origin < _SPAN and size < _SPAN:
                 origin = last.origin
-        if size >= _SPAN:
-            origin = nbytes
         run = _Run(items, origin, nbytes - origin, "I" if size < _SPAN else "Q")
         s.runs.append(run)
         return run
@@ -1137,21 +1216,22 @@ class Dispatcher:
             del run.ends[items - run.start :]
             if isinstance(run.body, list):
                 del run.body[items - run.start :]
+            else:  # packed, and a new run was begun behind it
+                assert len(run.ends) == items - run.start, "I2"
 
-    def _advance_locked(self, s: _State, before: int, born: float | None) -> None:
-        """Lock held. See how far batches have closed, after payloads were accepted behind the first `before`."""
-        items, nbytes, charge, _, _ = s.inbox[0]
-        s.peak = max(s.peak, charge - s.taken.charge)
+    def _advance_locked(self, s: _State) -> None:
+        """Lock held. After a count: see how far batches have closed, and when the open one began."""
+        items, nbytes, _, _, _ = s.inbox[0]
+        s.peak = max(s.peak, self._held(s))
         first, begin = s.open
-        if first == before and items > before:
-            s.born = self._clock()
-        limit = self._max_batch
-        if limit is None or nbytes - begin < limit:
-            return
-        while nbytes - begin >= limit:
-            first, begin = self._boundary_locked(s, first, begin)
-        s.born = self._clock() if born is None else born
-        s.open = (first, begin)
+        if self._max_batch is not None and nbytes - begin >= self._max_batch:
+            while nbytes - begin >= self._max_batch:
+                first, begin = self._boundary_locked(s, first, begin)
+            if s.unseen and first < items:
+                s.born = (first, s.granted_at)  # at the earliest
+            s.open = (first, begin)
+        if first < items and s.born[0] != first:
+            s.born = (first, self._clock())
 
     def _boundary_locked(self, s: _State, first: int, begin: int) -> tuple[int, int]:
         """Lock held. Where the batch ends that starts at payload `first`, byte `begin`, and has reached the limit."""
@@ -1172,37 +1252,41 @@ class Dispatcher:
         """Wait for a batch, and take it."""
         parker: _Parker | None = None
         s = self._state
-        if s.owner == self._ident():
+        if self._nested(s):
             raise queue.Empty
+        over = self._clock() >= deadline
         try:
             while True:
-                over = self._clock() >= deadline
                 if s is not self._state:  # forked by a signal handler: the child's queue is another
                     s, parker = self._state, None
                 batch, delay = self._locked(s, self._poll_locked, parker, push)
                 if batch is not None:
+                    parker = None  # it has left the queue with the batch
                     return batch
                 if over:
                     raise queue.Empty
                 if parker is None:
                     parker = _Parker(self._new_lock())
                 else:
-                    parker.park(min(delay, max(0.0, deadline - self._clock())))
+                    over = parker.park(delay, deadline - self._clock())
         finally:
-            if parker is not None and s is self._state:
-                self._locked(s, self._leave_locked, parker)
+            try:
+                self._leave(s, parker)
+            except BaseException:
+                self._leave(s, parker)
+                raise
 
     def _poll_locked(self, s: _State, parker: _Parker | None, push: bool) -> tuple[Batch | None, float]:
         """Lock held. Take a batch if one is due; else stand in the queue, and say how long to wait (the timer)."""
-        self._count_locked(s)
+        self._refresh_locked(s)
         batch = self._take_locked(s, push)
-        if batch is None and s.owed:
-            self._serve_locked(s)
+        if batch is None and s.producers and s.phase is _RUNNING:  # nothing else will make room
+            self._serve_locked(s, True)
+            self._refresh_locked(s)
             batch = self._take_locked(s, push)
         if batch is not None:
-            if not push:
-                self._finish_locked(s)
-            self._offer_locked(s)
+            if parker is not None:
+                self._leave_locked(s, parker)
             return batch, 0.0
         if s.phase is not _RUNNING:
             raise Stopped("the dispatcher is stopped")
@@ -1211,31 +1295,28 @@ class Dispatcher:
             parker.reset()
             if parker not in s.consumers:
                 s.consumers.append(parker)
-            parker.armed = s.consumers[0] is parker and s.open[0] < s.inbox[0][0]
+            parker.armed = s.open[0] < s.inbox[0][0] and parker in _timers(s)
             if parker.armed:
-                delay = max(0.0, s.born + self._interval - self._clock())
+                delay = max(0.0, s.born[1] + self._interval - self._clock())
         return None, delay
 
     def _take_locked(self, s: _State, push: bool, discard: bool = False) -> Batch | None:
-        """Lock held. Build the front batch if it is closed or due, and release its bytes."""
-        items, _nbytes, _, _, _ = s.inbox[0]
+        """Lock held, after a refresh. Build the front batch if it is closed or due, and release its bytes."""
+        items = s.inbox[0][0]
         t = s.taken
         stop, end = s.open
         if t.items < stop:
             if self._max_batch is not None and end - t.nbytes >= self._max_batch:
                 stop, end = self._boundary_locked(s, t.items, t.nbytes)
-            while s.cuts and s.cuts[0] <= t.items:
-                s.cuts.popleft()
-            if s.cuts and s.cuts[0] < stop:
-                stop = s.cuts[0]
-        elif t.items == items or (s.phase is _RUNNING and self._clock() < s.born + self._interval):
+            stop = _first_cut(s.runs, t.items, stop)
+        elif t.items == items or (s.phase is _RUNNING and self._clock() < s.born[1] + self._interval):
             return None
         else:
             stop = items
         batch, empties = self._build_locked(s, stop)
         n, size = len(batch), batch.nbytes
-        t = t._replace(
-            items=t.items + n,
+        after = t._replace(
+            items=stop,
             nbytes=t.nbytes + size,
             charge=t.charge + size + empties,
             flight_items=n if push else t.flight_items,
@@ -1245,86 +1326,76 @@ class Dispatcher:
             batches=t.batches if discard else t.batches + 1,
         )
         if push:
-            s.flight_first = stop - n
+            s.flight_first = t.items
+        if discard:
+            s.undelivered.append((t.items, batch))
         if s.open[0] < stop:
-            s.open = (t.items, t.nbytes)
-        s.taken = t
-        self._drop_locked(s)
+            s.open = (stop, after.nbytes)
+        s.taken = after
+        while s.runs and s.runs[0].start + len(s.runs[0].ends) <= stop:
+            s.runs.popleft()
+        if s.runs:
+            run = s.runs[0]
+            if run.start < stop and isinstance(run.body, list):
+                run.body[: stop - run.start] = repeat(b"", stop - run.start)
         return batch
 
     def _build_locked(self, s: _State, stop: int) -> tuple[Batch, int]:
         """Lock held. The batch from the front up to payload `stop`, and how many of its payloads are empty."""
         front = s.taken.items
         parts: list[bytes | memoryview] = []
-        spans: list[tuple[_Run, int, int]] = []
+        ends: array[int] | None = None
+        base = origin = 0
         for run in s.runs:
             if run.start >= stop:
                 break
             first, last = max(0, front - run.start), min(len(run.ends), stop - run.start)
+            if first >= last:  # taken before, and not yet dropped
+                continue
             parts += run.parts(first, last)
-            spans.append((run, first, last))
-        data = parts[0] if len(parts) == 1 and isinstance(parts[0], bytes) else b"".join(parts)
-        run, first, last = spans[0]
-        base = run.ends[first - 1] if first else run.base
-        ends = run.ends[first:last]
-        for more, first, last in spans[1:]:
-            if more.origin == run.origin:
-                ends += more.ends[first:last]
+            more = run.ends[first:last]
+            if ends is None:
+                ends, origin = more, run.origin
+                base = run.ends[first - 1] if first else run.base
+            elif run.origin == origin and more.typecode == ends.typecode:
+                ends += more
             else:
-                shift = more.origin - run.origin
-                ends = array("Q", chain(ends, (end + shift for end in more.ends[first:last])))
-        size = len(data)
+                ends = array("Q", chain(ends, (end + run.origin - origin for end in more)))
+        assert ends is not None, "I2"
+        data = parts[0] if len(parts) == 1 and isinstance(parts[0], bytes) else b"".join(parts)
+        assert ends[-1] - base == len(data), "I2"
         empties = 0
-        if s.inbox[0][2] - s.inbox[0][1] != s.taken.charge - s.taken.nbytes:  # there are empty payloads
+        if self._held(s) != s.inbox[0][1] - s.taken.nbytes:  # there are empty payloads
             empties = sum(map(eq, ends, chain((base,), ends)))
-        assert ends[-1] - base == size
         return Batch(data, ends, base), empties
 
-    def _drop_locked(self, s: _State) -> None:
-        """Lock held. Let go of what was taken."""
-        front = s.taken.items
-        while s.runs and s.runs[0].start + len(s.runs[0].ends) <= front:
-            s.runs.popleft()
-        if s.runs:
-            run = s.runs[0]
-            if run.start < front and isinstance(run.body, list):
-                run.body[: front - run.start] = repeat(b"", front - run.start)
-
-    def _offer_locked(self, s: _State) -> None:
-        """Lock held. After a batch was taken: serve waiting producers, now or when more has drained; wake the next."""
-        if s.producers and s.phase is _RUNNING:
-            if self._lazy and 2 * (s.inbox[0][2] - s.taken.charge) > self._max_buffered:
-                s.owed = True
-                if not s.producers[0].armed:
-                    s.producers[0].wake()
-            else:
-                self._serve_locked(s)
-        self._signal_locked(s)
-
-    def _serve_locked(self, s: _State) -> None:
-        """Lock held. Accept the payloads of waiting producers, first come first served, while they fit."""
-        s.owed = False
+    def _serve_locked(self, s: _State, now: bool) -> None:
+        """Lock held. Accept payloads of waiting producers that fit, first come first served: now, or once it pays."""
         while s.producers:
-            entry = s.producers[0]
-            if not entry.accepted and not self._admit_locked(s, entry.data, entry.charge, entry):
-                break
-            entry.accepted = True
+            parker = s.producers[0]
+            entry = parker.entry
+            assert entry is not None
+            if not entry.accepted:
+                held = self._held(s)
+                if held + entry.charge > self._max_buffered:
+                    return
+                if not now and self._lazy and 2 * held > self._max_buffered:
+                    if not parker.armed:
+                        parker.wake()  # to look for itself after _PATIENCE
+                    return
+                now = True
+                if not self._accept_locked(s, entry):
+                    return
+            parker.wake()
             s.producers.popleft()
-            entry.wake()
 
     def _signal_locked(self, s: _State) -> None:
         """Lock held. Wake a consumer if it has something to do: a batch to take, or a timer to set."""
         if s.consumers and s.taken.items < s.inbox[0][0]:
-            first = s.consumers[0]
-            if s.taken.items < s.open[0] or not first.armed or s.phase is not _RUNNING:
-                first.wake()
-
-    def _leave_locked(self, s: _State, parker: _Parker) -> None:
-        """Lock held. A consumer waits no longer; what it was told goes to the next."""
-        with contextlib.suppress(ValueError):
-            s.consumers.remove(parker)
-        self._count_locked(s)
-        self._signal_locked(s)
+            due = s.taken.items < s.open[0]
+            for parker in _timers(s):
+                if due or not parker.armed:
+                    parker.wake()
 
     # -- Push --------------------------------------------------------------------------------------------------------
 
@@ -1369,6 +1440,10 @@ class Dispatcher:
                 batch = self._next(until, True)
             except (Stopped, queue.Empty):
                 return
+            except Exception as exc:  # MemoryError: the batch is still there; the thread must be, too
+                self._report(exc, None, None)
+                _Parker(self._new_lock()).park(self._interval, _FOREVER)
+                continue
             failed = False
             try:
                 handler(batch)
@@ -1379,18 +1454,17 @@ class Dispatcher:
             if s is self._state:
                 self._locked(s, self._landed_locked, failed)
 
-    def _report(self, exc: BaseException, batch: Batch, on_error: _OnError | None) -> None:
-        """Tell of a handler's exception, and of one in on_error, without raising."""
-        thread = threading.current_thread()
+    def _report(self, exc: BaseException, batch: Batch | None, on_error: _OnError | None) -> None:
+        """Tell of an exception, and of one in on_error, without raising."""
         try:
-            if on_error is not None:
-                on_error(exc, batch)
-            else:
+            if on_error is None or batch is None:
+                thread = threading.current_thread()
                 threading.excepthook(threading.ExceptHookArgs((type(exc), exc, exc.__traceback__, thread)))
+            else:
+                on_error(exc, batch)
         except BaseException as again:
-            with contextlib.suppress(BaseException):
-                args = threading.ExceptHookArgs((type(again), again, again.__traceback__, thread))
-                threading.excepthook(args)
+            if on_error is not None:
+                self._report(again, None, None)
 
     def _landed_locked(self, s: _State, failed: bool) -> None:
         """Lock held. The handler has returned."""
@@ -1402,108 +1476,103 @@ class Dispatcher:
             failed_items=t.failed_items + t.flight_items if failed else t.failed_items,
             failed_charge=t.failed_charge + t.flight_charge if failed else t.failed_charge,
         )
-        s.drained.notify_all()
-        self._finish_locked(s)
 
     # -- Flush, shutdown, stop ---------------------------------------------------------------------------------------
 
     def _cut_locked(self, s: _State) -> int:
         """Lock held. Close the open batch; return the number of payloads accepted."""
-        self._count_locked(s)
+        self._refresh_locked(s)
         items: int
         items, nbytes, _, _, _ = s.inbox[0]
         if s.open[0] < items:
-            s.cuts.append(items)
+            run = s.runs[-1]
+            if run.cuts is None:
+                run.cuts = array("H")  # a run holds less than _RUN_ITEMS + _PIECE payloads
+            run.cuts.append(items - run.start)
             s.open = (items, nbytes)
-            self._signal_locked(s)
         return items
 
-    def _await_locked(self, s: _State, target: int, deadline: float) -> bool:
-        """Lock held. Wait until the first `target` payloads are delivered; False: out of time, or stopped."""
-        me = s.owner
-        discarded = s.taken.discarded_items
-        while s is self._state:
-            if s.taken.discarded_items != discarded:
-                return False
-            if s.taken.items >= target and not 0 <= s.flight_first < target:
-                return True
-            remaining = deadline - self._clock()
-            if remaining <= 0 or s.phase is _STOPPED:
-                return False
-            self._disown_locked(s, me)
-            s.drained.wait(min(remaining, _RECHECK))
-            s.owner = me
-        return True  # forked by a signal handler: what was accepted is the parent's
+    def _wait_delivered(self, s: _State, target: float, deadline: float) -> bool:
+        """Wait until the first `target` payloads are delivered; False: out of time, or stopped before."""
+        parker: _Parker | None = None
+        over = self._clock() >= deadline
+        try:
+            while s is self._state:
+                done = self._locked(s, self._delivered_locked, target, parker)
+                if done is not None:
+                    return done
+                if over:
+                    return False
+                if parker is None:
+                    parker = _Parker(self._new_lock())
+                    parker.target = target
+                else:
+                    over = parker.park(_FOREVER, deadline - self._clock())
+            return True  # forked by a signal handler: what was accepted is the parent's
+        finally:
+            try:
+                self._leave(s, parker)
+            except BaseException:
+                self._leave(s, parker)
+                raise
+
+    def _delivered_locked(self, s: _State, target: float, parker: _Parker | None) -> bool | None:
+        """Lock held. Whether it came to a delivery of all, or to an end without; None: parker waits for either."""
+        self._refresh_locked(s)
+        if self._delivered(s, target):
+            return True
+        if s.phase is _STOPPED:
+            return target == _FOREVER and not s.halted
+        if parker is not None:
+            parker.reset()
+            if parker not in s.drainers:
+                s.drainers.append(parker)
+        return None
+
+    def _delivered(self, s: _State, target: float) -> bool:
+        t = s.taken
+        return t.items >= target and not 0 <= s.flight_first < target and not t.discarded_items
 
     def _close_locked(self, s: _State) -> bool:
         """Lock held. Take no more work; return whether there is nothing to wait for."""
         if s.phase is _RUNNING:
             s.phase = _SHUTTING_DOWN
-            self._cut_locked(s)
-            self._release_all_locked(s)
-            self._finish_locked(s)
+        self._refresh_locked(s)
         return s.phase is _STOPPED
 
-    def _release_all_locked(self, s: _State) -> None:
-        """Lock held. The phase has changed: whoever waits looks at it."""
-        for parker in chain(s.producers, s.consumers):
-            parker.wake()
-        s.drained.notify_all()
-
-    def _finish_locked(self, s: _State) -> None:
-        """Lock held. After a delivery: tell who waits for it, and stop if that was the last."""
-        s.drained.notify_all()
-        if s.phase is _SHUTTING_DOWN:
-            self._count_locked(s)  # a nested call may have come before the phase changed
-            if s.taken.items == s.inbox[0][0] and s.flight_first < 0:
-                s.phase = _STOPPED
-                self._release_all_locked(s)
-
-    def _drain_locked(self, s: _State, deadline: float) -> None:
-        """Lock held. Wait until everything is delivered, and the dispatcher stopped."""
-        me = s.owner
-        while s.phase is _SHUTTING_DOWN and s is self._state:
-            remaining = deadline - self._clock()
-            if remaining <= 0:
-                raise DrainTimeout(self._stop_locked(s))
-            self._disown_locked(s, me)
-            s.drained.wait(min(remaining, _RECHECK))
-            s.owner = me
+    def _give_up_locked(self, s: _State) -> None:
+        """Lock held. shutdown was not told that all is delivered: stop, unless somebody has."""
         if s.halted:
             raise Stopped("stopped while it was shutting down")
+        if s.phase is not _STOPPED:
+            raise DrainTimeout(self._stop_locked(s))
 
     def _stop_locked(self, s: _State) -> list[Batch]:
-        """Lock held. Stop, and take out what was not delivered."""
-        if s.phase is _STOPPED:
-            return []
-        s.phase = _STOPPED
-        s.halted = True
-        self._cut_locked(s)
-        undelivered = []
-        while True:
-            batch = self._take_locked(s, False, discard=True)
-            if batch is None:
-                break
-            undelivered.append(batch)
-        self._release_all_locked(s)
-        return undelivered
+        """Lock held. Stop, and take out what was not delivered; made to be called again when an exception ended it."""
+        if s.phase is not _STOPPED:
+            s.phase = _STOPPED
+            s.halted = True
+        self._refresh_locked(s)
+        while s.undelivered and s.undelivered[-1][0] >= s.taken.items:
+            s.undelivered.pop()
+        while self._take_locked(s, False, discard=True) is not None:
+            pass
+        batches = [batch for _, batch in s.undelivered]
+        s.undelivered = []
+        return batches
 
     # -- Looking at it -----------------------------------------------------------------------------------------------
 
     def _stats_locked(self, s: _State) -> Stats:
         """Lock held. As stats."""
-        self._count_locked(s)
-        while s.nested_rejects:
-            charge = s.nested_rejects[-1]
-            s.rejected = (s.rejected[0] + 1, s.rejected[1] + charge)
-            s.nested_rejects.pop()
+        self._refresh_locked(s)
         return self._snapshot(s)
 
     def _snapshot(self, s: _State) -> Stats:
         """Lock held, by this call or by the one that it interrupted."""
         t = s.taken
         items, charge = self._accepted_before(s, None)
-        refused = list(s.nested_rejects)
+        refused = list(s.refused)
         return Stats(
             accepted=items,
             accepted_bytes=charge,
@@ -1539,10 +1608,9 @@ class Dispatcher:
             assert (granted - 1) * self._small <= self._max_buffered - charge + t.charge, "I3"
             assert s.open[0] < items, "I4"
             assert not s.producers and s.phase is _RUNNING, "I5"
-        self._count_locked(s)
+        self._refresh_locked(s)
         items, nbytes, charge, granted, _ = s.inbox[0]
-        assert 0 <= charge - t.charge <= self._max_buffered, "I1"
-        assert charge - t.charge <= s.peak <= self._max_buffered, "I1"
+        assert 0 <= charge - t.charge <= s.peak <= self._max_buffered, "I1"
         stored = list(chain.from_iterable(range(run.start, run.start + len(run.ends)) for run in s.runs))
         assert stored == list(range(stored[0] if stored else items, items)), "I2"
         assert not stored or stored[0] <= t.items, "I2"
@@ -1564,6 +1632,31 @@ class Dispatcher:
             assert min(parts) >= 0 and getattr(snapshot, "accepted" + suffix) == sum(parts), "I6"
 
 
+def _timers(s: _State) -> list[_Parker]:
+    """The waiting consumers that see to the front batch: the first thread, and the coroutines before it."""
+    found = []
+    for parker in list(s.consumers):
+        if isinstance(parker, _AsyncParker) and parker.dead():
+            s.consumers.remove(parker)
+            continue
+        found.append(parker)
+        if parker.sure:
+            break
+    return found
+
+
+def _first_cut(runs: Iterable[_Run], front: int, stop: int) -> int:
+    """Number of the payload at which flush cut first behind `front`, or `stop`."""
+    for run in runs:
+        if run.start >= stop:
+            break
+        if run.cuts is not None:
+            k = bisect_right(run.cuts, front - run.start)
+            if k < len(run.cuts):
+                return min(stop, run.start + run.cuts[k])
+    return stop
+
+
 def _from(runs: deque[_Run], first: int) -> Iterable[_Run]:
     """The runs from the one that holds payload `first`, found from the nearer end."""
     if not runs or runs[0].start + len(runs[0].ends) > first:
@@ -1578,7 +1671,10 @@ def _from(runs: deque[_Run], first: int) -> Iterable[_Run]:
 
 def _show(value: object) -> str:
     """A value for an error message, cut to a line's length."""
-    text = f"{type(value).__name__}: {value!r}"
+    try:
+        text = f"{type(value).__name__}: {value!r}"
+    except Exception:  # a repr may do anything
+        return type(value).__name__
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -1601,7 +1697,7 @@ def _seconds(name: str, value: Any) -> float:
         raise TypeError(f"{name} must be a number of seconds, not {_show(value)}")
     if not value >= 0:
         raise ValueError(f"{name} must be >= 0 seconds, not {value!r}")
-    return min(value, _FOREVER)
+    return float(value) if value <= threading.TIMEOUT_MAX else _FOREVER
 
 
 def _timeout(value: Any) -> float:
@@ -1618,28 +1714,37 @@ def _byte_limit(name: str, value: Any) -> int:
 
 # One hook each for fork and exit; the set keeps no dispatcher alive.
 _GLOBALS = globals()
+_LOCKED_CODE = Dispatcher._locked.__code__
 _DISPATCHERS: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
+
+
+def _dispatchers() -> list[Dispatcher]:
+    while True:
+        try:
+            return list(_DISPATCHERS)
+        except RuntimeError:  # another thread made one meanwhile
+            continue
 
 
 def _after_fork_in_child() -> None:
     """Give every dispatcher a fresh, empty state; what was accepted is the parent's."""
-    for d in list(_DISPATCHERS):
-        old, d._state = d._state, d._new_state()
+    for d in _dispatchers():
+        old, d._state = d._state, _State(d._new_rlock())
         old.gate = 0
-        for parker in chain(old.producers, old.consumers):  # this thread's, if a signal handler forked in its wait
-            parker.wake()
+        for parker in chain(old.producers, old.consumers, old.drainers):
+            parker.woken = False  # another thread may have been about to wake it
+            parker.wake()  # this thread's, if a signal handler forked in its wait
 
 
 def _at_exit() -> None:
     """Drain what was started, each for its exit_timeout at most, all at the same time."""
     begin = time.monotonic()
-    started = [(d, d._push[2]) for d in list(_DISPATCHERS) if d._push is not None]
+    started = [(d, d._push[2]) for d in _dispatchers() if d._push is not None]
     for d, _ in started:
         d._locked(d._state, d._close_locked)
     for d, limit in started:
         until = begin + limit
-        thread = d._state.thread
-        if thread is None:  # a forked child could not start it
+        if d._state.thread is None:  # a forked child could not start it
             d._consume(until)
         with contextlib.suppress(DrainTimeout, Stopped):
             d.shutdown(max(0.0, until - time.monotonic()))

@@ -1,0 +1,4932 @@
+# SPDX-License-Identifier: MIT
+"""Tests of tempo.py, grouped by property: contract, capacity, order, waiting, consumers, life cycle, re-entrance, fork
+and exit, memory, census, model, vendoring, documentation, harness.
+
+Nothing here sleeps to wait: a test waits for a state that `stats()` shows, or for an event, with a limit.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import contextlib
+import copy
+import ctypes
+import doctest
+import gc
+import json
+import logging
+import os
+import pickle
+import queue
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import tracemalloc
+import weakref
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import tempo
+from soak import __main__ as soak_main
+from soak import payloads as soak_payloads
+from soak import units, verdict
+from soak.config import Config
+
+ROOT = Path(__file__).resolve().parent
+LONG = 60.0  # seconds: an interval that never ends within a test
+LIMIT = 20.0  # seconds a test waits for something that must come
+
+
+def make(**kwargs: Any) -> tempo.Dispatcher:
+    """A dispatcher with roomy defaults."""
+    return tempo.Dispatcher(**{"interval": LONG, "max_buffered_bytes": tempo.MiB, **kwargs})
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Return when condition() is true; fail when that takes longer than LIMIT."""
+    end = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.001)
+
+
+class Worker(threading.Thread):
+    """A thread whose outcome is looked at: `.result()` joins it, and returns or raises what its function did."""
+
+    def __init__(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(daemon=True)
+        self._work, self._args, self._kwargs = work, args, kwargs
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._value = self._work(*self._args, **self._kwargs)
+        except BaseException as exc:
+            self._error = exc
+
+    def result(self) -> Any:
+        self.join(LIMIT)
+        assert not self.is_alive(), f"{self._work} is stuck"
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+class Clock:
+    """A clock that moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def with_clock(**kwargs: Any) -> tuple[tempo.Dispatcher, Clock]:
+    """A dispatcher on a clock of its own."""
+    clock = Clock()
+    with mock.patch("time.monotonic", clock):
+        return make(**kwargs), clock
+
+
+def payloads(batches: Any) -> list[bytes]:
+    """All payloads of some batches, in order."""
+    return [payload for batch in batches for payload in batch.tolist()]
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left() -> Iterator[None]:
+    """Fail a test that leaves a thread behind."""
+    before = set(threading.enumerate())
+    yield
+    wait_until(lambda: not [t for t in threading.enumerate() if t not in before])
+
+
+SMALL = 100  # bytes: a buffer in which every payload is counted under the lock
+LARGE = 64 * tempo.KiB  # bytes: the smallest buffer in which small payloads are accepted without the lock
+LIMITS = pytest.mark.parametrize("limit", [SMALL, LARGE, tempo.MiB])
+
+
+def full(limit: int, **kwargs: Any) -> tempo.Dispatcher:
+    """A dispatcher filled to the last byte with one payload, which is a closed batch."""
+    d = make(max_buffered_bytes=limit, max_batch_bytes=1, **kwargs)
+    d.enqueue(b"x" * limit)
+    return d
+
+
+def waiter(d: tempo.Dispatcher, payload: bytes, timeout: float | None = None) -> Worker:
+    """A thread that waits for room, and stands in the queue already."""
+    waiting = d.stats().waiting_producers
+    worker = Worker(d.enqueue, payload, timeout=timeout)
+    wait_until(lambda: d.stats().waiting_producers > waiting)
+    return worker
+
+
+def closing(d: tempo.Dispatcher) -> Worker:
+    """A thread in shutdown() that has begun."""
+    worker = Worker(d.shutdown)
+    wait_until(lambda: d.stats().state != "running")
+    return worker
+
+
+def conserved(d: tempo.Dispatcher) -> tempo.Stats:
+    """The stats, after a look at what always holds."""
+    s = d.stats()
+    assert s.accepted == s.delivered + s.in_flight + s.buffered + s.discarded
+    assert s.accepted_bytes == s.delivered_bytes + s.in_flight_bytes + s.buffered_bytes + s.discarded_bytes
+    assert min(s[:-1]) >= 0
+    assert s.failed <= s.delivered
+    assert s.failed_bytes <= s.delivered_bytes
+    assert s.buffered_bytes <= s.peak_buffered_bytes
+    return s
+
+
+def unchanged(before: tempo.Stats, after: tempo.Stats) -> bool:
+    """Whether nothing changed but the count of refusals."""
+    return before._replace(rejected=0, rejected_bytes=0) == after._replace(rejected=0, rejected_bytes=0)
+
+
+# The Go original's contract, point by point
+
+
+def test_a_dispatcher_without_a_batch_limit_is_valid() -> None:
+    d = tempo.Dispatcher(interval=1, max_buffered_bytes=100)
+
+    assert d.stats().state == "running"
+
+
+def test_a_batch_limit_above_the_buffer_limit_is_valid() -> None:
+    d = tempo.Dispatcher(interval=0.5, max_buffered_bytes=100, max_batch_bytes=1000)
+    d.enqueue(b"a")
+
+    assert payloads(d.stop()) == [b"a"]
+
+
+@LIMITS
+def test_a_batch_closes_when_its_bytes_reach_the_limit(limit: int) -> None:
+    d = make(max_buffered_bytes=limit, max_batch_bytes=6)
+
+    d.enqueue(b"abc")
+    with pytest.raises(queue.Empty):
+        d.get(timeout=0)
+    d.enqueue(b"def")
+
+    assert d.get(timeout=0).tolist() == [b"abc", b"def"]
+
+
+@LIMITS
+def test_a_batch_closes_when_its_first_payload_has_waited_the_interval(limit: int) -> None:
+    d, clock = with_clock(max_buffered_bytes=limit, interval=5.0)
+    d.enqueue(b"a")
+    clock.now += 3.0
+    d.enqueue(b"b")
+    clock.now += 1.5
+    with pytest.raises(queue.Empty):
+        d.get(timeout=0)
+
+    clock.now += 0.5
+
+    assert d.get(timeout=0).tolist() == [b"a", b"b"]
+
+
+@LIMITS
+def test_the_interval_counts_anew_for_the_next_batch(limit: int) -> None:
+    d, clock = with_clock(max_buffered_bytes=limit, interval=5.0, max_batch_bytes=2)
+    d.enqueue(b"a")
+    clock.now += 4.0
+    d.enqueue_many([b"b", b"c"])
+
+    assert d.get(timeout=0).tolist() == [b"a", b"b"]
+    clock.now += 4.5
+    with pytest.raises(queue.Empty):
+        d.get(timeout=0)
+    clock.now += 0.5
+    assert d.get(timeout=0).tolist() == [b"c"]
+
+
+@LIMITS
+def test_a_waiting_consumer_is_the_timer(limit: int) -> None:
+    d = make(max_buffered_bytes=limit, interval=0.005)
+    consumer = Worker(d.get)
+    wait_until(lambda: d.stats().waiting_consumers)
+
+    d.enqueue(b"a")
+
+    assert consumer.result().tolist()[0] == b"a"
+
+
+@LIMITS
+def test_payloads_leave_in_the_order_in_which_they_were_accepted(limit: int) -> None:
+    d = make(max_buffered_bytes=limit, max_batch_bytes=7)
+    sent = [b"%d" % i for i in range(50)]
+
+    for payload in sent:
+        d.enqueue(payload)
+
+    assert payloads(d.stop()) == sent
+
+
+@LIMITS
+def test_a_payload_above_the_batch_limit_goes_alone(limit: int) -> None:
+    d = make(max_buffered_bytes=limit, max_batch_bytes=4)
+
+    for payload in (b"a", b"12345", b"b", b"c"):
+        d.enqueue(payload)
+
+    assert d.get(timeout=0).tolist() == [b"a"]
+    assert d.get(timeout=0).tolist() == [b"12345"]
+    assert [batch.tolist() for batch in d.stop()] == [[b"b", b"c"]]
+
+
+@LIMITS
+def test_a_batch_closes_before_a_payload_that_would_take_it_over_the_limit(limit: int) -> None:
+    d = make(max_buffered_bytes=limit, max_batch_bytes=5)
+
+    for payload in (b"abc", b"d", b"ef"):
+        d.enqueue(payload)
+
+    assert d.get(timeout=0).tolist() == [b"abc", b"d"]
+    with pytest.raises(queue.Empty):
+        d.get(timeout=0)
+    assert [batch.tolist() for batch in d.stop()] == [[b"ef"]]
+
+
+@LIMITS
+def test_no_batch_of_several_payloads_exceeds_the_limit(limit: int) -> None:
+    d = make(max_buffered_bytes=limit, max_batch_bytes=10)
+
+    d.enqueue_many([b"x" * (i % 13) for i in range(15)])
+
+    assert all(batch.nbytes <= 10 or len(batch) == 1 for batch in d.stop())
+
+
+def test_empty_payloads_do_not_fill_a_batch() -> None:
+    d = make(max_batch_bytes=2)
+
+    d.enqueue_many([b"", b"", b"", b"a", b"", b"b", b""])
+
+    assert d.get(timeout=0).tolist() == [b"", b"", b"", b"a", b"", b"b"]
+    assert payloads(d.stop()) == [b""]
+
+
+@LIMITS
+def test_mutable_payloads_are_copied(limit: int) -> None:
+    d = make(max_buffered_bytes=limit)
+    first, second, third = bytearray(b"first"), bytearray(b"second"), bytearray(b"third")
+
+    d.enqueue(first)
+    d.enqueue(memoryview(second))
+    d.enqueue_many([third])
+    for sent in (first, second, third):
+        sent[:] = b"changed, and resized: nothing holds on to it"
+
+    assert payloads(d.stop()) == [b"first", b"second", b"third"]
+
+
+@LIMITS
+def test_the_queue_is_full_at_the_exact_byte_and_open_again_after_the_drain(limit: int) -> None:
+    d = full(limit)
+
+    with pytest.raises(tempo.QueueFull):
+        d.enqueue(b"y")
+    assert d.get(timeout=0).nbytes == limit
+    d.enqueue(b"y")
+
+    assert payloads(d.stop()) == [b"y"]
+
+
+@LIMITS
+def test_a_payload_that_would_fit_later_is_refused_now(limit: int) -> None:
+    d = make(max_buffered_bytes=limit)
+    d.enqueue(b"x" * (limit - 3))
+
+    with pytest.raises(tempo.QueueFull):
+        d.enqueue(b"1234")
+    d.enqueue(b"123")
+
+    assert d.stats().buffered_bytes == limit
+
+
+@LIMITS
+def test_a_payload_above_the_whole_buffer_is_too_large(limit: int) -> None:
+    d = make(max_buffered_bytes=limit)
+
+    with pytest.raises(tempo.PayloadTooLarge):
+        d.enqueue(b"x" * (limit + 1))
+
+    assert d.stats().accepted == 0
+
+
+@LIMITS
+def test_shutdown_drains_what_was_accepted(limit: int) -> None:
+    d = make(max_buffered_bytes=limit, max_batch_bytes=2)
+    d.enqueue_many([b"a", b"b", b"c"])
+
+    closer = closing(d)
+    received = [batch.tolist() for batch in d]
+
+    closer.result()
+    assert received == [[b"a", b"b"], [b"c"]]
+    assert d.stats().state == "stopped"
+
+
+def test_shutdown_of_an_empty_dispatcher_returns_at_once() -> None:
+    d = make()
+
+    d.shutdown(timeout=0)
+
+    assert d.stats().state == "stopped"
+
+
+@LIMITS
+def test_shutdown_that_runs_out_of_time_hands_back_what_is_left(limit: int) -> None:
+    d = make(max_buffered_bytes=limit, max_batch_bytes=2)
+    d.enqueue_many([b"a", b"b", b"c"])
+
+    with pytest.raises(tempo.DrainTimeout) as caught:
+        d.shutdown(timeout=0.01)
+
+    assert isinstance(caught.value, TimeoutError)
+    assert [batch.tolist() for batch in caught.value.undelivered] == [[b"a", b"b"], [b"c"]]
+    assert d.stats().state == "stopped"
+    assert d.stop() == []
+    with pytest.raises(tempo.Stopped):
+        d.get()
+
+
+def test_shutdown_twice_is_one_shutdown() -> None:
+    d = make()
+
+    d.shutdown()
+    d.shutdown()
+    d.shutdown(timeout=0)
+
+    assert d.stats().state == "stopped"
+
+
+def test_concurrent_shutdowns_wait_for_the_same_drain() -> None:
+    d = make()
+    d.enqueue(b"a")
+
+    closers = [Worker(d.shutdown) for _ in range(4)]
+    wait_until(lambda: d.stats().state == "shutting_down")
+    assert all(closer.is_alive() for closer in closers)
+    received = payloads(d)
+
+    assert [closer.result() for closer in closers] == [None] * 4
+    assert received == [b"a"]
+
+
+def test_leaving_the_with_block_is_shutdown() -> None:
+    received: list[bytes] = []
+
+    with make() as d:
+        d.start(lambda batch: received.extend(batch.tolist()))
+        d.enqueue(b"a")
+
+    assert received == [b"a"]
+    assert d.stats().state == "stopped"
+
+
+@LIMITS
+def test_stop_hands_back_what_was_not_delivered(limit: int) -> None:
+    d = make(max_buffered_bytes=limit, max_batch_bytes=2)
+    d.enqueue_many([b"a", b"b", b"c", b"d", b"e"])
+    d.get()
+
+    left = d.stop()
+
+    assert [batch.tolist() for batch in left] == [[b"c", b"d"], [b"e"]]
+    assert d.stop() == []
+    with pytest.raises(tempo.Stopped):
+        d.get()
+    assert list(d) == []
+
+
+def test_stop_during_a_shutdown_ends_it_with_stopped() -> None:
+    d = make()
+    d.enqueue(b"a")
+    closer = closing(d)
+
+    left = d.stop()
+
+    with pytest.raises(tempo.Stopped):
+        closer.result()
+    assert payloads(left) == [b"a"]
+
+
+def test_concurrent_stops_hand_back_each_payload_once() -> None:
+    d = make(max_batch_bytes=2)
+    sent = [b"%d" % i for i in range(100)]
+    d.enqueue_many(sent)
+
+    stops = [Worker(d.stop) for _ in range(4)]
+
+    assert sorted(payload for stop in stops for payload in payloads(stop.result())) == sorted(sent)
+
+
+@LIMITS
+def test_during_a_shutdown_new_work_is_refused_with_shutting_down(limit: int) -> None:
+    d = make(max_buffered_bytes=limit)
+    d.enqueue(b"a")
+    closer = closing(d)
+
+    with pytest.raises(tempo.ShuttingDown):
+        d.enqueue(b"b")
+    with pytest.raises(tempo.ShuttingDown):
+        d.enqueue(b"b", timeout=None)
+    with pytest.raises(tempo.ShuttingDown):
+        d.enqueue_many([b"b"])
+
+    assert payloads(d) == [b"a"]
+    closer.result()
+
+
+@pytest.mark.parametrize("end", ["shutdown", "stop"])
+@LIMITS
+def test_after_the_end_new_work_is_refused_with_stopped(limit: int, end: str) -> None:
+    d = make(max_buffered_bytes=limit)
+    d.enqueue(b"a")
+    d.enqueue(b"b")
+    d.flush(0)
+    d.get()
+
+    getattr(d, end)()
+
+    with pytest.raises(tempo.Stopped):
+        d.enqueue(b"c")
+    with pytest.raises(tempo.Stopped):
+        d.enqueue(b"c", timeout=None)
+    with pytest.raises(tempo.Stopped):
+        d.enqueue_many([b"c"])
+    with pytest.raises(tempo.Closed):
+        d.start(print)
+    assert d.stats().accepted == 2
+
+
+def test_the_errors_stand_where_the_contract_puts_them() -> None:
+    assert issubclass(tempo.QueueFull, tempo.Error) and issubclass(tempo.QueueFull, queue.Full)
+    assert issubclass(tempo.PayloadTooLarge, tempo.Error) and issubclass(tempo.PayloadTooLarge, ValueError)
+    assert not issubclass(tempo.PayloadTooLarge, queue.Full)
+    assert issubclass(tempo.Closed, tempo.Error) and issubclass(tempo.Closed, RuntimeError)
+    assert issubclass(tempo.ShuttingDown, tempo.Closed) and issubclass(tempo.Stopped, tempo.Closed)
+    assert issubclass(tempo.DrainTimeout, tempo.Error) and issubclass(tempo.DrainTimeout, TimeoutError)
+    assert (tempo.KiB, tempo.MiB, tempo.GiB) == (1 << 10, 1 << 20, 1 << 30)
+    assert all(hasattr(tempo, name) for name in tempo.__all__)
+
+
+# Capacity
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 512, 513])
+@pytest.mark.parametrize("limit", [SMALL, LARGE])
+def test_the_buffer_takes_exactly_as_many_payloads_as_fit(limit: int, size: int) -> None:
+    d = make(max_buffered_bytes=limit)
+    payload = b"x" * size
+    room = limit // max(1, size)
+
+    for _ in range(room):
+        d.enqueue(payload)
+
+    with pytest.raises(tempo.QueueFull if size <= limit else tempo.PayloadTooLarge):
+        d.enqueue(payload)
+    s = conserved(d)
+    assert (s.buffered, s.buffered_bytes) == (room, room * max(1, size))
+    assert payloads(d.stop()) == [payload] * room
+
+
+@LIMITS
+def test_what_is_left_of_the_buffer_is_still_given(limit: int) -> None:
+    d = make(max_buffered_bytes=limit)
+    for _ in range(limit // 7):
+        d.enqueue(b"1234567")
+
+    for _ in range(limit % 7):
+        d.enqueue(b"")
+
+    assert d.stats().buffered_bytes == limit
+    for payload in (b"", b"x", b"1234567"):
+        with pytest.raises(tempo.QueueFull):
+            d.enqueue(payload)
+
+
+@LIMITS
+def test_random_sizes_are_accepted_exactly_while_they_fit(limit: int) -> None:
+    d = make(max_buffered_bytes=limit, max_batch_bytes=limit // 3)
+    buffered, sent, received = 0, [], []
+    size = 1
+
+    for step in range(1500):
+        size = size * 7919 % 10007
+        payload = b"%d" % step + b"." * (size % (limit // 9))
+        if buffered + len(payload) <= limit:
+            d.enqueue(payload)
+            sent.append(payload)
+            buffered += len(payload)
+        else:
+            with pytest.raises(tempo.QueueFull):
+                d.enqueue(payload)
+            batch = d.get(timeout=0)
+            received += batch.tolist()
+            buffered -= batch.nbytes
+    received += payloads(d.stop())
+
+    assert received == sent
+
+
+@LIMITS
+def test_a_refused_payload_leaves_nothing_behind(limit: int) -> None:
+    d = make(max_buffered_bytes=limit)
+    d.enqueue(b"a")
+    d.enqueue(b"b")
+    before = d.stats()
+
+    with pytest.raises(tempo.QueueFull):
+        d.enqueue(b"x" * (limit - 1))
+    with pytest.raises(tempo.QueueFull):
+        d.enqueue(b"x" * (limit - 1), timeout=0.001)
+    with pytest.raises(tempo.PayloadTooLarge):
+        d.enqueue(b"x" * (limit + 1))
+    after = d.stats()
+
+    assert unchanged(before, after)
+    assert (after.rejected, after.rejected_bytes) == (3, 3 * limit - 1)
+    assert payloads(d.stop()) == [b"a", b"b"]
+
+
+@pytest.mark.parametrize("timeout", [0, 0.001])
+@LIMITS
+def test_queue_full_tells_what_was_needed_and_what_was_there(limit: int, timeout: float) -> None:
+    d = make(max_buffered_bytes=limit)
+    d.enqueue(b"x" * (limit - 2))
+
+    with pytest.raises(queue.Full) as caught:
+        d.enqueue(b"abc", timeout=timeout)
+
+    error = caught.value
+    assert isinstance(error, tempo.QueueFull)
+    assert (error.needed, error.buffered_bytes, error.max_buffered_bytes) == (3, limit - 2, limit)
+    for number in (3, limit - 2, limit):
+        assert str(number) in str(error)
+
+
+def test_queue_full_counts_an_empty_payload_as_one_byte() -> None:
+    d = full(SMALL)
+
+    with pytest.raises(tempo.QueueFull) as caught:
+        d.enqueue(b"")
+
+    assert caught.value.needed == 1
+
+
+def test_the_errors_survive_pickling() -> None:
+    d = full(SMALL)
+    with pytest.raises(tempo.QueueFull) as caught:
+        d.enqueue(b"abc")
+    with pytest.raises(tempo.DrainTimeout) as late:
+        d.shutdown(timeout=0)
+
+    again = pickle.loads(pickle.dumps(caught.value))
+    late_again = pickle.loads(pickle.dumps(late.value))
+
+    assert (type(again), str(again), again.needed) == (tempo.QueueFull, str(caught.value), 3)
+    assert payloads(late_again.undelivered) == [b"x" * SMALL]
+
+
+@LIMITS
+def test_too_large_is_raised_at_once_even_by_a_call_that_would_wait_for_ever(limit: int) -> None:
+    d = make(max_buffered_bytes=limit)
+
+    with pytest.raises(tempo.PayloadTooLarge) as caught:
+        d.enqueue(b"x" * (limit + 1), timeout=None)
+
+    assert isinstance(caught.value, ValueError)
+    assert not isinstance(caught.value, queue.Full)
+    assert str(limit) in str(caught.value) and str(limit + 1) in str(caught.value)
+
+
+def test_a_payload_as_large_as_the_buffer_fits() -> None:
+    d = make(max_buffered_bytes=1)
+
+    d.enqueue(b"x")
+
+    assert payloads(d.stop()) == [b"x"]
+
+
+# Bad input
+
+NAN = float("nan")
+INF = float("inf")
+BAD_SECONDS = [
+    ("1", TypeError),
+    (b"1", TypeError),
+    (True, TypeError),
+    (False, TypeError),
+    ([1], TypeError),
+    (1j, TypeError),
+    (-1, ValueError),
+    (-0.001, ValueError),
+    (-INF, ValueError),
+    (NAN, ValueError),
+]
+BAD_LIMITS = [
+    ("1", TypeError),
+    (True, TypeError),
+    (False, TypeError),
+    (1.0, TypeError),
+    (NAN, TypeError),
+    ([], TypeError),
+    (0, ValueError),
+    (-1, ValueError),
+]
+
+
+class BrokenRepr:
+    def __repr__(self) -> str:
+        raise ZeroDivisionError
+
+
+BAD_PAYLOADS = ["text", "", 3, 0, True, None, 1.5, [b"a"], object(), memoryview(b"abcdef")[::2], BrokenRepr()]
+
+
+def short(value: object) -> str:
+    """A value in a test's name."""
+    return value.__name__ if isinstance(value, type) else str(value)[:20]
+
+
+def message_names(error: BaseException, name: str, value: object) -> bool:
+    """Whether an error's message holds an argument's name and its value, if that can be shown."""
+    with contextlib.suppress(ZeroDivisionError):
+        if repr(value)[:20] not in str(error):
+            return False
+    return name in str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [("interval", value, kind) for value, kind in [*BAD_SECONDS, (None, TypeError), (0, ValueError), (0.0, ValueError)]]
+    + [("interval", value, ValueError) for value in (INF, threading.TIMEOUT_MAX * 2, 10**400)]
+    + [("max_buffered_bytes", value, kind) for value, kind in [*BAD_LIMITS, (None, TypeError)]]
+    + [("max_batch_bytes", value, kind) for value, kind in BAD_LIMITS],
+    ids=short,
+)
+def test_a_dispatcher_refuses_a_bad_argument_by_name(name: str, value: Any, kind: type[Exception]) -> None:
+    with pytest.raises(kind) as caught:
+        make(**{name: value})
+
+    assert type(caught.value) is kind
+    assert message_names(caught.value, name, value)
+
+
+def test_a_dispatcher_takes_keyword_arguments_only() -> None:
+    anything: Any = tempo.Dispatcher
+
+    with pytest.raises(TypeError):
+        anything(1.0, 100)
+    with pytest.raises(TypeError, match="interval"):
+        anything(max_buffered_bytes=100)
+    with pytest.raises(TypeError, match="max_buffered_bytes"):
+        anything(interval=1.0)
+
+
+def test_the_longest_interval_is_valid() -> None:
+    d = make(interval=threading.TIMEOUT_MAX)
+    d.enqueue(b"a")
+
+    with pytest.raises(queue.Empty):
+        d.get(timeout=0.001)
+
+
+@pytest.mark.parametrize("value", BAD_PAYLOADS, ids=lambda value: type(value).__name__)
+@LIMITS
+def test_enqueue_refuses_what_is_not_bytes_like_and_changes_nothing(limit: int, value: Any) -> None:
+    d = make(max_buffered_bytes=limit)
+
+    for _ in range(2):  # the second is at the door of the lock-free way
+        before = d.stats()
+        for timeout in (0.0, 0, 1.0, None):
+            with pytest.raises(TypeError) as caught:
+                d.enqueue(value, timeout=timeout)
+            assert message_names(caught.value, "payload", value)
+        with pytest.raises(TypeError) as many:
+            d.enqueue_many([value])
+        assert message_names(many.value, "payload", value)
+        assert d.stats() == before
+        d.enqueue(b"a")
+
+    assert payloads(d.stop()) == [b"a", b"a"]
+
+
+@pytest.mark.parametrize(("value", "kind"), BAD_SECONDS, ids=repr)
+@LIMITS
+def test_enqueue_refuses_a_bad_timeout_and_changes_nothing(limit: int, value: Any, kind: type[Exception]) -> None:
+    d = make(max_buffered_bytes=limit)
+
+    for _ in range(3):  # on the large ones all but the first are at the door of the lock-free way
+        before = d.stats()
+        for call in (lambda: d.enqueue(b"refused", timeout=value), lambda: d.enqueue_many([b"no"], timeout=value)):
+            with pytest.raises(kind) as caught:
+                call()
+            assert type(caught.value) is kind
+            assert message_names(caught.value, "timeout", value)
+        assert d.stats() == before
+        d.enqueue(b"a")
+
+    assert payloads(d.stop()) == [b"a", b"a", b"a"]
+
+
+@pytest.mark.parametrize("timeout", [0, 0.0, 1, 1.5, INF, 10**400, None, 1e308, 5e-324], ids=short)
+@LIMITS
+def test_every_number_of_seconds_from_zero_up_is_a_timeout(limit: int, timeout: Any) -> None:
+    d = make(max_buffered_bytes=limit, max_batch_bytes=1)
+
+    d.enqueue(b"a", timeout=timeout)
+    d.enqueue(b"b", timeout=timeout)
+    assert d.enqueue_many([b"c"], timeout=timeout) == 1
+
+    assert [d.get(timeout=timeout).tolist() for _ in range(3)] == [[b"a"], [b"b"], [b"c"]]
+    assert d.flush(timeout=timeout)
+    d.shutdown(timeout=timeout)
+
+
+def test_a_timeout_above_what_a_lock_takes_waits_for_room() -> None:
+    d = full(SMALL)
+    blocked = [waiter(d, b"a", timeout) for timeout in (INF, 10**400, threading.TIMEOUT_MAX * 10)]
+
+    d.get()
+
+    assert [worker.result() for worker in blocked] == [None] * 3
+
+
+@pytest.mark.parametrize("value", [3, None, 1.5])
+def test_enqueue_many_refuses_what_is_not_iterable_and_changes_nothing(value: Any) -> None:
+    d = make()
+    d.enqueue(b"a")
+    before = d.stats()
+
+    with pytest.raises(TypeError) as caught:
+        d.enqueue_many(value)
+
+    assert getattr(caught.value, "accepted", None) == 0
+    assert d.stats() == before
+
+
+@pytest.mark.parametrize("value", ["text", b"bytes", bytearray(b"bytes")])
+def test_enqueue_many_does_not_take_one_payload_for_many(value: Any) -> None:
+    d = make()
+
+    with pytest.raises(TypeError, match="payload"):
+        d.enqueue_many(value)
+
+    assert d.stats().accepted == 0
+
+
+@pytest.mark.parametrize(("value", "kind"), BAD_SECONDS, ids=repr)
+@pytest.mark.parametrize("name", ["get", "flush", "shutdown"])
+def test_get_flush_and_shutdown_refuse_a_bad_timeout_and_change_nothing(
+    name: str, value: Any, kind: type[Exception]
+) -> None:
+    d = make()
+    d.enqueue(b"a")
+    before = d.stats()
+
+    with pytest.raises(kind) as caught:
+        getattr(d, name)(timeout=value)
+
+    assert type(caught.value) is kind
+    assert message_names(caught.value, "timeout", value)
+    assert d.stats() == before
+    with pytest.raises(queue.Empty):  # nothing was closed either
+        d.get(timeout=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "kind"),
+    [({"handler": value}, "handler", TypeError) for value in (None, 3, "print")]
+    + [({"handler": print, "on_error": value}, "on_error", TypeError) for value in (3, "print", False)]
+    + [({"handler": print, "exit_timeout": value}, "exit_timeout", kind) for value, kind in BAD_SECONDS],
+    ids=repr,
+)
+def test_start_refuses_a_bad_argument_and_can_still_be_called(
+    arguments: dict[str, Any], name: str, kind: type[Exception]
+) -> None:
+    d = make()
+    d.enqueue(b"a")
+    before, threads = d.stats(), threading.active_count()
+    received: list[bytes] = []
+
+    with pytest.raises(kind) as caught:
+        d.start(**arguments)
+
+    assert type(caught.value) is kind
+    assert message_names(caught.value, name, arguments[name])
+    assert d.stats() == before
+    assert threading.active_count() == threads
+    d.start(lambda batch: received.extend(batch.tolist()))
+    d.shutdown()
+    assert received == [b"a"]
+
+
+def test_a_second_start_is_a_runtime_error_and_the_first_goes_on() -> None:
+    received: list[bytes] = []
+    with make() as d:
+        d.start(lambda batch: received.extend(batch.tolist()))
+
+        with pytest.raises(RuntimeError):
+            d.start(print)
+
+        d.enqueue(b"a")
+    assert received == [b"a"]
+
+
+# Payload types
+
+
+class Subclass(bytes):
+    """Says nothing of itself that is true."""
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __bytes__(self) -> bytes:
+        return b"other"
+
+    def __iter__(self) -> Any:
+        raise ZeroDivisionError
+
+
+PAYLOADS = [
+    (b"abc", b"abc"),
+    (bytearray(b"abc"), b"abc"),
+    (memoryview(b"abc"), b"abc"),
+    (memoryview(bytearray(b"xabcx"))[1:4], b"abc"),
+    (memoryview(b"abcdef").cast("B", (2, 3)), b"abcdef"),
+    (array("d", [1.0, 2.0]), array("d", [1.0, 2.0]).tobytes()),
+    (array("I"), b""),
+    (memoryview(array("i", [1, 2, 3])), array("i", [1, 2, 3]).tobytes()),
+    (Subclass(b"abc"), b"abc"),
+    (b"", b""),
+    (bytearray(), b""),
+]
+
+
+@pytest.mark.parametrize(("payload", "expected"), PAYLOADS, ids=lambda value: type(value).__name__)
+@LIMITS
+def test_every_contiguous_bytes_like_object_is_a_payload(limit: int, payload: Any, expected: bytes) -> None:
+    d = make(max_buffered_bytes=limit)
+
+    d.enqueue(payload)
+    d.enqueue(payload)
+    d.enqueue(payload, timeout=None)
+    d.enqueue_many([b"-", payload, payload])
+
+    s = conserved(d)
+    assert s.buffered_bytes == 5 * max(1, len(expected)) + 1
+    (batch,) = d.stop()
+    assert batch.tolist() == [expected] * 3 + [b"-"] + [expected] * 2
+    assert all(type(item) is bytes for item in batch.tolist())
+    assert bytes(batch.data) == expected * 3 + b"-" + expected * 2
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="PEP 688")
+def test_a_python_object_with_a_buffer_is_a_payload() -> None:
+    class Record:
+        def __buffer__(self, flags: int) -> memoryview:
+            return memoryview(b"record")
+
+    class Broken:
+        def __buffer__(self, flags: int) -> memoryview:
+            raise ZeroDivisionError
+
+    d = make()
+    record: Any = Record()
+    broken: Any = Broken()
+
+    for _ in range(2):
+        d.enqueue(record)
+        with pytest.raises(ZeroDivisionError):
+            d.enqueue(broken)
+    d.enqueue_many([record])
+
+    assert payloads(d.stop()) == [b"record"] * 3
+
+
+# Producers that wait for room
+
+
+@pytest.mark.parametrize("timeout", [None, LIMIT, int(LIMIT)])
+@LIMITS
+def test_enqueue_waits_until_a_batch_is_taken(limit: int, timeout: float | None) -> None:
+    d = full(limit)
+    blocked = waiter(d, b"y", timeout)
+    assert d.stats().accepted == 1
+
+    d.get()
+
+    assert blocked.result() is None
+    assert payloads(d.stop()) == [b"y"]
+
+
+@LIMITS
+def test_waiting_producers_are_served_first_come_first_served(limit: int) -> None:
+    d = full(limit)
+    blocked = [waiter(d, b"%d" % i) for i in range(8)]
+
+    d.get()
+
+    for worker in blocked:
+        worker.result()
+    assert payloads(d.stop()) == [b"%d" % i for i in range(8)]
+
+
+@LIMITS
+def test_of_waiting_producers_only_those_that_fit_are_served(limit: int) -> None:
+    d = make(max_buffered_bytes=limit, max_batch_bytes=1)
+    d.enqueue(b"x" * (limit // 2))
+    d.enqueue(b"y" * (limit // 2))
+    first, second = waiter(d, b"1" * (limit // 2)), waiter(d, b"2" * (limit // 2))
+
+    d.get()
+    first.result()
+    s = conserved(d)
+    assert (s.waiting_producers, s.buffered_bytes) == (1, limit)
+
+    d.get()
+    second.result()
+    assert [bytes(batch[0][:1]) for batch in d.stop()] == [b"1", b"2"]
+
+
+@LIMITS
+def test_enqueue_gives_up_with_queue_full_when_time_is_over(limit: int) -> None:
+    d = full(limit)
+    before = d.stats()
+
+    with pytest.raises(tempo.QueueFull) as caught:
+        d.enqueue(b"y", timeout=0.01)
+
+    after = d.stats()
+    assert (caught.value.needed, caught.value.buffered_bytes) == (1, limit)
+    assert unchanged(before, after)
+    assert (after.rejected, after.rejected_bytes, after.waiting_producers) == (1, 1, 0)
+    assert payloads(d.stop()) == [b"x" * limit]
+
+
+@LIMITS
+def test_shutdown_releases_waiting_producers(limit: int) -> None:
+    d = full(limit)
+    blocked = [waiter(d, b"y", timeout) for timeout in (None, LIMIT, INF)]
+
+    closer = closing(d)
+
+    for worker in blocked:
+        with pytest.raises(tempo.ShuttingDown):
+            worker.result()
+    assert conserved(d).rejected == 3
+    assert payloads(d) == [b"x" * limit]
+    closer.result()
+
+
+@LIMITS
+def test_stop_releases_waiting_producers(limit: int) -> None:
+    d = full(limit)
+    blocked = [waiter(d, b"y", timeout) for timeout in (None, LIMIT, INF)]
+
+    left = d.stop()
+
+    for worker in blocked:
+        with pytest.raises(tempo.Stopped):
+            worker.result()
+    assert payloads(left) == [b"x" * limit]
+
+
+@LIMITS
+def test_a_waiting_producer_that_fits_at_its_deadline_is_accepted(limit: int) -> None:
+    d = make(max_buffered_bytes=limit, max_batch_bytes=limit)
+    d.enqueue(b"x" * (limit - 10))
+    head = waiter(d, b"h" * 20)
+
+    d.enqueue(b"fits", timeout=0.01)
+
+    assert not d.stats().rejected
+    assert payloads(d.stop()) == [b"x" * (limit - 10), b"fits"]
+    with pytest.raises(tempo.Stopped):
+        head.result()
+
+
+@LIMITS
+def test_a_waiter_behind_a_head_that_does_not_fit_is_served_when_the_head_gives_up(limit: int) -> None:
+    d = make(max_buffered_bytes=limit)
+    d.enqueue(b"x" * (limit - 10))
+    head = Worker(d.enqueue, b"h" * 20, timeout=0.2)
+    wait_until(lambda: d.stats().waiting_producers or not head.is_alive())
+
+    second = Worker(d.enqueue, b"second", timeout=None)
+
+    with pytest.raises(tempo.QueueFull):
+        head.result()
+    assert second.result() is None
+    assert payloads(d.stop()) == [b"x" * (limit - 10), b"second"]
+
+
+@LIMITS
+def test_a_call_that_does_not_wait_is_never_refused_while_it_fits(limit: int) -> None:
+    d = make(max_buffered_bytes=limit)
+    d.enqueue(b"x" * (limit - 10))
+    head = waiter(d, b"h" * 20)
+
+    d.enqueue(b"1234567890")
+
+    with pytest.raises(tempo.QueueFull):
+        d.enqueue(b"")
+    assert payloads(d.stop()) == [b"x" * (limit - 10), b"1234567890"]
+    with pytest.raises(tempo.Stopped):
+        head.result()
+
+
+@LIMITS
+def test_a_waiting_producer_is_served_though_only_a_little_was_taken(limit: int) -> None:
+    size = limit // 20
+    d = make(max_buffered_bytes=limit, max_batch_bytes=size)
+    while d.stats().buffered_bytes + size <= limit:
+        d.enqueue(b"x" * size)
+    blocked = [waiter(d, b"%d" % i * size) for i in range(2)]
+
+    d.get()
+    blocked[0].result()
+    assert d.stats().waiting_producers == 1
+    d.get()
+    blocked[1].result()
+
+    assert [bytes(batch.data) for batch in d.stop()][-2:] == [b"0" * size, b"1" * size]
+
+
+@LIMITS
+def test_many_waiting_producers_and_a_slow_consumer_lose_nothing(limit: int) -> None:
+    d = make(max_buffered_bytes=limit, max_batch_bytes=limit // 4)
+    size = limit // 8
+
+    def produce(name: bytes) -> None:
+        for i in range(20):
+            d.enqueue((name + b"%02d" % i).ljust(size, b"."), timeout=None)
+
+    producers = [Worker(produce, name) for name in (b"a", b"b", b"c", b"d")]
+    consumer = Worker(lambda: payloads(d))
+    for producer in producers:
+        producer.result()
+    d.shutdown()
+    received = consumer.result()
+
+    assert conserved(d).peak_buffered_bytes <= limit
+    for name in (b"a", b"b", b"c", b"d"):
+        assert [p[:3] for p in received if p[:1] == name] == [name + b"%02d" % i for i in range(20)]
+
+
+# Many payloads in one call
+
+
+@pytest.mark.parametrize("count", [0, 1, 511, 512, 513, 3000])
+def test_enqueue_many_accepts_all_in_order_and_says_how_many(count: int) -> None:
+    d = make(max_batch_bytes=1000)
+    sent = [b"%d" % i * (i % 4) for i in range(count)]
+
+    assert d.enqueue_many(sent) == count
+    assert d.enqueue_many(iter(sent)) == count
+    assert d.enqueue_many(payload for payload in sent) == count
+
+    assert payloads(d.stop()) == sent * 3
+
+
+@pytest.mark.parametrize("limit", [100, LARGE])
+def test_enqueue_many_stops_at_the_first_that_does_not_fit(limit: int) -> None:
+    d = make(max_buffered_bytes=limit)
+    size = limit // 4
+    sent = [b"%d" % i * size for i in range(6)]
+
+    with pytest.raises(tempo.QueueFull) as caught:
+        d.enqueue_many(sent)
+
+    assert caught.value.accepted == 4
+    assert (caught.value.needed, caught.value.buffered_bytes) == (size, limit)
+    s = conserved(d)
+    assert (s.rejected, s.rejected_bytes) == (1, size)
+    assert payloads(d.stop()) == sent[:4]
+
+
+@pytest.mark.parametrize("limit", [700, 1300, LARGE])
+def test_enqueue_many_fills_the_buffer_to_the_exact_byte(limit: int) -> None:
+    d = make(max_buffered_bytes=limit)
+
+    with pytest.raises(tempo.QueueFull) as caught:
+        d.enqueue_many(b"" if i % 2 else b"x" for i in range(limit + 1))
+
+    assert caught.value.accepted == limit
+    assert conserved(d).buffered_bytes == limit
+
+
+def test_enqueue_many_does_not_take_what_comes_after_one_that_does_not_fit() -> None:
+    d = make(max_buffered_bytes=10)
+
+    with pytest.raises(tempo.QueueFull) as caught:
+        d.enqueue_many([b"12345678", b"123", b"1"])
+
+    assert caught.value.accepted == 1
+    assert payloads(d.stop()) == [b"12345678"]
+
+
+@LIMITS
+def test_enqueue_many_stops_at_a_payload_that_is_too_large(limit: int) -> None:
+    d = make(max_buffered_bytes=limit)
+
+    with pytest.raises(tempo.PayloadTooLarge) as caught:
+        d.enqueue_many([b"a", b"b", b"x" * (limit + 1), b"c"], timeout=None)
+
+    assert caught.value.accepted == 2
+    assert d.stats().rejected == 1
+    assert payloads(d.stop()) == [b"a", b"b"]
+
+
+@pytest.mark.parametrize("at", [0, 1, 511, 512, 600])
+def test_enqueue_many_keeps_what_came_before_a_bad_payload(at: int) -> None:
+    d = make()
+    sent: list[Any] = [b"%d" % i for i in range(1000)]
+    sent[at] = "text"
+
+    with pytest.raises(TypeError) as caught:
+        d.enqueue_many(sent)
+
+    assert getattr(caught.value, "accepted", None) == at
+    assert d.stats().rejected == 0
+    assert payloads(d.stop()) == sent[:at]
+
+
+@pytest.mark.parametrize("at", [0, 1, 511, 512, 600])
+def test_enqueue_many_keeps_what_an_iterable_gave_before_it_raised(at: int) -> None:
+    def source() -> Iterator[bytes]:
+        for i in range(at):
+            yield b"%d" % i
+        raise ZeroDivisionError
+
+    d = make()
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        d.enqueue_many(source())
+
+    assert getattr(caught.value, "accepted", None) == at
+    assert payloads(d.stop()) == [b"%d" % i for i in range(at)]
+
+
+def test_enqueue_many_raises_what_comes_first_in_order() -> None:
+    d = make(max_buffered_bytes=3)
+    sent: Any = [b"aa", b"bb", 3]
+
+    with pytest.raises(tempo.QueueFull) as caught:
+        d.enqueue_many(sent)
+
+    assert caught.value.accepted == 1
+
+
+def test_enqueue_many_passes_an_error_on_that_takes_no_attributes() -> None:
+    class Slotted(Exception):
+        def __setattr__(self, name: str, value: object) -> None:
+            raise ZeroDivisionError
+
+    def source() -> Iterator[bytes]:
+        yield b"a"
+        raise Slotted
+
+    d = make()
+
+    with pytest.raises(Slotted):
+        d.enqueue_many(source())
+
+    assert payloads(d.stop()) == [b"a"]
+
+
+@LIMITS
+def test_enqueue_many_waits_for_room_as_often_as_it_must(limit: int) -> None:
+    d = make(max_buffered_bytes=limit, max_batch_bytes=limit // 2)
+    sent = [(b"%02d" % i).ljust(limit // 4, b".") for i in range(40)]
+    producer = Worker(d.enqueue_many, sent, timeout=None)
+
+    received: list[bytes] = []
+    while len(received) < len(sent):
+        received += d.get(timeout=LIMIT).tolist()
+
+    assert producer.result() == 40
+    assert received == sent
+
+
+@LIMITS
+def test_a_shutdown_midway_tells_enqueue_many_what_was_taken(limit: int) -> None:
+    d = make(max_buffered_bytes=limit)
+    producer = Worker(d.enqueue_many, [b"x" * (limit // 2)] * 3, timeout=None)
+    wait_until(lambda: d.stats().waiting_producers)
+
+    closer = closing(d)
+
+    with pytest.raises(tempo.ShuttingDown) as caught:
+        producer.result()
+    assert caught.value.accepted == 2
+    assert len(payloads(d)) == 2
+    closer.result()
+
+
+def test_a_stop_from_the_iterable_tells_enqueue_many_what_was_taken() -> None:
+    left: list[tempo.Batch] = []
+
+    def source() -> Iterator[bytes]:
+        for i in range(2000):
+            if i == 1200:
+                left.extend(d.stop())
+            yield b"%d" % i
+
+    d = make()
+
+    with pytest.raises(tempo.Stopped) as caught:
+        d.enqueue_many(source())
+
+    assert payloads(left) == [b"%d" % i for i in range(caught.value.accepted)]
+
+
+@LIMITS
+def test_enqueue_many_gives_up_at_the_deadline_with_what_was_taken(limit: int) -> None:
+    d = make(max_buffered_bytes=limit)
+
+    with pytest.raises(tempo.QueueFull) as caught:
+        d.enqueue_many([b"x" * (limit // 2)] * 3, timeout=0.01)
+
+    assert caught.value.accepted == 2
+    assert conserved(d).waiting_producers == 0
+
+
+def test_enqueue_many_has_one_deadline_for_all() -> None:
+    d, clock = with_clock(max_buffered_bytes=1, max_batch_bytes=1)
+    producer = Worker(d.enqueue_many, [b"1", b"2", b"3", b"4", b"5"], timeout=1.0)
+
+    def blocked(accepted: int) -> bool:
+        s = d.stats()
+        return s.accepted == accepted and s.waiting_producers == 1
+
+    wait_until(lambda: blocked(1))
+    clock.now += 0.45
+    d.get(timeout=0)
+    wait_until(lambda: blocked(2))
+    clock.now += 0.45
+    d.get(timeout=0)
+    wait_until(lambda: blocked(3))
+    clock.now += 0.45
+
+    with pytest.raises(tempo.QueueFull) as caught:
+        producer.result()
+    assert caught.value.accepted == 3
+
+
+@pytest.mark.parametrize("limit", [4000, LARGE, tempo.MiB])
+def test_the_iterable_of_enqueue_many_may_enqueue(limit: int) -> None:
+    def source() -> Iterator[bytes]:
+        for i in range(600):
+            d.enqueue(b"n")
+            if i % 100 == 0:
+                assert d.enqueue_many([b"m", b"m"], timeout=None) == 2
+                assert conserved(d).state == "running"
+            yield b"%d" % i
+
+    d = make(max_buffered_bytes=limit)
+
+    assert d.enqueue_many(source()) == 600
+
+    received = payloads(d.stop())
+    assert [p for p in received if p not in (b"n", b"m")] == [b"%d" % i for i in range(600)]
+    assert (received.count(b"n"), received.count(b"m")) == (600, 12)
+
+
+def test_a_keyboard_interrupt_in_the_iterable_comes_out_at_once() -> None:
+    raised = threading.Event()
+
+    def source() -> Iterator[bytes]:
+        yield b"aa"
+        yield b"bb"
+        raised.set()
+        raise KeyboardInterrupt
+
+    d = full(2)
+    producer = Worker(d.enqueue_many, source(), timeout=None)
+
+    while not raised.is_set():  # it may wait for room until then, and no longer
+        with contextlib.suppress(queue.Empty):
+            d.get(timeout=0.001)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        producer.result()
+
+    assert getattr(caught.value, "accepted", None) == d.stats().accepted - 1
+
+
+def test_enqueue_many_takes_nothing_out_of_an_iterator_that_it_does_not_offer() -> None:
+    d = make(max_buffered_bytes=4)
+    source = iter([b"%d" % i for i in range(10)])
+
+    with pytest.raises(tempo.QueueFull) as caught:
+        d.enqueue_many(source)
+
+    assert caught.value.accepted == 4
+    assert next(source) == b"5"
+
+
+# Batch
+
+
+def shape(name: str) -> tuple[list[bytes], list[tempo.Batch]]:
+    """Payloads, and the batches that they came in, for every way in which tempo stores and cuts them."""
+    small = [b"%d" % i * (i % 5) for i in range(4000)]
+    sent = {
+        "one": [b"only"],
+        "empty": [b""] * 700,
+        "few": [b"one", b"", b"three"],
+        "packed": small,
+        "cut": small,
+        "partly taken": small,
+        "objects": [bytes([i % 256]) * 1000 for i in range(500)],
+        "mixed": [b"%d" % i * (i * 37 % 200) for i in range(1500)],
+    }[name]
+    d = make(max_batch_bytes={"cut": 997, "partly taken": 701, "mixed": 5003}.get(name))
+    batches = []
+    for i in range(0, len(sent), 600):
+        for payload in sent[i : i + 300]:
+            d.enqueue(payload)
+        d.enqueue_many(sent[i + 300 : i + 600])
+        if name == "partly taken":
+            batches.append(d.get(timeout=0))
+    d.flush(0)
+    while d.stats().buffered:
+        batches.append(d.get(timeout=0))
+    return sent, batches
+
+
+SHAPES = pytest.mark.parametrize("name", ["one", "empty", "few", "packed", "cut", "partly taken", "objects", "mixed"])
+
+
+def batch_of(*items: bytes) -> tempo.Batch:
+    d = make()
+    d.enqueue_many(items)
+    (batch,) = d.stop()
+    return batch
+
+
+@SHAPES
+def test_batches_hold_the_payloads_in_order_each_way_they_are_read(name: str) -> None:
+    sent, batches = shape(name)
+
+    assert payloads(batches) == sent
+    for batch in batches:
+        items = batch.tolist()
+        assert [bytes(view) for view in batch] == items
+        assert [bytes(batch[i]) for i in range(len(batch))] == items
+        assert [bytes(view) for view in batch[:]] == items
+        assert b"".join(items) == bytes(batch.data)
+        assert batch.nbytes == len(batch.data) == sum(map(len, items))
+        assert len(batch) == len(items) > 0
+
+
+@SHAPES
+def test_a_batch_is_a_sequence(name: str) -> None:
+    for batch in shape(name)[1][:3]:
+        items = batch.tolist()
+        n = len(items)
+        assert isinstance(batch, Sequence)
+        assert batch[-1] == items[-1]
+        assert batch[-n] == items[0]
+        assert [bytes(view) for view in reversed(batch)] == items[::-1]
+        for index in (n, -n - 1, 10**20):
+            with pytest.raises(IndexError):
+                batch[index]
+        for cut in (slice(1, 3), slice(None, None, -1), slice(-2, None), slice(5, 2), slice(None, None, 7)):
+            views = batch[cut]
+            assert type(views) is list
+            assert all(type(view) is memoryview for view in views)
+            assert [bytes(view) for view in views] == items[cut]
+
+
+def test_a_batch_finds_its_payloads() -> None:
+    batch = batch_of(b"a", b"x", b"", b"x")
+    absent: Any = b"y"
+    present: Any = b"x"
+
+    assert present in batch
+    assert absent not in batch
+    assert batch.index(present) == 1
+    assert batch.count(present) == 2
+
+
+def test_a_batch_refuses_an_index_that_is_no_index() -> None:
+    batch: Any = batch_of(b"a")
+
+    for index in ("0", 0.0, None):
+        with pytest.raises(TypeError):
+            batch[index]
+
+
+@SHAPES
+def test_the_views_of_a_batch_are_read_only_bytes(name: str) -> None:
+    for batch in shape(name)[1][:3]:
+        for view in (batch.data, batch[0], batch[-1], next(iter(batch)), batch[:1][0]):
+            assert type(view) is memoryview
+            assert view.readonly
+            assert view.c_contiguous
+            assert (view.ndim, view.format, view.itemsize) == (1, "B", 1)
+        if batch.nbytes:
+            with pytest.raises(TypeError):
+                batch.data[0] = 1
+
+
+def test_a_batch_is_immutable() -> None:
+    batch: Any = batch_of(b"a", b"b")
+
+    for name in ("data", "nbytes", "new", "tolist", *type(batch).__slots__):
+        with pytest.raises(AttributeError):
+            setattr(batch, name, None)
+        with pytest.raises(AttributeError):
+            delattr(batch, name)
+    with pytest.raises(TypeError):
+        batch[0] = b"c"
+    with pytest.raises(TypeError):
+        del batch[0]
+
+    assert batch.tolist() == [b"a", b"b"]
+
+
+def test_the_list_of_a_batch_is_the_callers() -> None:
+    batch = batch_of(b"a", b"b")
+
+    batch.tolist().clear()
+
+    assert batch.tolist() == [b"a", b"b"]
+
+
+def test_releasing_a_view_does_not_harm_the_batch() -> None:
+    batch = batch_of(b"one", b"two")
+
+    with batch.data as view:
+        assert bytes(view) == b"onetwo"
+    with batch[0] as view:
+        assert bytes(view) == b"one"
+    for view in batch:
+        view.release()
+
+    assert batch.nbytes == 6
+    assert bytes(batch.data) == b"onetwo"
+    assert [bytes(view) for view in batch] == batch.tolist() == [b"one", b"two"]
+
+
+def test_a_batch_of_one_payload_survives_the_release_of_its_view() -> None:
+    batch = batch_of(b"only")
+
+    with batch.data, batch[0]:
+        pass
+
+    assert batch.tolist() == [b"only"]
+    assert bytes(batch.data) == bytes(batch[0]) == b"only"
+
+
+@SHAPES
+def test_a_batch_is_valid_after_the_dispatcher_is_gone(name: str) -> None:
+    sent, batches = shape(name)  # the dispatcher was a local variable there
+
+    gc.collect()
+
+    assert payloads(batches) == sent
+
+
+def test_a_batch_does_not_change_while_the_dispatcher_goes_on() -> None:
+    d = make(max_batch_bytes=700)
+    d.enqueue_many([b"%04d" % i for i in range(1000)])
+    first = d.get()
+    before = first.tolist()
+
+    d.enqueue_many([b"-" * 4] * 2000)
+    later = payloads(d.stop())
+
+    assert first.tolist() == before == [b"%04d" % i for i in range(175)]
+    assert later[:2] == [b"0175", b"0176"]
+
+
+@SHAPES
+def test_a_batch_can_be_pickled_and_copied(name: str) -> None:
+    for batch in shape(name)[1][:3]:
+        again = [pickle.loads(pickle.dumps(batch, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+        for other in [*again, copy.copy(batch), copy.deepcopy(batch)]:
+            assert type(other) is tempo.Batch
+            assert other.tolist() == batch.tolist()
+            assert other.data == batch.data
+            assert other.data.readonly
+
+
+def test_a_batch_shows_its_size() -> None:
+    assert repr(batch_of(b"one", b"", b"three")) == "<tempo.Batch 3 payloads, 8 bytes>"
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("max_batch_bytes", [None, 300, 5000])
+@pytest.mark.parametrize("limit", [12_000, tempo.MiB])
+def test_batches_are_right_where_runs_count_from_a_new_origin(
+    limit: int, max_batch_bytes: int | None, many: bool
+) -> None:
+    giant = b"g" * 2500
+    sent = [b"", giant, b"", b"", giant, b"a", b"", b"x" * 999, b"y" * 1000, b"z" * 1001, b""]
+    sent += [b"%d" % i for i in range(60)] + [b"", giant]
+    with mock.patch.object(tempo, "_SPAN", 1000):
+        d = make(max_buffered_bytes=limit, max_batch_bytes=max_batch_bytes)
+        received = []
+
+        for _ in range(6):
+            if many:
+                d.enqueue_many(sent)
+            else:
+                for payload in sent:
+                    d.enqueue(payload)
+            d._check()
+            if limit < tempo.MiB:
+                d.flush(0)
+                while d.stats().buffered:
+                    received += d.get(timeout=0).tolist()
+        for batch in d.stop():
+            assert b"".join(batch.tolist()) == bytes(batch.data)
+            received += [bytes(view) for view in batch]
+
+    assert received == sent * 6
+
+
+# Stats
+
+
+def test_stats_is_a_named_tuple_of_the_contracts_fields() -> None:
+    s = make().stats()
+
+    assert isinstance(s, tuple)
+    assert set(s._fields) == {
+        "accepted", "delivered", "in_flight", "buffered", "discarded", "rejected", "failed",
+        "accepted_bytes", "delivered_bytes", "in_flight_bytes", "buffered_bytes", "discarded_bytes", "rejected_bytes",
+        "failed_bytes", "batches", "peak_buffered_bytes", "waiting_producers", "waiting_consumers", "state",
+    }  # fmt: skip
+    assert s[:-1] == (0,) * 18
+    assert s.state == "running"
+
+
+@LIMITS
+def test_stats_are_conserved_at_each_stage_of_pull_mode(limit: int) -> None:
+    d = make(max_buffered_bytes=limit, max_batch_bytes=4)
+
+    d.enqueue_many([b"", b"abc", b"d", b"ef", b""])
+    s = conserved(d)
+    assert (s.accepted, s.accepted_bytes, s.buffered, s.buffered_bytes, s.batches) == (5, 8, 5, 8, 0)
+
+    assert d.get().tolist() == [b"", b"abc", b"d"]
+    s = conserved(d)
+    assert (s.delivered, s.delivered_bytes, s.buffered, s.buffered_bytes, s.batches) == (3, 5, 2, 3, 1)
+    assert s.in_flight == 0
+
+    d.stop()
+    s = conserved(d)
+    assert (s.accepted, s.discarded, s.discarded_bytes, s.buffered, s.batches) == (5, 2, 3, 0, 1)
+
+
+@LIMITS
+def test_stats_are_conserved_at_each_stage_of_push_mode(limit: int) -> None:
+    d = make(max_buffered_bytes=limit, max_batch_bytes=3)
+    entered, leave = threading.Semaphore(0), threading.Semaphore(0)
+    errors: list[tuple[str, list[bytes]]] = []
+
+    def handler(batch: tempo.Batch) -> None:
+        entered.release()
+        assert leave.acquire(timeout=LIMIT)
+        if batch.tolist() == [b"bad"]:
+            raise ValueError("bad")
+
+    d.start(handler, on_error=lambda exc, batch: errors.append((str(exc), batch.tolist())))
+    d.enqueue_many([b"", b"abc", b"bad", b"left"])
+    assert entered.acquire(timeout=LIMIT)
+    s = conserved(d)
+    assert (s.in_flight, s.in_flight_bytes, s.delivered, s.buffered, s.buffered_bytes) == (2, 4, 0, 2, 7)
+
+    leave.release()
+    assert entered.acquire(timeout=LIMIT)
+    s = conserved(d)
+    assert (s.in_flight, s.in_flight_bytes, s.delivered, s.delivered_bytes, s.failed) == (1, 3, 2, 4, 0)
+
+    leave.release()
+    assert entered.acquire(timeout=LIMIT)
+    s = conserved(d)
+    assert (s.failed, s.failed_bytes, s.delivered, s.in_flight, s.batches) == (1, 3, 3, 1, 3)
+    assert errors == [("bad", [b"bad"])]
+
+    d.enqueue(b"handed back")
+    assert payloads(d.stop()) == [b"handed back"]
+    s = conserved(d)
+    assert (s.in_flight, s.discarded, s.state) == (1, 1, "stopped")
+    leave.release()
+    wait_until(lambda: d.stats().in_flight == 0)
+    assert conserved(d).delivered == 4
+
+
+@LIMITS
+def test_the_peak_is_the_most_that_was_buffered(limit: int) -> None:
+    d = make(max_buffered_bytes=limit, max_batch_bytes=1)
+
+    for _ in range(3):
+        for _ in range(30):
+            d.enqueue(b"x")
+        while d.stats().buffered:
+            d.get()
+    d.enqueue(b"x" * 20)
+
+    assert conserved(d).peak_buffered_bytes == 30
+
+
+@LIMITS
+def test_the_peak_counts_what_was_accepted_without_the_lock(limit: int) -> None:
+    d = make(max_buffered_bytes=limit)
+
+    for _ in range(40):
+        d.enqueue(b"x")
+    d.stop()
+
+    assert d.stats().peak_buffered_bytes == 40
+
+
+@LIMITS
+def test_refusals_are_counted_one_a_call_with_tempos_errors_only(limit: int) -> None:
+    d = full(limit)
+    calls: list[tuple[Any, int]] = [
+        (lambda: d.enqueue(b"abc"), 3),
+        (lambda: d.enqueue(b""), 1),
+        (lambda: d.enqueue(b"x" * (limit + 1)), limit + 1),
+        (lambda: d.enqueue(b"ab", timeout=0.001), 2),
+        (lambda: d.enqueue_many([b"abcd", b"e", b"f"]), 4),
+    ]
+    count = total = 0
+
+    for call, charge in calls:
+        with pytest.raises(tempo.Error):
+            call()
+        count, total = count + 1, total + charge
+        s = conserved(d)
+        assert (s.rejected, s.rejected_bytes) == (count, total)
+    d.stop()
+    with pytest.raises(tempo.Stopped):
+        d.enqueue(b"late")
+    with pytest.raises(TypeError):
+        d.enqueue_many(3)  # type: ignore[arg-type]
+
+    s = conserved(d)
+    assert (s.rejected, s.rejected_bytes) == (count + 1, total + 4)
+
+
+def test_stats_show_who_waits() -> None:
+    d = full(SMALL)
+    blocked = [waiter(d, b"y") for _ in range(3)]
+    assert conserved(d).waiting_producers == 3
+    left = d.stop()
+    for worker in blocked:
+        with pytest.raises(tempo.Stopped):
+            worker.result()
+    idle = make()
+    consumers = [Worker(idle.get) for _ in range(3)]
+    wait_until(lambda: idle.stats().waiting_consumers == 3)
+    idle.stop()
+    for worker in consumers:
+        with pytest.raises(tempo.Stopped):
+            worker.result()
+
+    assert len(left) == 1
+    assert (d.stats().waiting_producers, idle.stats().waiting_consumers) == (0, 0)
+
+
+def test_the_state_goes_from_running_over_shutting_down_to_stopped() -> None:
+    d = make()
+    d.enqueue(b"a")
+    states = [d.stats().state]
+
+    closer = closing(d)
+    states.append(d.stats().state)
+    assert payloads(d) == [b"a"]
+    closer.result()
+    states.append(d.stats().state)
+
+    assert states == ["running", "shutting_down", "stopped"]
+
+
+def test_a_dispatcher_shows_its_state_and_its_fill() -> None:
+    d = make(max_buffered_bytes=12345)
+    d.enqueue(b"abc")
+    d.enqueue(b"")
+
+    assert repr(d) == "<tempo.Dispatcher running 2 buffered, 4 of 12345 bytes>"
+    d.stop()
+    assert repr(d) == "<tempo.Dispatcher stopped 0 buffered, 0 of 12345 bytes>"
+
+
+@LIMITS
+def test_a_flush_cuts_the_open_batch_where_it_stands(limit: int) -> None:
+    d = make(max_buffered_bytes=limit, max_batch_bytes=10)
+
+    d.enqueue(b"a")
+    d.enqueue(b"b")
+    assert not d.flush(0)
+    d.enqueue(b"c")
+    assert not d.flush(timeout=0)
+    assert not d.flush(timeout=0)
+    d.enqueue(b"d")
+
+    assert [batch.tolist() for batch in d.stop()] == [[b"a", b"b"], [b"c"], [b"d"]]
+
+
+# Consumers: get, iteration, and the timer that they are
+
+
+def run_python(*args: str, cwd: Path | None = None, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+    """Run the interpreter in a process of its own, with tempo importable; the caller looks at the outcome."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(
+        [sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@pytest.mark.parametrize("timeout", [0, 0.01])
+def test_get_raises_empty_when_no_batch_is_due_in_time(timeout: float) -> None:
+    d = make()
+    d.enqueue(b"not due yet")
+    with pytest.raises(queue.Empty):
+        d.get(timeout=timeout)
+    assert d.stats().buffered == 1
+    assert d.stats().waiting_consumers == 0
+
+
+def test_get_raises_stopped_after_the_drain() -> None:
+    d = make()
+    d.shutdown()
+    with pytest.raises(tempo.Stopped):
+        d.get()
+
+
+def test_get_raises_stopped_after_stop() -> None:
+    d = make()
+    d.enqueue(b"handed back")
+    d.stop()
+    with pytest.raises(tempo.Stopped):
+        d.get(timeout=0)
+
+
+@pytest.mark.parametrize(("timeout", "error"), [(-1, ValueError), (float("nan"), ValueError), ("1", TypeError)])
+def test_get_refuses_a_bad_timeout_and_takes_nothing(timeout: Any, error: type[Exception]) -> None:
+    d = make(max_batch_bytes=1)
+    d.enqueue(b"x")
+    with pytest.raises(error):
+        d.get(timeout=timeout)
+    assert d.get(timeout=0).tolist() == [b"x"]
+
+
+def test_the_iterator_ends_after_the_drain() -> None:
+    d = make(max_batch_bytes=2)
+    consumer = Worker(list, d)
+    d.enqueue_many([b"aa", b"bb", b"c"])
+    d.shutdown()
+    assert payloads(consumer.result()) == [b"aa", b"bb", b"c"]
+    assert list(d.batches()) == []
+
+
+def test_the_iterator_ends_at_once_after_stop() -> None:
+    d = make(max_batch_bytes=1)
+    d.enqueue_many([b"a", b"b", b"c"])
+    seen = []
+    for batch in d:
+        seen += batch.tolist()
+        back = d.stop()
+    assert seen == [b"a"]
+    assert payloads(back) == [b"b", b"c"]
+
+
+@pytest.mark.parametrize("consumers", [2, 8])
+def test_each_batch_goes_to_exactly_one_of_several_consumers(consumers: int) -> None:
+    d = make(interval=0.01, max_batch_bytes=64)
+    workers = [Worker(list, d) for _ in range(consumers)]
+    sent = [b"%06d" % i for i in range(3000)]
+    for payload in sent:
+        d.enqueue(payload, timeout=LIMIT)
+    d.shutdown(timeout=LIMIT)
+    taken = [worker.result() for worker in workers]
+    assert sorted(payloads([batch for batches in taken for batch in batches])) == sent
+    assert d.stats().batches == sum(map(len, taken))
+
+
+def test_a_batch_is_due_when_its_first_payload_has_waited_the_interval() -> None:
+    d, clock = with_clock(interval=4)
+    d.enqueue(b"first")
+    clock.now += 3.5
+    d.enqueue(b"second")
+    with pytest.raises(queue.Empty):
+        d.get(timeout=0)
+    clock.now += 0.5
+    assert d.get(timeout=0).tolist() == [b"first", b"second"]
+
+
+def test_the_interval_starts_anew_with_each_batch() -> None:
+    d, clock = with_clock(interval=4)
+    d.enqueue(b"first")
+    clock.now += 4
+    d.get(timeout=0)
+    clock.now += 100
+    d.enqueue(b"second")
+    clock.now += 3
+    with pytest.raises(queue.Empty):
+        d.get(timeout=0)
+    clock.now += 1
+    assert d.get(timeout=0).tolist() == [b"second"]
+
+
+def test_a_waiting_consumer_gets_the_batch_when_its_interval_is_over() -> None:
+    d = make(interval=0.02)
+    consumer = Worker(d.get)
+    wait_until(lambda: d.stats().waiting_consumers == 1)
+    d.enqueue(b"x")
+    assert consumer.result().tolist() == [b"x"]
+
+
+def test_a_batch_that_is_due_keeps_filling_while_no_consumer_asks() -> None:
+    d, clock = with_clock(interval=1, max_batch_bytes=100)
+    d.enqueue(b"first")
+    clock.now += 5
+    d.enqueue_many([b"second", b"third"])
+    assert d.get(timeout=0).tolist() == [b"first", b"second", b"third"]
+
+
+def test_a_batch_that_is_due_fills_up_to_the_batch_limit_only() -> None:
+    d, clock = with_clock(interval=1, max_batch_bytes=10)
+    d.enqueue(b"12345")
+    clock.now += 5
+    d.enqueue_many([b"67890", b"next"])
+    assert d.get(timeout=0).tolist() == [b"12345", b"67890"]
+    with pytest.raises(queue.Empty):
+        d.get(timeout=0)
+
+
+def test_payloads_that_come_while_the_handler_is_busy_leave_in_one_batch() -> None:
+    entered, go_on = threading.Event(), threading.Event()
+    taken = []
+
+    def handler(batch: tempo.Batch) -> None:
+        taken.append(batch)
+        entered.set()
+        assert go_on.wait(LIMIT)
+
+    with make(interval=0.001) as d:
+        d.start(handler)
+        d.enqueue(b"first")
+        assert entered.wait(LIMIT)
+        for i in range(50):
+            d.enqueue(b"%d" % i)
+        go_on.set()
+    assert [len(batch) for batch in taken] == [1, 50]
+
+
+def test_the_timer_passes_to_the_next_consumer_when_the_first_leaves() -> None:
+    d = make(interval=1.0)
+    first = Worker(d.get, timeout=0.3)
+    wait_until(lambda: d.stats().waiting_consumers == 1)
+    second = Worker(d.get)
+    wait_until(lambda: d.stats().waiting_consumers == 2)
+    d.enqueue(b"x")
+    with pytest.raises(queue.Empty):
+        first.result()
+    assert second.result().tolist() == [b"x"]
+
+
+def test_a_consumer_that_leaves_passes_its_wake_up_on() -> None:
+    d = make(max_batch_bytes=1)
+    for _ in range(100):
+        leaving = Worker(d.get, timeout=0.001)
+        staying = Worker(d.get)
+        d.enqueue(b"x")
+        with contextlib.suppress(queue.Empty):
+            leaving.result()
+            d.enqueue(b"x")  # the leaving one had the first
+        assert staying.result().tolist() == [b"x"]
+    assert d.stats().buffered == 0
+
+
+@pytest.mark.parametrize("limit", [1, None])
+def test_several_waiting_consumers_share_several_batches(limit: int | None) -> None:
+    d = make(max_batch_bytes=limit, interval=0.01)
+    workers = [Worker(d.get, timeout=LIMIT) for _ in range(3)]
+    wait_until(lambda: d.stats().waiting_consumers == 3)
+    if limit:
+        d.enqueue_many([b"a", b"b", b"c"])
+    else:
+        for left in (2, 1, 0):
+            d.enqueue(b"abc"[left : left + 1])
+            wait_until(lambda left=left: d.stats().waiting_consumers == left)  # type: ignore[misc]
+    assert sorted(payloads(worker.result() for worker in workers)) == [b"a", b"b", b"c"]
+    assert d.stats().waiting_consumers == 0
+
+
+def test_pull_mode_starts_no_thread() -> None:
+    before = threading.active_count()
+    d = make(interval=0.001)
+    d.enqueue(b"a")
+    d.get(timeout=LIMIT)
+    d.enqueue(b"b")
+    d.flush(timeout=0)
+    d.get(timeout=LIMIT)
+    assert threading.active_count() == before
+    d.shutdown()
+    assert threading.active_count() == before
+
+
+# Asyncio: the same without a thread
+
+
+def run_async(work: Any) -> Any:
+    """Run a coroutine in an event loop of its own, for at most LIMIT."""
+
+    async def limited() -> Any:
+        return await asyncio.wait_for(work, LIMIT)
+
+    return asyncio.run(limited())
+
+
+async def collect(d: tempo.Dispatcher) -> list[bytes]:
+    """All payloads until the dispatcher ends."""
+    taken = []
+    async for batch in d:
+        taken += batch.tolist()
+    return taken
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Let the event loop turn until condition() is true."""
+    while not condition():
+        await asyncio.sleep(0)
+
+
+def test_async_for_delivers_everything_and_ends_after_the_drain() -> None:
+    d = make(interval=0.005, max_batch_bytes=100)
+    sent = [b"%05d" % i for i in range(2000)]
+
+    def produce() -> None:
+        for payload in sent:
+            d.enqueue(payload, timeout=LIMIT)
+        d.shutdown(timeout=LIMIT)
+
+    producer = Worker(produce)
+    assert run_async(collect(d)) == sent
+    producer.result()
+
+
+def test_async_for_ends_at_once_after_stop() -> None:
+    d = make()
+
+    async def main() -> list[bytes]:
+        task = asyncio.ensure_future(collect(d))
+        await until(lambda: d.stats().waiting_consumers)
+        d.enqueue(b"handed back")
+        assert payloads(d.stop()) == [b"handed back"]
+        return await task
+
+    assert run_async(main()) == []
+
+
+def test_a_task_gets_the_batch_when_its_interval_is_over() -> None:
+    d = make(interval=0.01)
+
+    async def main() -> tempo.Batch:
+        task = asyncio.ensure_future(d.__aiter__().__anext__())
+        await until(lambda: d.stats().waiting_consumers)
+        d.enqueue(b"x")
+        return await task
+
+    assert run_async(main()).tolist() == [b"x"]
+
+
+def test_each_batch_goes_to_exactly_one_of_several_tasks() -> None:
+    d = make(interval=0.005, max_batch_bytes=32)
+    sent = [b"%05d" % i for i in range(2000)]
+
+    def produce() -> None:
+        for payload in sent:
+            d.enqueue(payload, timeout=LIMIT)
+        d.shutdown(timeout=LIMIT)
+
+    async def main() -> list[list[bytes]]:
+        return list(await asyncio.gather(*(collect(d) for _ in range(5))))
+
+    producer = Worker(produce)
+    taken = run_async(main())
+    producer.result()
+    assert sorted(payload for part in taken for payload in part) == sent
+
+
+def test_tasks_and_threads_share_the_work() -> None:
+    d = make(interval=0.005, max_batch_bytes=32)
+    sent = [b"%05d" % i for i in range(2000)]
+    thread = Worker(list, d)
+
+    def produce() -> None:
+        d.enqueue_many(sent, timeout=LIMIT)
+        d.shutdown(timeout=LIMIT)
+
+    producer = Worker(produce)
+    taken = run_async(collect(d))
+    producer.result()
+    assert sorted(taken + payloads(thread.result())) == sent
+
+
+def test_a_task_cancelled_while_it_waits_loses_nothing() -> None:
+    d = make(max_batch_bytes=1)
+
+    async def main() -> None:
+        task = asyncio.ensure_future(collect(d))
+        await until(lambda: d.stats().waiting_consumers)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    run_async(main())
+    assert d.stats().waiting_consumers == 0
+    d.enqueue(b"x")
+    assert d.get(timeout=0).tolist() == [b"x"]
+
+
+def test_a_task_cancelled_after_it_was_woken_passes_the_batch_on() -> None:
+    d = make(max_batch_bytes=1)
+
+    async def main() -> list[bytes]:
+        first = asyncio.ensure_future(collect(d))
+        await until(lambda: d.stats().waiting_consumers == 1)
+        second = asyncio.ensure_future(d.__aiter__().__anext__())
+        await until(lambda: d.stats().waiting_consumers == 2)
+        d.enqueue(b"x")  # wakes the first, which does not come to it
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        return (await second).tolist()
+
+    assert run_async(main()) == [b"x"]
+
+
+def test_wait_for_timeouts_lose_nothing() -> None:
+    d = make(max_batch_bytes=1)
+    sent = [b"%05d" % i for i in range(300)]
+
+    def produce() -> None:
+        for payload in sent:
+            d.enqueue(payload)
+            time.sleep(0.0005)  # load, not synchronisation: timeouts and batches have to cross
+
+    async def main() -> list[bytes]:
+        taken: list[bytes] = []
+        while len(taken) < len(sent):
+            with contextlib.suppress(asyncio.TimeoutError):
+                taken += (await asyncio.wait_for(d.__aiter__().__anext__(), 0.0007)).tolist()
+        return taken
+
+    producer = Worker(produce)
+    assert run_async(main()) == sent
+    producer.result()
+    assert d.stats().buffered == d.stats().waiting_consumers == 0
+
+
+def test_a_waiting_task_does_not_poll() -> None:
+    d = make()
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        with mock.patch.object(loop, "call_at", wraps=loop.call_at) as timer, mock.patch.object(
+            loop, "run_in_executor", wraps=loop.run_in_executor
+        ) as executor:
+            task = asyncio.ensure_future(collect(d))
+            await until(lambda: d.stats().waiting_consumers)
+            with mock.patch.object(tempo.Dispatcher, "_locked", autospec=True) as locked:
+                for _ in range(100):
+                    await asyncio.sleep(0)
+            assert not locked.called
+            assert not timer.called
+            assert not executor.called
+            d.stop()
+            await task
+
+    run_async(main())
+
+
+@pytest.mark.parametrize("method", ["shutdown", "flush"])
+def test_waiting_methods_in_the_body_of_async_for_do_not_block_the_loop(method: str) -> None:
+    d = make(max_batch_bytes=1)
+    d.enqueue_many([b"a", b"b", b"c"])
+    seen = []
+
+    async def main() -> None:
+        async for batch in d:
+            seen.extend(batch.tolist())
+            getattr(d, method)()
+            if len(seen) == 3:
+                d.shutdown()
+
+    try:
+        Worker(asyncio.run, main()).result()
+    finally:
+        d.stop()
+    assert seen == [b"a", b"b", b"c"]
+
+
+def test_shutdown_in_the_body_of_async_for_does_not_block_other_tasks_after_an_await() -> None:
+    d = make(max_batch_bytes=1)
+    d.enqueue_many([b"a", b"b", b"c", b"d"])
+
+    async def consume() -> list[bytes]:
+        taken = []
+        async for batch in d:
+            taken += batch.tolist()
+            await asyncio.sleep(0)  # the other task is in its body now
+            d.shutdown()
+        return taken
+
+    async def main() -> list[list[bytes]]:
+        return list(await asyncio.gather(consume(), consume()))
+
+    try:
+        taken = Worker(asyncio.run, main()).result()
+    finally:
+        d.stop()
+    assert sorted(payload for part in taken for payload in part) == [b"a", b"b", b"c", b"d"]
+
+
+@pytest.mark.parametrize("limit", [1, None])
+@pytest.mark.parametrize("closed", [True, False], ids=["closed", "stopped"])
+@pytest.mark.parametrize("early", [True, False], ids=["get-first", "enqueue-first"])
+def test_a_task_in_a_loop_that_no_longer_runs_does_not_starve_a_thread(
+    limit: int | None, closed: bool, early: bool
+) -> None:
+    d = make(interval=0.05, max_batch_bytes=limit)
+    loop = asyncio.new_event_loop()
+    parked: Any = loop.create_task(collect(d))
+    loop.run_until_complete(until(lambda: d.stats().waiting_consumers == 1))
+    if closed:
+        parked._log_destroy_pending = False  # it is left behind on purpose
+        loop.close()
+    try:
+        if early:
+            consumer = Worker(d.get)
+            wait_until(lambda: d.stats().waiting_consumers == 2)
+        d.enqueue(b"x")
+        if not early:
+            consumer = Worker(d.get)
+        assert consumer.result().tolist() == [b"x"]
+    finally:
+        d.stop()
+        if not closed:
+            loop.run_until_complete(parked)
+            loop.close()
+
+
+# Push: start and the handler
+
+
+def test_the_handler_is_called_on_one_daemon_thread() -> None:
+    threads = []
+    with make(max_batch_bytes=1) as d:
+        d.start(lambda batch: threads.append(threading.current_thread()))
+        d.enqueue_many([b"a", b"b", b"c"])
+    assert len(threads) == 3
+    assert len(set(threads)) == 1
+    assert threads[0].daemon
+    assert threads[0] is not threading.current_thread()
+
+
+def test_the_handler_gets_everything_in_order() -> None:
+    taken: list[bytes] = []
+    sent = [b"%05d" % i for i in range(3000)]
+    with make(interval=0.005, max_batch_bytes=200) as d:
+        d.start(lambda batch: taken.extend(batch.tolist()))
+        for payload in sent:
+            d.enqueue(payload, timeout=LIMIT)
+    assert taken == sent
+
+
+class Gate:
+    """A handler that stays in its first batches until it is told to go on."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Event()
+        self.go_on = threading.Event()
+        self.taken: list[bytes] = []
+
+    def __call__(self, batch: tempo.Batch) -> None:
+        self.taken += batch.tolist()
+        self.entered.set()
+        assert self.go_on.wait(LIMIT)
+
+
+def test_a_batch_is_in_flight_while_the_handler_has_it() -> None:
+    gate = Gate()
+    with make(max_batch_bytes=1) as d:
+        d.start(gate)
+        d.enqueue(b"abc")
+        assert gate.entered.wait(LIMIT)
+        during = d.stats()
+        gate.go_on.set()
+    after = d.stats()
+    assert (during.in_flight, during.in_flight_bytes, during.delivered, during.buffered) == (1, 3, 0, 0)
+    assert (after.in_flight, after.in_flight_bytes, after.delivered, after.delivered_bytes) == (0, 0, 1, 3)
+
+
+def test_the_bytes_are_released_when_the_handler_receives_the_batch() -> None:
+    gate = Gate()
+    with make(max_batch_bytes=1, max_buffered_bytes=10) as d:
+        d.start(gate)
+        d.enqueue(b"0123456789")
+        assert gate.entered.wait(LIMIT)
+        d.enqueue(b"0123456789")
+        with pytest.raises(tempo.QueueFull):
+            d.enqueue(b"x")
+        gate.go_on.set()
+    assert gate.taken == [b"0123456789"] * 2
+
+
+@pytest.mark.parametrize("error", [ValueError("bad"), SystemExit(3), KeyboardInterrupt()], ids=repr)
+def test_a_handler_that_raises_fails_its_batch_and_goes_on(error: BaseException) -> None:
+    seen: list[bytes] = []
+    errors: list[tuple[BaseException, list[bytes]]] = []
+
+    def handler(batch: tempo.Batch) -> None:
+        seen.extend(batch.tolist())
+        if batch.tolist() == [b"bad"]:
+            raise error
+
+    with make(max_batch_bytes=1) as d:
+        d.start(handler, on_error=lambda exc, batch: errors.append((exc, batch.tolist())))
+        d.enqueue_many([b"bad", b"good"])
+    assert seen == [b"bad", b"good"]
+    assert errors == [(error, [b"bad"])]
+    stats = d.stats()
+    assert (stats.failed, stats.failed_bytes, stats.delivered, stats.in_flight) == (1, 3, 2, 0)
+
+
+def test_by_default_a_raising_handler_is_reported_to_threading_excepthook() -> None:
+    error = ValueError("bad")
+
+    def handler(batch: tempo.Batch) -> None:
+        raise error
+
+    with mock.patch("threading.excepthook") as hook, make(max_batch_bytes=1) as d:
+        d.start(handler)
+        d.enqueue(b"x")
+    (args,) = hook.call_args.args
+    assert (args.exc_type, args.exc_value, args.exc_traceback) == (ValueError, error, error.__traceback__)
+    assert isinstance(args.thread, threading.Thread)
+
+
+def test_an_on_error_that_raises_does_not_end_the_thread() -> None:
+    seen: list[bytes] = []
+    again = RuntimeError("on_error itself")
+
+    def handler(batch: tempo.Batch) -> None:
+        seen.extend(batch.tolist())
+        raise ValueError
+
+    def on_error(exc: BaseException, batch: tempo.Batch) -> None:
+        raise again
+
+    with mock.patch("threading.excepthook") as hook, make(max_batch_bytes=1) as d:
+        d.start(handler, on_error=on_error)
+        d.enqueue_many([b"a", b"b"])
+    assert seen == [b"a", b"b"]
+    assert [call.args[0].exc_value for call in hook.call_args_list] == [again, again]
+    assert d.stats().failed == 2
+
+
+def test_an_excepthook_that_raises_does_not_end_the_thread() -> None:
+    def handler(batch: tempo.Batch) -> None:
+        raise ValueError
+
+    with mock.patch("threading.excepthook", side_effect=RuntimeError), make(max_batch_bytes=1) as d:
+        d.start(handler)
+        d.enqueue_many([b"a", b"b"])
+    assert d.stats().failed == 2
+
+
+def test_a_second_start_raises_and_changes_nothing() -> None:
+    seen: list[bytes] = []
+    with make() as d:
+        d.start(lambda batch: seen.extend(batch.tolist()))
+        with pytest.raises(RuntimeError):
+            d.start(lambda batch: None)
+        d.enqueue(b"x")
+    assert seen == [b"x"]
+
+
+@pytest.mark.parametrize("end", ["shutdown", "stop"])
+def test_start_on_a_closed_dispatcher_raises_closed(end: str) -> None:
+    d = make()
+    getattr(d, end)()
+    before = threading.active_count()
+    with pytest.raises(tempo.Closed):
+        d.start(lambda batch: None)
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("handler", "kwargs", "error"),
+    [
+        (None, {}, TypeError),
+        (print, {"on_error": 1}, TypeError),
+        (print, {"exit_timeout": "1"}, TypeError),
+        (print, {"exit_timeout": -1}, ValueError),
+    ],
+)
+def test_start_refuses_bad_arguments_and_can_be_called_again(
+    handler: Any, kwargs: dict[str, Any], error: type[Exception]
+) -> None:
+    with make() as d:
+        with pytest.raises(error):
+            d.start(handler, **kwargs)
+        d.start(lambda batch: None)
+
+
+def handled(d: tempo.Dispatcher, work: Callable[[], Any]) -> Any:
+    """What work() returns or raises when the handler calls it, at the first batch."""
+    outcomes: list[Any] = []
+
+    def handler(batch: tempo.Batch) -> None:
+        if not outcomes:
+            try:
+                outcomes.append(work())
+            except BaseException as exc:
+                outcomes.append(exc)
+
+    d.start(handler)
+    d.enqueue_many([b"1st", b"2nd"])
+    try:
+        wait_until(lambda: outcomes)
+    finally:
+        if not outcomes:
+            d.stop()
+    return outcomes[0]
+
+
+def test_the_handler_may_enqueue() -> None:
+    with make(max_batch_bytes=1) as d:
+        assert handled(d, lambda: d.enqueue(b"more")) is None
+    assert d.stats().delivered == 3
+
+
+@pytest.mark.parametrize("timeout", [0, LONG, None])
+def test_enqueue_from_the_handler_never_waits(timeout: float | None) -> None:
+    with make(max_batch_bytes=1, max_buffered_bytes=6) as d:
+
+        def fill() -> None:
+            d.enqueue(b"123", timeout=timeout)
+            d.enqueue(b"x", timeout=timeout)
+
+        error = handled(d, fill)
+    assert isinstance(error, tempo.QueueFull)
+    assert d.stats().delivered == 3
+
+
+def test_enqueue_many_from_the_handler_never_waits() -> None:
+    with make(max_batch_bytes=1, max_buffered_bytes=6) as d:
+        error = handled(d, lambda: d.enqueue_many([b"123", b"x", b"y"], timeout=None))
+    assert isinstance(error, tempo.QueueFull)
+    assert error.accepted == 1
+
+
+def test_shutdown_from_the_handler_does_not_wait_and_the_rest_is_drained() -> None:
+    d = make(max_batch_bytes=1)
+    assert handled(d, d.shutdown) is None
+    d.shutdown(timeout=LIMIT)
+    assert (d.stats().state, d.stats().delivered) == ("stopped", 2)
+
+
+def test_flush_from_the_handler_does_not_wait() -> None:
+    with make(max_batch_bytes=1) as d:
+        assert handled(d, d.flush) is False
+
+
+def test_stop_from_the_handler_returns_what_it_did_not_get() -> None:
+    d = make(max_batch_bytes=1)
+    assert payloads(handled(d, d.stop)) == [b"2nd"]
+    wait_until(lambda: d.stats().delivered)
+    assert (d.stats().state, d.stats().delivered, d.stats().discarded) == ("stopped", 1, 1)
+
+
+def test_stats_from_the_handler_shows_its_batch_in_flight() -> None:
+    with make(max_batch_bytes=1) as d:
+        stats = handled(d, d.stats)
+    assert (stats.in_flight, stats.buffered) == (1, 1)
+
+
+# Flush
+
+
+def test_flush_of_an_empty_dispatcher_is_true_at_once() -> None:
+    assert make().flush() is True
+
+
+def test_flush_returns_true_when_everything_is_delivered() -> None:
+    d = make()
+    d.enqueue_many([b"a", b"b"])
+    flush = Worker(d.flush)
+    assert d.get(timeout=LIMIT).tolist() == [b"a", b"b"]
+    assert flush.result() is True
+
+
+def test_flush_does_not_wait_for_what_came_after_it() -> None:
+    d = make()
+    d.enqueue(b"before")
+    flush = Worker(d.flush)
+    d.get(timeout=LIMIT)
+    d.enqueue(b"after")
+    assert flush.result() is True
+    assert d.stats().buffered == 1
+
+
+@pytest.mark.parametrize("timeout", [0, 0.01])
+def test_flush_returns_false_when_time_runs_out(timeout: float) -> None:
+    d = make()
+    d.enqueue(b"x")
+    assert d.flush(timeout=timeout) is False
+    assert d.get(timeout=0).tolist() == [b"x"]
+
+
+def test_flush_cuts_hard() -> None:
+    d = make()
+    d.enqueue(b"before")
+    d.flush(timeout=0)
+    d.enqueue(b"after")
+    d.flush(timeout=0)
+    d.enqueue(b"later")
+    assert d.get(timeout=0).tolist() == [b"before"]
+    assert d.get(timeout=0).tolist() == [b"after"]
+    with pytest.raises(queue.Empty):
+        d.get(timeout=0)
+
+
+def test_flush_waits_until_the_handler_has_returned() -> None:
+    gate = Gate()
+    with make() as d:
+        d.start(gate)
+        d.enqueue(b"x")
+        flush = Worker(d.flush)
+        assert gate.entered.wait(LIMIT)
+        assert d.flush(timeout=0.01) is False
+        assert flush.is_alive()
+        gate.go_on.set()
+        assert flush.result() is True
+        assert d.stats().delivered == 1
+
+
+def test_flush_in_a_loops_body_returns_at_once() -> None:
+    d = make(max_batch_bytes=1)
+    d.enqueue_many([b"a", b"b"])
+    answers = []
+
+    def consume() -> None:
+        for _ in d:
+            answers.append(d.flush())
+            if len(answers) == 2:
+                d.shutdown()
+
+    try:
+        Worker(consume).result()
+    finally:
+        d.stop()
+    assert answers == [False, True]
+
+
+def test_flush_works_while_shutting_down() -> None:
+    d = make(max_batch_bytes=1)
+    d.enqueue_many([b"a", b"b"])
+    shutdown = Worker(d.shutdown)
+    wait_until(lambda: d.stats().state == "shutting_down")
+    assert d.flush(timeout=0) is False
+    flush = Worker(d.flush)
+    assert len(list(d)) == 2
+    assert flush.result() is True
+    shutdown.result()
+
+
+def test_flush_returns_false_when_stop_hands_its_work_back() -> None:
+    for _ in range(30):
+        d = make()
+        d.enqueue(b"x")
+        flush = Worker(d.flush)
+        assert payloads(d.stop()) == [b"x"]
+        assert flush.result() is False
+
+
+def test_flush_after_stop_is_false_when_work_was_handed_back() -> None:
+    d = make()
+    d.enqueue(b"x")
+    d.stop()
+    assert d.flush() is False
+
+
+def test_flush_refuses_a_bad_timeout() -> None:
+    d = make()
+    d.enqueue(b"x")
+    with pytest.raises(ValueError, match="timeout"):
+        d.flush(timeout=-1)
+    with pytest.raises(queue.Empty):
+        d.get(timeout=0)  # nothing was closed
+
+
+# Shutdown
+
+
+def test_shutdown_is_idempotent() -> None:
+    d = make()
+    d.shutdown()
+    d.shutdown()
+    d.shutdown(timeout=0)
+    assert d.stats().state == "stopped"
+
+
+def test_shutdowns_of_several_threads_wait_for_the_same_drain() -> None:
+    d = make()
+    d.enqueue(b"x")
+    workers = [Worker(d.shutdown) for _ in range(4)]
+    wait_until(lambda: d.stats().state == "shutting_down")
+    assert all(worker.is_alive() for worker in workers)
+    assert d.get(timeout=LIMIT).tolist() == [b"x"]
+    for worker in workers:
+        worker.result()
+    assert d.stats().state == "stopped"
+
+
+def test_shutdown_refuses_new_work_while_it_drains_and_after() -> None:
+    d = make()
+    d.enqueue(b"x")
+    shutdown = Worker(d.shutdown)
+    wait_until(lambda: d.stats().state == "shutting_down")
+    with pytest.raises(tempo.ShuttingDown):
+        d.enqueue(b"y")
+    d.get(timeout=LIMIT)
+    shutdown.result()
+    with pytest.raises(tempo.Stopped):
+        d.enqueue(b"y")
+    assert (d.stats().accepted, d.stats().rejected) == (1, 2)
+
+
+def test_shutdown_releases_blocked_producers_with_its_error() -> None:
+    d = make(max_buffered_bytes=4)
+    d.enqueue(b"1234")
+    producers = [Worker(d.enqueue, b"x", timeout=None) for _ in range(3)]
+    wait_until(lambda: d.stats().waiting_producers == 3)
+    shutdown = Worker(d.shutdown)
+    for producer in producers:
+        with pytest.raises(tempo.ShuttingDown):
+            producer.result()
+    assert payloads(d) == [b"1234"]
+    shutdown.result()
+
+
+def test_shutdown_releases_waiting_consumers() -> None:
+    d = make()
+    getting = Worker(d.get)
+    iterating = Worker(list, d)
+    wait_until(lambda: d.stats().waiting_consumers == 2)
+    d.shutdown()
+    with pytest.raises(tempo.Stopped):
+        getting.result()
+    assert iterating.result() == []
+
+
+def test_shutdown_in_a_loops_body_does_not_wait_for_itself() -> None:
+    d = make(max_batch_bytes=1)
+    d.enqueue_many([b"a", b"b", b"c"])
+    seen = []
+
+    def consume() -> None:
+        for batch in d:
+            seen.extend(batch.tolist())
+            d.shutdown()
+
+    try:
+        Worker(consume).result()
+    finally:
+        d.stop()
+    assert seen == [b"a", b"b", b"c"]
+    assert d.stats().state == "stopped"
+
+
+def test_shutdown_in_a_loop_within_a_loop_does_not_wait_for_itself() -> None:
+    d = make(max_batch_bytes=1)
+    d.enqueue_many([b"a", b"b", b"c", b"d"])
+    seen = []
+
+    def consume() -> None:
+        for outer in d:
+            seen.extend(outer.tolist())
+            for inner in d:
+                seen.extend(inner.tolist())
+                break
+            d.shutdown()  # the inner loop is over, the outer is not
+
+    try:
+        Worker(consume).result()
+    finally:
+        d.stop()
+    assert seen == [b"a", b"b", b"c", b"d"]
+
+
+def test_shutdown_in_the_loop_over_another_dispatcher_waits_as_usual() -> None:
+    d, other = make(), make(max_batch_bytes=1)
+    other.enqueue(b"x")
+    d.enqueue(b"y")
+    for _ in other:
+        with pytest.raises(tempo.DrainTimeout):
+            d.shutdown(timeout=0)
+        other.shutdown()
+
+
+def test_shutdown_after_a_loop_that_was_left_waits_again() -> None:
+    d = make(max_batch_bytes=1)
+    d.enqueue_many([b"a", b"b"])
+    for _ in d:
+        break
+    gc.collect()  # for interpreters that do not count references
+    with pytest.raises(tempo.DrainTimeout):
+        d.shutdown(timeout=0)
+
+
+def test_a_handler_that_hangs_is_a_drain_timeout_with_what_was_buffered() -> None:
+    gate = Gate()
+    d = make(max_batch_bytes=1)
+    d.start(gate)
+    d.enqueue_many([b"a", b"b", b"c"])
+    assert gate.entered.wait(LIMIT)
+    with pytest.raises(tempo.DrainTimeout) as caught:
+        d.shutdown(timeout=0.01)
+    during = d.stats()
+    gate.go_on.set()
+    assert payloads(caught.value.undelivered) == [b"b", b"c"]
+    assert (during.state, during.in_flight, during.discarded, during.discarded_bytes) == ("stopped", 1, 2, 2)
+    wait_until(lambda: d.stats().delivered == 1)
+    assert gate.taken == [b"a"]
+
+
+@pytest.mark.parametrize("timeout", [0, 0.02])
+def test_shutdown_keeps_its_timeout(timeout: float) -> None:
+    d = make()
+    d.enqueue_many([b"a", b"b"])
+    with pytest.raises(tempo.DrainTimeout) as caught:
+        d.shutdown(timeout=timeout)
+    assert payloads(caught.value.undelivered) == [b"a", b"b"]
+    assert isinstance(caught.value, TimeoutError)
+    assert d.stats().state == "stopped"
+    assert d.stop() == []
+
+
+def test_shutdown_refuses_a_bad_timeout_and_goes_on_running() -> None:
+    d = make()
+    with pytest.raises(ValueError, match="timeout"):
+        d.shutdown(timeout=-1)
+    with pytest.raises(TypeError, match="timeout"):
+        d.shutdown(timeout="1")  # type: ignore[arg-type]
+    assert d.stats().state == "running"
+
+
+def test_shutdown_waits_for_the_handler_to_return() -> None:
+    gate = Gate()
+    d = make(max_batch_bytes=1)
+    d.start(gate)
+    d.enqueue(b"x")
+    assert gate.entered.wait(LIMIT)
+    shutdown = Worker(d.shutdown)
+    wait_until(lambda: d.stats().state == "shutting_down")
+    assert shutdown.is_alive()
+    gate.go_on.set()
+    shutdown.result()
+    assert (d.stats().delivered, d.stats().in_flight) == (1, 0)
+
+
+def test_stop_during_a_shutdown_raises_stopped_there() -> None:
+    d = make()
+    d.enqueue(b"x")
+    workers = [Worker(d.shutdown) for _ in range(2)]
+    wait_until(lambda: d.stats().state == "shutting_down")
+    assert payloads(d.stop()) == [b"x"]
+    stopped = 0
+    for worker in workers:
+        try:
+            worker.result()
+        except tempo.Stopped:
+            stopped += 1
+    assert stopped >= 1  # the other may have come when it was stopped already
+
+
+def test_leaving_the_with_block_is_a_shutdown() -> None:
+    taken: list[bytes] = []
+    with make() as d:
+        d.start(lambda batch: taken.extend(batch.tolist()))
+        d.enqueue_many([b"a", b"b"])
+    assert taken == [b"a", b"b"]
+    assert d.stats().state == "stopped"
+
+
+def test_an_error_leaves_the_with_block_after_the_drain() -> None:
+    taken: list[bytes] = []
+    with pytest.raises(KeyError), make() as d:
+        d.start(lambda batch: taken.extend(batch.tolist()))
+        d.enqueue(b"x")
+        raise KeyError
+    assert taken == [b"x"]
+
+
+# Stop
+
+
+def test_stop_returns_what_was_not_delivered_once() -> None:
+    d = make(max_batch_bytes=4)
+    d.enqueue_many([b"aa", b"bb", b"cc", b"dd", b"e"])
+    d.get(timeout=0)
+    back = d.stop()
+    assert payloads(back) == [b"cc", b"dd", b"e"]
+    assert d.stop() == []
+    stats = d.stats()
+    assert (stats.accepted, stats.delivered, stats.discarded, stats.buffered) == (5, 2, 3, 0)
+    assert (stats.discarded_bytes, stats.buffered_bytes, stats.state) == (5, 0, "stopped")
+
+
+def test_stop_counts_empty_payloads_as_one_byte() -> None:
+    d = make()
+    d.enqueue_many([b"", b"", b"abc"])
+    d.stop()
+    assert (d.stats().discarded, d.stats().discarded_bytes) == (3, 5)
+
+
+def test_stop_releases_blocked_producers_and_consumers() -> None:
+    full, empty = make(max_buffered_bytes=1), make()
+    full.enqueue(b"x")
+    producers = [Worker(full.enqueue, b"y", timeout=None), Worker(full.enqueue_many, [b"y"], timeout=None)]
+    consumers = [Worker(empty.get), Worker(next, iter(empty))]
+    wait_until(lambda: full.stats().waiting_producers == 2 and empty.stats().waiting_consumers == 2)
+    assert payloads(full.stop()) == [b"x"]
+    assert empty.stop() == []
+    for producer in producers:
+        with pytest.raises(tempo.Stopped):
+            producer.result()
+    with pytest.raises(tempo.Stopped):
+        consumers[0].result()
+    with pytest.raises(StopIteration):
+        consumers[1].result()
+
+
+def test_one_of_several_stops_at_once_gets_everything() -> None:
+    for _ in range(20):
+        d = make(max_batch_bytes=1)
+        d.enqueue_many([b"a", b"b", b"c"])
+        workers = [Worker(d.stop) for _ in range(4)]
+        results = [worker.result() for worker in workers]
+        assert sorted(map(len, results)) == [0, 0, 0, 3]
+
+
+def test_nothing_vanishes_when_stop_comes_while_all_are_busy() -> None:
+    for _ in range(10):
+        d = make(interval=0.001, max_batch_bytes=64, max_buffered_bytes=4096)
+
+        def produce(name: bytes, d: tempo.Dispatcher = d) -> list[bytes]:
+            accepted: list[bytes] = []
+            with contextlib.suppress(tempo.Stopped):
+                while True:
+                    payload = b"%s%d" % (name, len(accepted))
+                    d.enqueue(payload, timeout=None)
+                    accepted.append(payload)
+            return accepted
+
+        producers = [Worker(produce, name) for name in (b"a", b"b", b"c")]
+        consumers = [Worker(list, d) for _ in range(2)]
+        wait_until(lambda d=d: d.stats().delivered > 500)  # type: ignore[misc]
+        back = d.stop()
+        accepted = [payload for producer in producers for payload in producer.result()]
+        delivered = [payload for consumer in consumers for payload in payloads(consumer.result())]
+        stats = d.stats()
+        assert sorted(accepted) == sorted(delivered + payloads(back))
+        counts = (stats.accepted, stats.delivered, stats.discarded, stats.buffered)
+        assert counts == (len(accepted), len(delivered), len(payloads(back)), 0)
+
+
+def test_stop_lets_the_handler_finish_its_batch() -> None:
+    gate = Gate()
+    d = make(max_batch_bytes=1)
+    d.start(gate)
+    d.enqueue_many([b"a", b"b"])
+    assert gate.entered.wait(LIMIT)
+    assert payloads(d.stop()) == [b"b"]
+    gate.go_on.set()
+    wait_until(lambda: d.stats().delivered == 1)
+    assert gate.taken == [b"a"]
+    assert d.stats().in_flight == 0
+
+
+# Fork: the child has a fresh dispatcher, the parent keeps its own
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+
+FORK = """
+import os, signal, sys, threading, time, traceback
+import tempo
+
+def until(condition):
+    end = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.001)
+
+def in_child(work):
+    # Run work in a forked child; return its exit status. A child that hangs is killed by its alarm.
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(15)
+        status = 1
+        try:
+            work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(status)
+    return os.waitpid(pid, 0)[1]
+
+"""
+
+
+def forking(source: str) -> list[str]:
+    """Run a program that forks, in a process of its own; return the lines that it and its children print."""
+    # From 3.12 on, fork in a process with threads warns. That is what is tested here.
+    done = run_python("-W", "ignore::DeprecationWarning", "-c", FORK + textwrap.dedent(source))
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.splitlines()
+
+
+@needs_fork
+def test_a_child_gets_an_empty_running_dispatcher_and_the_parent_keeps_its_own() -> None:
+    lines = forking("""
+        d = tempo.Dispatcher(interval=60, max_buffered_bytes=1024, max_batch_bytes=64)
+        d.enqueue_many([b"a", b"b"])
+        def child():
+            stats = d.stats()
+            print(stats.accepted, stats.buffered, stats.peak_buffered_bytes, stats.state)
+            d.enqueue(b"c")
+            d.flush(timeout=0)
+            print(d.get(timeout=0).tolist())
+            d.shutdown()
+            print(d.stats().state)
+        print(in_child(child))
+        print(d.stats().state)
+        d.flush(timeout=0)
+        print(d.get(timeout=0).tolist())
+    """)
+    assert lines == ["0 0 0 running", "[b'c']", "stopped", "0", "running", "[b'a', b'b']"]
+
+
+@needs_fork
+def test_a_child_of_a_stopped_dispatcher_has_a_running_one() -> None:
+    lines = forking("""
+        d = tempo.Dispatcher(interval=60, max_buffered_bytes=1024)
+        d.stop()
+        print(in_child(lambda: d.enqueue(b"x")), d.stats().state)
+    """)
+    assert lines == ["0 stopped"]
+
+
+@needs_fork
+def test_children_are_free_of_the_locks_that_other_threads_hold() -> None:
+    lines = forking("""
+        d = tempo.Dispatcher(interval=0.001, max_buffered_bytes=256 * 1024, max_batch_bytes=4096)
+        over = threading.Event()
+        def produce():
+            while not over.is_set():
+                d.enqueue(b"x" * 100, timeout=None)
+        def look():
+            while not over.is_set():
+                d.stats()
+        def consume():
+            for batch in d:
+                pass
+        threads = [threading.Thread(target=work) for work in (produce, produce, look, consume, consume)]
+        for thread in threads:
+            thread.start()
+        def child():
+            stats = d.stats()
+            assert (stats.accepted, stats.buffered, stats.waiting_producers, stats.waiting_consumers) == (0, 0, 0, 0)
+            d.enqueue_many([b"child"] * 10)
+            d.flush(timeout=0)
+            assert d.get(timeout=0).tolist() == [b"child"] * 10
+            d.shutdown()
+        print({in_child(child) for _ in range(25)})
+        over.set()
+        for thread in threads[:3]:
+            thread.join()
+        d.shutdown()
+        for thread in threads[3:]:
+            thread.join()
+        stats = d.stats()
+        print(stats.accepted == stats.delivered)
+    """)
+    assert lines == ["{0}", "True"]
+
+
+@needs_fork
+def test_a_child_is_free_of_a_lock_that_another_thread_holds_for_certain() -> None:
+    lines = forking("""
+        d = tempo.Dispatcher(interval=60, max_buffered_bytes=1024)
+        held, over = threading.Event(), threading.Event()
+        def hold(state):
+            held.set()
+            over.wait(30)
+        holder = threading.Thread(target=lambda: d._locked(d._state, hold))
+        holder.start()
+        held.wait(15)
+        def child():
+            d.enqueue(b"x")
+            print(d.stats().buffered)
+        print(in_child(child))
+        over.set()
+        holder.join()
+        print(d.stats().buffered)
+    """)
+    assert lines == ["1", "0", "0"]
+
+
+@needs_fork
+def test_the_handlers_thread_comes_back_at_the_childs_first_enqueue() -> None:
+    lines = forking("""
+        d = tempo.Dispatcher(interval=60, max_buffered_bytes=1024, max_batch_bytes=1)
+        d.start(lambda batch: print(batch.tolist(), threading.current_thread() is not threading.main_thread()))
+        d.enqueue(b"parent")
+        d.flush()
+        sys.stdout.flush()
+        def child():
+            print(threading.active_count())
+            d.stats()
+            print(threading.active_count())
+            d.enqueue(b"child")
+            print(d.flush(timeout=10))
+            d.shutdown(timeout=10)
+        print(in_child(child))
+        d.enqueue(b"parent again")
+        d.shutdown()
+    """)
+    assert lines == ["[b'parent'] True", "1", "1", "[b'child'] True", "True", "0", "[b'parent again'] True"]
+
+
+@needs_fork
+def test_the_handlers_thread_comes_back_at_the_childs_first_enqueue_many() -> None:
+    lines = forking("""
+        d = tempo.Dispatcher(interval=60, max_buffered_bytes=1024, max_batch_bytes=2)
+        d.start(lambda batch: print(batch.tolist()))
+        def child():
+            d.enqueue_many([b"a", b"b"])
+            d.shutdown(timeout=10)
+        print(in_child(child))
+    """)
+    assert lines == ["[b'a', b'b']", "0"]
+
+
+@needs_fork
+def test_a_fork_inside_the_handler_leaves_both_sides_working() -> None:
+    lines = forking("""
+        d = tempo.Dispatcher(interval=0.005, max_buffered_bytes=1024)
+        done = threading.Event()
+        def handler(batch):
+            if batch.tolist() != [b"first"]:
+                print(batch.tolist(), flush=True)
+                done.set()
+                return
+            def child():
+                assert d.stats().accepted == d.stats().in_flight == 0
+                d.enqueue(b"child")
+                assert done.wait(10)
+            print(in_child(child))
+        d.start(handler)
+        d.enqueue(b"first")
+        assert d.flush(timeout=15)
+        d.enqueue(b"parent")
+        d.shutdown(timeout=10)
+        print(d.stats().delivered)
+    """)
+    assert lines == ["[b'child']", "0", "[b'parent']", "2"]
+
+
+SIGNALLED = """
+calls = []
+pids = []
+
+def on_signal(*_):
+    if calls:
+        return
+    calls.append(1)
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(15)
+        in_the_child()
+    pids.append(pid)
+
+signal.signal(signal.SIGUSR1, on_signal)
+
+def send():
+    until(lambda: d.stats().waiting_consumers + d.stats().waiting_producers)
+    while not pids:  # a signal that comes just before the wait begins is only seen at the next
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+        time.sleep(0.01)
+    in_the_parent()
+
+threading.Thread(target=send, daemon=True).start()
+"""
+
+
+@needs_fork
+@pytest.mark.parametrize("timeout", ["None", "12"])
+def test_a_fork_by_a_signal_handler_that_interrupted_get_leaves_both_sides_waiting(timeout: str) -> None:
+    lines = forking(f"""
+d = tempo.Dispatcher(interval=60, max_buffered_bytes=1024, max_batch_bytes=1)
+in_the_child = lambda: d.enqueue(b"child")
+in_the_parent = lambda: d.enqueue(b"parent")
+{SIGNALLED}
+batch = d.get(timeout={timeout})
+if pids == [0]:
+    print(batch.tolist(), d.stats().delivered, flush=True)
+    os._exit(0)
+print(os.waitpid(pids[0], 0)[1], batch.tolist(), d.stats().delivered)
+""")
+    assert lines == ["[b'child'] 1", "0 [b'parent'] 1"]
+
+
+@needs_fork
+@pytest.mark.parametrize("timeout", ["None", "12"])
+def test_a_fork_by_a_signal_handler_that_interrupted_enqueue_is_accepted_on_both_sides(timeout: str) -> None:
+    lines = forking(f"""
+d = tempo.Dispatcher(interval=60, max_buffered_bytes=1, max_batch_bytes=1)
+d.enqueue(b"1")
+in_the_child = lambda: None
+in_the_parent = lambda: d.get(timeout=10)
+{SIGNALLED}
+d.enqueue(b"2", timeout={timeout})
+stats = d.stats()
+if pids == [0]:
+    print(stats.accepted, stats.buffered, d.get(timeout=0).tolist(), flush=True)
+    os._exit(0)
+print(os.waitpid(pids[0], 0)[1], stats.accepted, stats.buffered, d.get(timeout=0).tolist())
+""")
+    assert lines == ["1 1 [b'2']", "0 2 1 [b'2']"]
+
+
+def test_the_hooks_keep_no_dispatcher_alive() -> None:
+    d = make()
+    d.enqueue(b"x")
+    seen = weakref.ref(d)
+    del d
+    gc.collect()
+    assert seen() is None
+
+
+def test_the_hooks_keep_no_dispatcher_alive_that_was_started() -> None:
+    d = make()
+    d.start(lambda batch: None)
+    d.shutdown()
+    seen = weakref.ref(d)
+    del d
+    gc.collect()
+    assert seen() is None
+
+
+# Exit of the interpreter
+
+EXIT = """
+import os, signal, sys, threading
+import tempo
+
+d = tempo.Dispatcher(interval=60, max_buffered_bytes=1024)
+d.start(lambda batch: os.write(1, repr(batch.tolist()).encode()))
+d.enqueue_many([b"a", b"b"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [
+        ("", 0),
+        ("sys.exit(3)", 3),
+        ("signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); signal.raise_signal(signal.SIGTERM)", 0),
+    ],
+    ids=["end", "sys.exit", "SIGTERM"],
+)
+def test_at_exit_what_was_accepted_is_drained(ending: str, code: int) -> None:
+    done = run_python("-c", f"{EXIT}\n{ending}")
+    assert (done.returncode, done.stdout, done.stderr) == (code, "[b'a', b'b']", "")
+
+
+def test_at_exit_by_an_unhandled_error_what_was_accepted_is_drained() -> None:
+    done = run_python("-c", f"{EXIT}\nraise ValueError('mine')")
+    assert (done.returncode, done.stdout) == (1, "[b'a', b'b']")
+    assert done.stderr.splitlines()[-1] == "ValueError: mine"
+    assert done.stderr.count("Traceback") == 1
+
+
+def test_at_exit_a_handler_that_hangs_is_given_up_after_exit_timeout() -> None:
+    done = run_python(
+        "-c",
+        """
+import threading, tempo
+d = tempo.Dispatcher(interval=60, max_buffered_bytes=1024, max_batch_bytes=1)
+entered = threading.Event()
+d.start(lambda batch: (entered.set(), threading.Event().wait()), exit_timeout=0.1)
+d.enqueue_many([b"a", b"b"])
+entered.wait()
+""",
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_at_exit_a_dispatcher_in_pull_mode_holds_nobody_up() -> None:
+    done = run_python(
+        "-c",
+        """
+import threading, tempo
+d = tempo.Dispatcher(interval=60, max_buffered_bytes=1024)
+d.enqueue(b"nobody comes for it")
+empty = tempo.Dispatcher(interval=60, max_buffered_bytes=1024)
+threading.Thread(target=empty.get, daemon=True).start()
+""",
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_at_exit_all_started_dispatchers_are_drained() -> None:
+    done = run_python(
+        "-c",
+        EXIT
+        + """
+e = tempo.Dispatcher(interval=60, max_buffered_bytes=1024)
+e.start(lambda batch: os.write(1, repr(batch.tolist()).encode()))
+e.enqueue(b"c")
+""",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout in ("[b'a', b'b'][b'c']", "[b'c'][b'a', b'b']")
+
+
+def test_at_exit_one_handler_that_hangs_takes_nothing_from_the_others() -> None:
+    done = run_python(
+        "-c",
+        """
+import os, threading, tempo
+hanging = tempo.Dispatcher(interval=60, max_buffered_bytes=1024)
+hanging.start(lambda batch: threading.Event().wait(), exit_timeout=0.3)
+hanging.enqueue(b"x")
+good = tempo.Dispatcher(interval=60, max_buffered_bytes=1024)
+good.start(lambda batch: os.write(1, b"good"), exit_timeout=20)
+good.enqueue(b"y")
+""",
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "good", "")
+
+
+# Idle: nobody is woken
+
+
+def switches(native_id: int) -> int:
+    """How often a thread of this process has gone to sleep of its own accord."""
+    status = Path(f"/proc/self/task/{native_id}/status").read_text()
+    found = re.search(r"^voluntary_ctxt_switches:\s*(\d+)", status, re.MULTILINE)
+    assert found
+    return int(found.group(1))
+
+
+def assert_asleep(native_id: int) -> None:
+    """Assert that a thread is not woken. The one place with a real wait: that nothing happens has no event."""
+    before = -1
+    while before != switches(native_id):  # until it has come to rest
+        before = switches(native_id)
+        time.sleep(0.05)
+    time.sleep(0.3)
+    assert switches(native_id) == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("content", [False, True], ids=["empty", "not-due"])
+def test_a_waiting_consumer_is_not_woken_while_nothing_happens(content: bool) -> None:
+    d = make()
+    consumers = [Worker(list, d) for _ in range(2)]
+    wait_until(lambda: d.stats().waiting_consumers == 2)
+    if content:
+        d.enqueue(b"x")
+    for consumer in consumers:
+        assert consumer.native_id is not None
+        assert_asleep(consumer.native_id)
+    d.stop()
+    for consumer in consumers:
+        assert consumer.result() == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+def test_the_handlers_thread_is_not_woken_while_nothing_happens() -> None:
+    threads: list[int] = []
+    with make(interval=0.001) as d:
+        d.start(lambda batch: threads.append(threading.get_native_id()))
+        d.enqueue(b"x")
+        assert d.flush(timeout=LIMIT)
+        assert_asleep(threads[0])
+
+
+# Vendoring: one file, the standard library alone
+
+
+def test_a_copy_under_another_name_works_alone_and_brings_in_the_standard_library_only(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "tempo.py", tmp_path / "my_events.py")
+    program = f"""
+import sys
+before = set(sys.modules)
+sys.path[:0] = [{str(tmp_path)!r}]
+import my_events
+brought = {{name.partition(".")[0] for name in set(sys.modules) - before}} - {{"my_events"}}
+foreign = brought - getattr(sys, "stdlib_module_names", brought)  # known from 3.10 on
+heavy = {{"asyncio", "logging", "dataclasses", "inspect"}} & brought
+with my_events.Dispatcher(interval=60, max_buffered_bytes=1024) as d:
+    d.start(lambda batch: print(batch.tolist()))
+    d.enqueue(b"x")
+print(sorted(foreign), sorted(heavy))
+"""
+    done = run_python("-I", "-S", "-c", program, cwd=tmp_path)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "[b'x']\n[] []\n")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 10), reason="sys.stdlib_module_names came with 3.10")
+def test_every_import_is_of_the_standard_library() -> None:
+    tree = ast.parse((ROOT / "tempo.py").read_text(encoding="utf-8"))
+    names: set[str] = set()
+    for statement in tree.body:  # imports for type checkers stand under `if TYPE_CHECKING`
+        if isinstance(statement, ast.Import):
+            names.update(alias.name.partition(".")[0] for alias in statement.names)
+        elif isinstance(statement, ast.ImportFrom):
+            assert statement.level == 0
+            names.add(str(statement.module).partition(".")[0])
+    assert names
+    assert names <= sys.stdlib_module_names
+
+
+# Documentation: its examples run
+
+README = re.findall(r"(?ms)^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("module", [tempo, units], ids=["tempo", "soak.units"])
+def test_the_doctests_run(module: Any) -> None:
+    outcome = doctest.testmod(module)
+    assert outcome.failed == 0
+    assert outcome.attempted > 0
+
+
+def test_the_readme_has_examples() -> None:
+    assert README
+
+
+@pytest.mark.parametrize("number", range(len(README)))
+def test_the_readmes_example_runs(number: int, tmp_path: Path) -> None:
+    done = run_python("-c", README[number], cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# The harness: python3 -m soak
+
+
+def soak(tmp_path: Path, *options: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    """Run `python3 -m soak run` with a few threads; return the process and its result."""
+    path = tmp_path / "result.json"
+    common = ("--producers", "4", "--out", str(tmp_path / "out"), "--json", str(path), "--baseline", "none")
+    done = run_python("-m", "soak", "run", *common, *options, cwd=ROOT)
+    return done, json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_a_soak_of_a_second_loses_nothing(tmp_path: Path) -> None:
+    done, result = soak(tmp_path, "--duration", "1s")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert result["lost"] == result["duplicated"] == result["rejected"] == 0
+    assert result["accepted"] == result["delivered"] > 0
+    assert result["verdict"]["correctness"]["status"] == "pass"
+    assert {
+        *("delivered_per_second", "batches", "peak_heap_bytes", "peak_rss_bytes", "drain_seconds", "shutdown_seconds"),
+        *("latency_seconds", "calibration", "config", "environment"),
+    } <= set(result)
+    assert set(result["verdict"]) == {"correctness", "throughput", "memory", "drain", "overall"}
+
+
+def test_a_soak_that_drops_what_is_refused_loses_nothing_of_what_was_accepted(tmp_path: Path) -> None:
+    done, result = soak(tmp_path, "--duration", "0.3s", "--on-full", "raise", "--max-buffered-bytes", "64KiB")
+    assert result["lost"] == result["duplicated"] == 0, done.stdout + done.stderr
+    assert result["accepted"] == result["delivered"] > 0
+    assert result["verdict"]["correctness"]["status"] == "pass"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--duration", "soon"),
+        ("--duration", "-5s"),
+        ("--producers", "0"),
+        ("--consumers", "two"),
+        ("--payload", "heavy"),
+        ("--interval", "0s"),
+        ("--max-batch-bytes", "320kilo"),
+        ("--max-buffered-bytes", "1.5"),
+        ("--consumer-delay", "10"),
+        ("--on-full", "drop"),
+        ("--bulk", "1.5"),
+        ("--sink", "nowhere"),
+        ("--out", ""),
+        ("--json", ""),
+        ("--baseline", "nobody's"),
+    ],
+)
+def test_a_bad_option_is_one_line_that_names_it(option: str, value: str) -> None:
+    done = run_python("-m", "soak", "run", option, value, cwd=ROOT)
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"argument {option}: " in line
+    assert value in line
+
+
+def test_a_verdict_of_fail_is_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--duration", "0.1s", "--producers", "2", "--out", str(tmp_path), "--baseline", "none"]
+    short_passes = mock.patch.object(Config, "pass_seconds", return_value=0.1)
+    with short_passes, mock.patch.object(verdict, "DRAIN_FAIL", -1.0):
+        code = soak_main.main(["run", *options])
+    assert code == 1
+    assert "FAIL: drain fail" in capsys.readouterr().out
+
+
+def test_the_telemetry_mix_is_163_bytes_on_average() -> None:
+    events = soak_payloads.events(None, 7, soak_payloads.Sent(None))
+    sizes = [len(event) for event in islice(events, 20 * 256)]
+    assert sum(sizes) / len(sizes) == pytest.approx(163, abs=1)
+    assert max(sizes) == soak_payloads.LARGEST
+
+
+@pytest.mark.parametrize("size", [0, 1, 14, 15, 34, 35, 64, 10240])
+def test_events_of_one_size_have_that_size(size: int) -> None:
+    events = soak_payloads.events(size, 7, soak_payloads.Sent(size))
+    assert {len(event) for event in islice(events, 600)} == {size}
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("64", 64), ("64B", 64), ("320KiB", 327680), ("1.5MiB", 1572864), ("1GiB", 1 << 30)]
+)
+def test_sizes_are_read_with_their_units(text: str, size: int) -> None:
+    assert units.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "KiB", "0", "-1", "1.5", "10KB", "1 KiB", "1e3", "nan", "99999999999999GiB"])
+def test_bad_sizes_are_refused_with_the_text_in_the_message(text: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(repr(text))):
+        units.parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("5m", 300), ("1m30s", 90), ("10ms", 0.01), ("10us", 1e-5), ("1.5h", 5400), ("7ns", 7e-9)]
+)
+def test_times_are_read_with_their_units(text: str, seconds: float) -> None:
+    assert units.parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "5", "s", "0s", "0", "-5s", "5 m", "1e3s", "inf", "999999999999h"])
+def test_bad_times_are_refused_with_the_text_in_the_message(text: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(repr(text))):
+        units.parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("figures", "status"),
+    [
+        ({}, "pass"),
+        ({"lost": 1}, "fail"),
+        ({"duplicated": 1}, "fail"),
+        ({"rejected": 1}, "fail"),
+        ({"rejected": 1, "on_full": "raise"}, "pass"),
+        ({"problems": ["a consumer raised"]}, "fail"),
+    ],
+)
+def test_the_verdict_on_correctness(figures: dict[str, Any], status: str) -> None:
+    clean: dict[str, Any] = {"problems": [], "lost": 0, "duplicated": 0, "rejected": 0, "on_full": "block"}
+    assert verdict.judge_correctness(**{**clean, **figures}).status == status
+
+
+def test_the_overall_verdict_is_the_worst_one() -> None:
+    good, poor, bad = (verdict.Finding(status, "") for status in ("pass", "warn", "fail"))
+    assert verdict.overall({"a": good, "b": good}).status == "pass"
+    assert verdict.overall({"a": good, "b": poor}).status == "warn"
+    assert verdict.overall({"a": bad, "b": poor}) == verdict.Finding("fail", "a fail, b warn")
+
+
+CPYTHON = sys.implementation.name == "cpython"
+QUICK = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+BULKY = settings(deadline=None, max_examples=30, suppress_health_check=list(HealthCheck))
+BYTE = st.integers(1, 1000)
+SMALL_LIMITS = st.tuples(BYTE, st.none() | BYTE)
+LARGE = st.integers(64 * tempo.KiB, 256 * tempo.KiB)
+LARGE_LIMITS = st.tuples(LARGE, st.none() | LARGE | st.integers(1, 9000))
+RUNS_OF_SIZES = st.lists(  # (size, how many in a row, drained afterwards)
+    st.tuples(st.integers(0, 5000) | st.integers(0, 520), st.integers(1, 200), st.booleans()), max_size=20
+)
+
+
+def numbered(number: int, size: int) -> bytes:
+    """A payload that shows its number, if its size allows."""
+    return b"%d" % number if size == len(b"%d" % number) else (b"%d" % number).rjust(size, b".")[: max(0, size)]
+
+
+def charge_of(payload: bytes) -> int:
+    """What a payload counts against max_buffered_bytes."""
+    return max(1, len(payload))
+
+
+def greedy(items: list[bytes], limit: int | None) -> list[list[bytes]]:
+    """Batches as the contract closes them, the last one by a flush."""
+    batches: list[list[bytes]] = []
+    open_batch: list[bytes] = []
+    size = 0
+    for item in items:
+        if limit is not None and open_batch and size + len(item) > limit:
+            batches.append(open_batch)
+            open_batch, size = [], 0
+        open_batch.append(item)
+        size += len(item)
+        if limit is not None and size >= limit:
+            batches.append(open_batch)
+            open_batch, size = [], 0
+    return [*batches, open_batch] if open_batch else batches
+
+
+def drained(d: tempo.Dispatcher) -> list[tempo.Batch]:
+    """Everything that is buffered, the open batch too, without waiting."""
+    d.flush(0)
+    batches = []
+    with contextlib.suppress(queue.Empty, tempo.Stopped):
+        while True:
+            batches.append(d.get(timeout=0))
+    return batches
+
+
+def refusal(call: Callable[..., Any], *args: Any, **kwargs: Any) -> type[BaseException] | None:
+    """With which of tempo's errors a call was refused; None: it was not."""
+    try:
+        call(*args, **kwargs)
+    except tempo.Error as exc:
+        return type(exc)
+    return None
+
+
+def assert_balanced(stats: tempo.Stats) -> None:
+    """The conservation law, in payloads and in bytes."""
+    assert stats.accepted == stats.delivered + stats.in_flight + stats.buffered + stats.discarded
+    total = stats.delivered_bytes + stats.in_flight_bytes + stats.buffered_bytes + stats.discarded_bytes
+    assert stats.accepted_bytes == total
+    assert stats.buffered_bytes <= stats.peak_buffered_bytes
+
+
+# -- Properties: boundaries, the greedy rule, the bound --
+
+
+def follow(limits: tuple[int, int | None], sizes: list[int | None]) -> None:
+    """Enqueue payloads of these sizes (None: drain), and compare each outcome with the contract's rules."""
+    limit, batch_limit = limits
+    d = make(max_buffered_bytes=limit, max_batch_bytes=batch_limit)
+    held: list[bytes] = []
+    peak = 0
+    for number, size in enumerate([*sizes, None]):
+        if size is None:
+            batches = drained(d)
+            assert [batch.tolist() for batch in batches] == greedy(held, batch_limit)
+            for batch in batches:
+                assert bytes(batch.data) == b"".join(batch.tolist())
+                assert [bytes(view) for view in batch] == batch.tolist()
+                assert batch.nbytes == sum(map(len, batch))
+            held = []
+            d._check()
+            continue
+        payload = numbered(number, size)
+        used = sum(map(charge_of, held)) if limit < 2000 else None
+        refused = refusal(d.enqueue, payload)
+        if used is None:  # summing at each would cost too much: the outcome is compared with the dispatcher's own sum
+            used = 0 if refused is None else d.stats().buffered_bytes
+        fits = used + charge_of(payload) <= limit
+        too_large = charge_of(payload) > limit
+        if refused is not None or limit < 2000:
+            assert refused is (tempo.PayloadTooLarge if too_large else None if fits else tempo.QueueFull)
+        if refused is None:
+            held.append(payload)
+            peak += charge_of(payload)
+        elif not too_large:
+            assert used == sum(map(charge_of, held))
+    stats = d.stats()
+    assert stats.peak_buffered_bytes <= limit
+    assert (stats.accepted_bytes, stats.buffered) == (peak, 0)
+    assert_balanced(stats)
+
+
+@QUICK
+@given(SMALL_LIMITS, st.lists(st.none() | st.integers(0, 300) | st.integers(0, 9), max_size=60))
+def test_small_limits_give_greedy_batches_and_an_exact_bound(
+    limits: tuple[int, int | None], sizes: list[int | None]
+) -> None:
+    follow(limits, sizes)
+
+
+@BULKY
+@given(LARGE_LIMITS, RUNS_OF_SIZES)
+def test_large_limits_give_greedy_batches_and_an_exact_bound(
+    limits: tuple[int, int | None], runs: list[tuple[int, int, bool]]
+) -> None:
+    sizes: list[int | None] = []
+    for size, count, drain in runs:
+        sizes += [size] * count
+        sizes += [None] * drain
+    follow(limits, sizes)
+
+
+def compare_with_many(limits: tuple[int, int | None], sizes: list[int], lazy: bool) -> None:
+    """Enqueue one by one until refused in one dispatcher, as many in another: no difference shows."""
+    limit, batch_limit = limits
+    items = [numbered(number, size) for number, size in enumerate(sizes)]
+    one = make(max_buffered_bytes=limit, max_batch_bytes=batch_limit)
+    many = make(max_buffered_bytes=limit, max_batch_bytes=batch_limit)
+    taken = 0
+    refused = None
+    for item in items:
+        refused = refusal(one.enqueue, item)
+        if refused is not None:
+            break
+        taken += 1
+
+    try:
+        accepted = many.enqueue_many(iter(items) if lazy else items)
+        error: type[BaseException] | None = None
+    except tempo.Error as exc:
+        accepted, error = exc.accepted, type(exc)
+
+    assert (accepted, error) == (taken, refused)
+    assert many.stats() == one.stats()
+    assert [batch.tolist() for batch in drained(many)] == [batch.tolist() for batch in drained(one)]
+    assert many.stats() == one.stats()
+    one._check()
+    many._check()
+
+
+@QUICK
+@given(SMALL_LIMITS, st.lists(st.integers(0, 300) | st.integers(0, 3), max_size=40), st.booleans())
+def test_enqueue_many_is_enqueue_many_times_under_small_limits(
+    limits: tuple[int, int | None], sizes: list[int], lazy: bool
+) -> None:
+    compare_with_many(limits, sizes, lazy)
+
+
+@BULKY
+@given(LARGE_LIMITS, RUNS_OF_SIZES, st.booleans())
+def test_enqueue_many_is_enqueue_many_times_under_large_limits(
+    limits: tuple[int, int | None], runs: list[tuple[int, int, bool]], lazy: bool
+) -> None:
+    compare_with_many(limits, [size for size, count, _ in runs for _ in range(count)], lazy)
+
+
+# -- Model: a dispatcher against plain lists --
+
+INSTANT = 1e-14  # seconds: a timeout that is over at once, on a clock that stands still
+INTERVAL = 1.0
+
+
+class SmallModel(RuleBasedStateMachine):
+    """Every public call against plain lists, on a clock that the rules move. Small limits: all is exact."""
+
+    limits = SMALL_LIMITS
+    sizes = st.integers(0, 300) | st.integers(0, 9)
+    exact = True
+
+    @initialize(data=st.data())
+    def begin(self, data: st.DataObject) -> None:
+        self.limit, self.batch_limit = data.draw(self.limits)
+        self.d, self.clock = with_clock(
+            interval=INTERVAL, max_buffered_bytes=self.limit, max_batch_bytes=self.batch_limit
+        )
+        self.closed: list[list[bytes]] = []
+        self.open: list[bytes] = []
+        self.born = 0.0
+        self.state = "running"
+        self.number = 0
+        self.peak = 0
+        self.batches = 0
+        self.counts: Counter[str] = Counter()
+
+    def payload(self, size: int) -> bytes:
+        self.number += 1
+        return numbered(self.number, size)
+
+    def buffered(self) -> int:
+        return sum(charge_of(item) for batch in [*self.closed, self.open] for item in batch)
+
+    def count(self, name: str, items: list[bytes]) -> None:
+        self.counts[name] += len(items)
+        self.counts[name + "_bytes"] += sum(map(charge_of, items))
+
+    def cut(self) -> None:
+        if self.open:
+            self.closed.append(self.open)
+            self.open = []
+
+    def offer(self, item: bytes) -> tuple[type[BaseException], ...]:
+        """What the model does with a payload: the errors that may refuse it; none: accepted."""
+        if self.state != "running":
+            self.count("rejected", [item])
+            return (tempo.Closed, tempo.PayloadTooLarge)
+        if self.buffered() + charge_of(item) > self.limit:
+            self.count("rejected", [item])
+            return (tempo.PayloadTooLarge if charge_of(item) > self.limit else tempo.QueueFull,)
+        if self.batch_limit is not None and sum(map(len, self.open)) + len(item) > self.batch_limit:
+            self.cut()
+        if not self.open:
+            self.born = self.clock.now
+        self.open.append(item)
+        if self.batch_limit is not None and sum(map(len, self.open)) >= self.batch_limit:
+            self.cut()
+        self.count("accepted", [item])
+        self.peak = max(self.peak, self.buffered())
+        return ()
+
+    def due(self) -> bool:
+        return bool(self.closed or (self.open and self.clock.now >= self.born + INTERVAL))
+
+    def take(self, batch: tempo.Batch) -> None:
+        if not self.closed:
+            assert not self.exact or self.due()
+            self.cut()
+        expected = self.closed.pop(0)
+        assert batch.tolist() == expected
+        self.batches += 1
+        self.count("delivered", expected)
+        if self.state == "shutting_down" and not self.closed:
+            self.state = "stopped"
+
+    def discard(self, batches: list[tempo.Batch]) -> None:
+        self.cut()
+        assert [batch.tolist() for batch in batches] == self.closed
+        for batch in self.closed:
+            self.count("discarded", batch)
+        self.closed = []
+        self.state = "stopped"
+
+    @rule(size=sizes)
+    def enqueue(self, size: int) -> None:
+        item = self.payload(size)
+        refused = self.offer(item)
+        if refused:
+            with pytest.raises(refused):
+                self.d.enqueue(item)
+        else:
+            self.d.enqueue(item)
+
+    @rule(size=sizes, count=st.integers(2, 30))
+    def enqueue_a_run(self, size: int, count: int) -> None:
+        for _ in range(count):
+            self.enqueue(size)
+
+    @rule(size=sizes)
+    def enqueue_with_a_tiny_timeout(self, size: int) -> None:
+        item = bytearray(self.payload(size))
+        refused = self.offer(bytes(item))
+        if refused:
+            with pytest.raises(refused):
+                self.d.enqueue(item, timeout=INSTANT)
+        else:
+            self.d.enqueue(item, timeout=INSTANT)
+
+    @rule(run=st.lists(sizes, max_size=12), timeout=st.sampled_from([0, INSTANT]))
+    def enqueue_many(self, run: list[int], timeout: float) -> None:
+        items = [self.payload(size) for size in run]
+        refused: tuple[type[BaseException], ...] = ()
+        taken = 0
+        for item in items:
+            refused = self.offer(item)
+            if refused:
+                break
+            taken += 1
+        if refused:
+            with pytest.raises(tempo.Error) as caught:
+                self.d.enqueue_many(items, timeout=timeout)
+            assert isinstance(caught.value, refused)
+            assert caught.value.accepted == taken
+        else:
+            assert self.d.enqueue_many(items, timeout=timeout) == taken
+
+    @rule()
+    def get(self) -> None:
+        try:
+            batch = self.d.get(timeout=0)
+        except queue.Empty:
+            assert not self.due()
+            assert self.state == "running"
+        except tempo.Stopped:
+            assert self.state == "stopped"
+        else:
+            self.take(batch)
+
+    @precondition(lambda self: self.due())
+    @rule()
+    def iterate(self) -> None:
+        for batch in self.d:
+            self.take(batch)
+            break
+
+    @precondition(lambda self: self.state == "stopped")
+    @rule()
+    def iterate_after_the_end(self) -> None:
+        assert list(self.d) == []
+
+    @rule()
+    def flush(self) -> None:
+        self.cut()
+        done = self.d.flush(0)
+        assert self.state == "stopped" or done is (not self.closed)
+
+    @rule(quarters=st.integers(1, 6))
+    def advance_the_clock(self, quarters: int) -> None:
+        self.clock.now += quarters / 4
+
+    @precondition(lambda self: self.number > 20)
+    @rule()
+    def shutdown(self) -> None:
+        self.cut()
+        if self.closed:
+            with pytest.raises(tempo.DrainTimeout) as caught:
+                self.d.shutdown(timeout=0)
+            self.discard(caught.value.undelivered)
+        else:
+            self.d.shutdown(timeout=0)
+            self.state = "stopped"
+
+    @precondition(lambda self: self.number > 20 and self.due())
+    @rule()
+    def shutdown_in_a_loop_body(self) -> None:
+        for batch in self.d:
+            self.take(batch)
+            self.d.shutdown(timeout=0)
+            self.cut()
+            self.state = "shutting_down" if self.closed else "stopped"
+            break
+
+    @precondition(lambda self: self.number > 40)
+    @rule()
+    def stop(self) -> None:
+        self.discard(self.d.stop())
+
+    @invariant()
+    def every_invariant_holds(self) -> None:
+        if hasattr(self, "d"):
+            self.d._check()
+
+    @invariant()
+    def stats_are_the_models(self) -> None:
+        if not hasattr(self, "d"):
+            return
+        stats = self.d.stats()
+        seen = {name: getattr(stats, name) for name in stats._fields if name in EXPECTED}
+        assert seen == {name: self.counts[name] for name in EXPECTED}
+        assert stats.buffered == sum(map(len, self.closed)) + len(self.open)
+        assert stats.buffered_bytes == self.buffered() <= self.limit
+        assert stats.peak_buffered_bytes == self.peak
+        assert stats.batches == self.batches
+        assert stats.state == self.state
+        assert (stats.waiting_producers, stats.waiting_consumers) == (0, 0)
+        assert_balanced(stats)
+
+
+EXPECTED = {name + suffix for name in ("accepted", "delivered", "discarded", "rejected") for suffix in ("", "_bytes")}
+
+
+class LargeModel(SmallModel):
+    """The same under large limits. A batch that began within a credit may close early, so due-ness is one-sided."""
+
+    limits = LARGE_LIMITS
+    exact = False
+
+    @rule(size=st.integers(0, 3000) | st.integers(1, 512), count=st.integers(1, 150))
+    def enqueue_larger_ones(self, size: int, count: int) -> None:
+        for _ in range(count):
+            self.enqueue(size)
+
+
+MODEL = settings(deadline=None, max_examples=60, stateful_step_count=30, suppress_health_check=list(HealthCheck))
+
+
+TestSmallModel = SmallModel.TestCase
+TestSmallModel.settings = MODEL
+TestLargeModel = LargeModel.TestCase
+TestLargeModel.settings = settings(MODEL, max_examples=25)
+
+
+# -- Censuses: each accepted payload once --
+
+
+class Ledger:
+    """What one producer was told."""
+
+    def __init__(self) -> None:
+        self.accepted: list[bytes] = []
+        self.refused: list[bytes] = []
+        self.raised = 0
+
+
+def produce(d: tempo.Dispatcher, producer: int, count: int, sizes: tuple[int, ...]) -> Ledger:
+    """Enqueue `count` payloads, the way that the producer's number says, and note what became of each."""
+    rng = random.Random(producer)
+    ledger = Ledger()
+    items = []
+    for i in range(count):
+        size = rng.choice(sizes)
+        items.append((bytes([producer]) + i.to_bytes(3, "big")).ljust(size, b"x") if size else b"")
+    policy = producer % 5
+    timeout = (0.0, 0.01, None, 0.01, None)[policy]
+    at = 0
+    while at < len(items):
+        some = items[at : at + (rng.randrange(1, 60) if policy >= 3 else 1)]
+        at += len(some)
+        try:
+            if policy >= 3:
+                assert d.enqueue_many(some, timeout=timeout) == len(some)
+            else:
+                d.enqueue(some[0], timeout=timeout)
+            ledger.accepted += some
+        except (tempo.QueueFull, tempo.PayloadTooLarge) as exc:
+            ledger.raised += 1
+            ledger.accepted += some[: exc.accepted]
+            ledger.refused += some[exc.accepted :]
+    return ledger
+
+
+def assert_census(d: tempo.Dispatcher, limit: int, ledgers: list[Ledger], received: list[list[bytes]]) -> None:
+    """Each accepted payload came once, refused ones never, those of one producer in order, and the sums agree."""
+    accepted = [item for ledger in ledgers for item in ledger.accepted]
+    refused = {item for ledger in ledgers for item in ledger.refused if item}
+    came = [item for items in received for item in items]
+    assert Counter(came) == Counter(accepted)
+    assert not refused.intersection(came)
+    for items in received:
+        last: dict[int, int] = {}
+        for item in filter(None, items):
+            number = int.from_bytes(item[1:4], "big")
+            assert number > last.get(item[0], -1)
+            last[item[0]] = number
+    wait_until(lambda: d.stats().waiting_consumers == 0)  # the handler's thread is told of the end, and then leaves
+    stats = d.stats()
+    assert_balanced(stats)
+    assert stats.delivered == stats.accepted == len(accepted)
+    assert stats.delivered_bytes == sum(map(charge_of, accepted))
+    assert stats.rejected == sum(ledger.raised for ledger in ledgers)
+    assert stats.peak_buffered_bytes <= limit
+    assert (stats.waiting_producers, stats.waiting_consumers, stats.state) == (0, 0, "stopped")
+    d._check()
+
+
+SMALL_CENSUS = (2000, 500, (0, 4, 5, 64, 163, 499, 501, 1999, 2001))
+LARGE_CENSUS = (256 * tempo.KiB, 32 * tempo.KiB, (0, 4, 5, 64, 163, 163, 163, 600, 3000, 32769))
+
+
+@pytest.fixture(params=[None, 1e-5], ids=["usual switches", "frequent switches"])
+def switching(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let the interpreter switch threads as often as it can, in one of two runs."""
+    before = sys.getswitchinterval()
+    if request.param:
+        sys.setswitchinterval(request.param)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("switching")
+@pytest.mark.parametrize(("limit", "batch_limit", "sizes"), [SMALL_CENSUS, LARGE_CENSUS], ids=["small", "large"])
+@pytest.mark.parametrize(("producers", "consumers", "count"), [(8, 1, 500), (16, 4, 200), (32, 2, 120)])
+def test_pulling_consumers_receive_each_accepted_payload_once(
+    limit: int, batch_limit: int, sizes: tuple[int, ...], producers: int, consumers: int, count: int
+) -> None:
+    d = make(interval=0.002, max_buffered_bytes=limit, max_batch_bytes=batch_limit)
+    consuming = [Worker(lambda: payloads(d)) for _ in range(consumers)]
+    producing = [Worker(produce, d, number, count, sizes) for number in range(producers)]
+
+    ledgers = [worker.result() for worker in producing]
+    d.shutdown(timeout=LIMIT)
+
+    assert_census(d, limit, ledgers, [worker.result() for worker in consuming])
+
+
+@pytest.mark.usefixtures("switching")
+@pytest.mark.parametrize(("limit", "batch_limit", "sizes"), [SMALL_CENSUS, LARGE_CENSUS], ids=["small", "large"])
+def test_a_handler_receives_each_accepted_payload_once_and_in_order(
+    limit: int, batch_limit: int, sizes: tuple[int, ...]
+) -> None:
+    d = make(interval=0.002, max_buffered_bytes=limit, max_batch_bytes=batch_limit)
+    received: list[bytes] = []
+    d.start(lambda batch: received.extend(batch.tolist()))
+    producing = [Worker(produce, d, number, 150, sizes) for number in range(16)]
+
+    ledgers = [worker.result() for worker in producing]
+    d.shutdown(timeout=LIMIT)
+
+    assert_census(d, limit, ledgers, [received])
+
+
+@pytest.mark.usefixtures("switching")
+@pytest.mark.parametrize(("limit", "batch_limit", "sizes"), [SMALL_CENSUS, LARGE_CENSUS], ids=["small", "large"])
+@pytest.mark.parametrize("consumers", [1, 3])
+def test_coroutines_receive_each_accepted_payload_once(
+    limit: int, batch_limit: int, sizes: tuple[int, ...], consumers: int
+) -> None:
+    d = make(interval=0.002, max_buffered_bytes=limit, max_batch_bytes=batch_limit)
+
+    def finish() -> list[Ledger]:
+        ledgers = [worker.result() for worker in producing]
+        d.shutdown(timeout=LIMIT)
+        return ledgers
+
+    async def consume() -> list[bytes]:
+        return [item async for batch in d for item in batch.tolist()]
+
+    async def everything() -> list[list[bytes]]:
+        return await asyncio.wait_for(asyncio.gather(*(consume() for _ in range(consumers))), LIMIT)
+
+    producing = [Worker(produce, d, number, 150, sizes) for number in range(12)]
+    finishing = Worker(finish)
+    received = asyncio.run(everything())
+
+    assert_census(d, limit, finishing.result(), received)
+
+
+# -- Memory: what tracemalloc sees --
+
+
+class Heap:
+    """What is allocated since it was made, now and at the most."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        tracemalloc.reset_peak()
+        self._base = tracemalloc.get_traced_memory()[0]
+
+    def now(self) -> int:
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0] - self._base
+
+    def peak(self) -> int:
+        return tracemalloc.get_traced_memory()[1] - self._base
+
+
+@pytest.fixture
+def tracing() -> Iterator[None]:
+    """Trace allocations during a test."""
+    if not CPYTHON:
+        pytest.skip("tracemalloc is CPython's")
+    was_tracing = tracemalloc.is_tracing()
+    if not was_tracing:
+        tracemalloc.start()
+    yield
+    if not was_tracing:
+        tracemalloc.stop()
+
+
+def drop_all(d: tempo.Dispatcher) -> int:
+    """Take every batch and let go of it at once; return what the largest needs to be held, twice its bytes."""
+    d.flush(0)
+    most = 0
+    with contextlib.suppress(queue.Empty):
+        while True:
+            batch = d.get(timeout=0)
+            most = max(most, 2 * batch.nbytes + 5 * len(batch))
+            del batch
+    return most
+
+
+def fill_up(d: tempo.Dispatcher, limit: int, size: int) -> None:
+    """Enqueue payloads that only the dispatcher holds, until no other fits; tiny ones by the dozen, for speed."""
+    left = limit // max(1, size)
+    while left:
+        some = min(left, 24 if size < 64 else 1)
+        left -= some
+        if some > 1:
+            d.enqueue_many([bytes(size)] * some)
+        else:
+            d.enqueue(bytes(size))
+
+
+def bound(limit: int, size: int) -> int:
+    return (limit * 5 // 4 if size > 1 else limit * 8) + 256 * tempo.KiB
+
+
+@pytest.mark.usefixtures("tracing")
+@pytest.mark.parametrize("batch_limit", [None, 32 * tempo.KiB, 64])
+@pytest.mark.parametrize(
+    ("size", "limit", "fills"),
+    [
+        (0, 128 * tempo.KiB, 2),
+        (1, 128 * tempo.KiB, 2),
+        (64, tempo.MiB, 3),
+        (163, tempo.MiB, 3),
+        (511, 400 * tempo.KiB, 3),
+        (1000, tempo.MiB, 3),
+        (10240, tempo.MiB, 3),
+    ],
+)
+def test_memory_stays_within_the_bound_however_often_the_buffer_is_filled(
+    size: int, limit: int, fills: int, batch_limit: int | None
+) -> None:
+    heap = Heap()
+    d = make(max_buffered_bytes=limit, max_batch_bytes=batch_limit)
+    largest = 0
+
+    for _ in range(fills if batch_limit != 64 else 2):  # as many batches as payloads: that takes its time
+        fill_up(d, limit, size)
+        assert heap.peak() <= bound(limit, size) + largest
+        with pytest.raises(tempo.QueueFull):
+            d.enqueue(bytes(max(1, size)))
+        largest = max(largest, drop_all(d))
+
+    assert heap.peak() <= bound(limit, size) + largest
+    assert heap.now() < 64 * tempo.KiB
+
+
+@pytest.mark.usefixtures("tracing")
+@pytest.mark.parametrize("size", [0, 1])
+def test_a_mebibyte_of_the_smallest_payloads_stays_within_the_bound(size: int) -> None:
+    heap = Heap()
+    d = make()
+
+    fill_up(d, tempo.MiB, size)
+
+    assert heap.peak() <= bound(tempo.MiB, size)
+    largest = drop_all(d)
+    assert heap.peak() <= bound(tempo.MiB, size) + largest
+    assert heap.now() < 64 * tempo.KiB
+
+
+@pytest.mark.usefixtures("tracing")
+def test_a_flush_after_each_payload_costs_no_memory_beyond_the_bound() -> None:
+    heap = Heap()
+    d = make()
+
+    for _ in range(tempo.MiB // 64):
+        d.enqueue(bytes(64))
+        d.flush(0)
+
+    assert d.stats().buffered_bytes == tempo.MiB
+    assert heap.peak() <= bound(tempo.MiB, 64)
+    drop_all(d)
+    assert heap.now() < 64 * tempo.KiB
+
+
+@pytest.mark.usefixtures("tracing")
+def test_enqueue_many_does_not_copy_ahead_of_the_room_that_there_is() -> None:
+    heap = Heap()
+    d = make(max_buffered_bytes=2 * tempo.MiB)
+
+    with pytest.raises(tempo.QueueFull) as caught:
+        d.enqueue_many(bytearray(64 * tempo.KiB) for _ in range(600))
+
+    accepted = caught.value.accepted
+    del caught
+    assert accepted == 32
+    assert heap.peak() <= bound(2 * tempo.MiB, 64) + 128 * tempo.KiB  # the generator's own, and the one refused
+    drop_all(d)
+    assert heap.now() < 64 * tempo.KiB
+
+
+@pytest.mark.usefixtures("tracing")
+@pytest.mark.parametrize("limit", [1000, tempo.MiB])
+def test_ten_thousand_refusals_leave_nothing(limit: int) -> None:
+    d = make(max_buffered_bytes=limit)
+    d.enqueue(bytes(limit))
+    assert refusal(d.enqueue, bytes(300)) is tempo.QueueFull
+    heap = Heap()
+
+    for _ in range(10_000):
+        with contextlib.suppress(tempo.QueueFull):
+            d.enqueue(bytes(300))
+    with contextlib.suppress(tempo.PayloadTooLarge):
+        d.enqueue(bytes(2 * tempo.MiB))
+
+    assert d.stats().rejected == 10_002
+    assert heap.now() < 4 * tempo.KiB
+
+
+@pytest.mark.usefixtures("tracing")
+def test_a_waiting_producers_payload_is_let_go_of_with_its_batch() -> None:
+    heap = Heap()
+    d = make()
+    d.enqueue(bytes(tempo.MiB))
+    worker = Worker(lambda: d.enqueue(bytes(tempo.MiB), timeout=None))
+    wait_until(lambda: d.stats().waiting_producers == 1)
+
+    drop_all(d)
+    worker.result()
+    assert d.stats().buffered_bytes == tempo.MiB
+    drop_all(d)
+
+    assert heap.now() < 64 * tempo.KiB
+
+
+# -- Re-entrance: a call nested at any bytecode --
+
+
+def trace_at(position: int, act: Callable[[], object], work: Callable[[], object]) -> int:
+    """Run work(), and act() before the position-th bytecode of tempo's that it executes; return how many there were."""
+    seen = 0
+    tempo_globals = vars(tempo)
+
+    def step(frame: Any, event: str, _: Any) -> Any:
+        nonlocal seen
+        if frame.f_globals is not tempo_globals:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            seen += 1
+            if seen == position:
+                act()  # not traced itself: the interpreter sees to that
+        return step
+
+    sys._getframe().f_trace_opcodes = True  # before settrace: 3.12 looks only then whether anybody wants opcodes
+    before = sys.gettrace()
+    sys.settrace(step)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return seen
+
+
+def positions(work: Callable[[], object], samples: int, rng: random.Random) -> range:
+    """At which bytecodes of work() to try: every one, or `samples` evenly spread from a random start."""
+    total = trace_at(0, lambda: None, work)
+    step = max(1, total // samples)
+    return range(1 + rng.randrange(step), total + 1, step)
+
+
+def filled(limit: int, fill: int) -> list[bytes]:
+    """Payloads of `fill` bytes together."""
+    unit = 10 if limit < 1000 else 400
+    sizes = [unit] * (fill // unit) + [fill % unit] * (fill % unit > 0)
+    return [(b"%05d" % i).ljust(size, b"f")[:size] for i, size in enumerate(sizes)]
+
+
+def serial_outcomes(limit: int, used: int, steps: list[int], nested: int) -> set[tuple[int, bool]]:
+    """(how many of the outer call's payloads, whether the nested one) are accepted, in each serial order of them."""
+    outcomes = set()
+    for place in range(len(steps) + 1):
+        buffered, outer, refused, accepted = used, 0, False, False
+        for i in range(len(steps) + 1):
+            if i == place and buffered + nested <= limit:
+                accepted = True
+                buffered += nested
+            if i < len(steps) and not refused:
+                if buffered + steps[i] > limit:
+                    refused = True
+                else:
+                    buffered += steps[i]
+                    outer += steps[i] > 0
+        outcomes.add((outer, accepted))
+    return outcomes
+
+
+class Subject:
+    """A dispatcher with content, one call on it, and what the call took and gave."""
+
+    def __init__(self, limit: int, batch_limit: int, fill: int, outer: str) -> None:
+        self.limit = limit
+        self.batch_limit = batch_limit
+        self.d = make(max_buffered_bytes=limit, max_batch_bytes=batch_limit)
+        self.before = filled(limit, fill)
+        self.d.enqueue_many(self.before)
+        self.outer = outer
+        self.payload = b"O" * (33 if outer != "enqueue_big" else min(3000, limit // 2))
+        self.steps: list[int] = []
+        if outer in ("enqueue", "enqueue_big", "enqueue_many"):
+            self.steps = [len(self.payload)] * (2 if outer == "enqueue_many" else 1)
+        elif outer == "get":
+            closed = greedy(self.before, batch_limit)
+            if sum(map(len, closed[-1] if closed else [])) < batch_limit:
+                closed = closed[:-1]
+            self.steps = [-sum(map(len, closed[0]))] if closed else []
+        self.accepted: list[bytes] = []
+        self.got: list[tempo.Batch] = []
+        self.raised = 0
+
+    def call(self) -> None:
+        """The outer call."""
+        d = self.d
+        if self.outer in ("enqueue", "enqueue_big", "enqueue_many"):
+            many = self.outer == "enqueue_many"
+            try:
+                if many:
+                    d.enqueue_many([self.payload, self.payload])
+                else:
+                    d.enqueue(self.payload)
+                self.accepted += [self.payload] * (1 + many)
+            except tempo.Error as exc:
+                self.raised += 1
+                self.accepted += [self.payload] * exc.accepted
+        elif self.outer == "get":
+            with contextlib.suppress(queue.Empty, tempo.Stopped):
+                self.got.append(d.get(timeout=0))
+        elif self.outer == "flush":
+            d.flush(0)
+        elif self.outer == "stop":
+            self.got += d.stop()
+        elif self.outer == "stats":
+            assert_balanced(d.stats())
+        else:
+            try:
+                d.shutdown(0)
+            except tempo.DrainTimeout as exc:
+                self.got += exc.undelivered
+            except tempo.Stopped:
+                pass
+
+    def everything(self) -> list[list[bytes]]:
+        """What came out, and what is left, in batches; ends the dispatcher."""
+        self.d._check()
+        stats = self.d.stats()
+        assert_balanced(stats)
+        assert stats.peak_buffered_bytes <= self.limit
+        return [batch.tolist() for batch in [*self.got, *self.d.stop()]]
+
+
+class Nested:
+    """A call of enqueue from inside, with a look at the stats before and after."""
+
+    def __init__(self, subject: Subject, payload: bytes) -> None:
+        self.subject, self.payload = subject, payload
+        self.refused: type[BaseException] | None = None
+        self.accepted = False
+        self.done = False
+
+    def __call__(self) -> None:
+        self.done = True
+        self.look()
+        self.refused = refusal(self.subject.d.enqueue, self.payload, timeout=5)
+        self.accepted = self.refused is None
+        self.look()
+
+    def look(self) -> None:
+        stats = self.subject.d.stats()
+        assert_balanced(stats)
+        assert stats.buffered_bytes <= self.subject.limit
+
+
+OUTER = ("enqueue", "enqueue_big", "enqueue_many", "get", "flush", "stats", "shutdown")
+FRAMES = [(100, 30), (128 * tempo.KiB, 9000)]
+
+
+def orders(before: list[bytes], outer: list[bytes], nested: list[bytes]) -> list[list[bytes]]:
+    """Every order in which the payloads may stand."""
+    return [before + outer[:i] + nested + outer[i:] for i in range(len(outer) + 1)]
+
+
+@pytest.mark.skipif(not CPYTHON, reason="needs CPython's opcode tracing")
+@pytest.mark.parametrize(("limit", "batch_limit"), FRAMES, ids=["100 bytes", "128 KiB"])
+@pytest.mark.parametrize("outer", OUTER)
+def test_a_call_nested_at_any_bytecode_is_as_if_made_before_or_after(limit: int, batch_limit: int, outer: str) -> None:
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    for fill in (0, limit // 2, limit - 1, limit):
+        for size in (7, 50, 3000):
+            if size > limit:
+                continue
+            serial = serial_outcomes(limit, fill, Subject(limit, batch_limit, fill, outer).steps, size)
+            for position in positions(Subject(limit, batch_limit, fill, outer).call, 14, rng):
+                subject = Subject(limit, batch_limit, fill, outer)
+                nested = Nested(subject, b"N" * size)
+                where = f"{fill=} {size=} {position=} {seed=}"
+
+                begin = time.monotonic()
+                if trace_at(position, nested, subject.call) < position:
+                    continue  # how many bytecodes there are depends on the depth of the stack
+
+                assert time.monotonic() - begin < 4, f"it waited: {where}"
+                if outer == "shutdown":
+                    fits = fill + size <= limit
+                    assert nested.refused in (
+                        None if fits else tempo.QueueFull, tempo.ShuttingDown, tempo.Stopped
+                    ), where  # fmt: skip
+                else:
+                    assert (len(subject.accepted), nested.accepted) in serial, where
+                assert subject.d.stats().rejected == subject.raised + (not nested.accepted), where
+                batches = subject.everything()
+                flat = [item for batch in batches for item in batch]
+                mine = [nested.payload] * nested.accepted
+                assert flat in orders(subject.before, subject.accepted, mine), where
+                if outer not in ("flush", "shutdown"):
+                    assert batches == greedy(flat, batch_limit), where
+
+
+@pytest.mark.skipif(not CPYTHON, reason="needs CPython's opcode tracing")
+@pytest.mark.parametrize(("limit", "batch_limit"), FRAMES, ids=["100 bytes", "128 KiB"])
+@pytest.mark.parametrize("outer", ["enqueue", "enqueue_big", "enqueue_many", "get", "flush", "shutdown"])
+def test_a_call_nested_in_a_nested_call_is_accepted_or_refused_like_any_other(
+    limit: int, batch_limit: int, outer: str
+) -> None:
+    rng = random.Random(7)
+    calls = [0]
+    act_at = [0]
+    act: list[Callable[[], object]] = []
+
+    def clock() -> float:  # what interrupts the outer call must not be a trace function: those are not traced
+        calls[0] += 1
+        if calls[0] == act_at[0]:
+            act[0]()
+        return 1000.0
+
+    def subject_on_clock() -> Subject:
+        with mock.patch("time.monotonic", clock):
+            return Subject(limit, batch_limit, fill, outer)
+
+    for fill in (0, limit // 2, limit - 57, limit - 1):
+        for first, second in ((7, 50), (50, 7), (50, 50)):
+            act_at[0] = 0
+            counted = subject_on_clock()
+            calls[0] = 0
+            counted.call()
+            for interrupted in range(1, calls[0] + 1):
+                act_at[0] = 0
+                probe = subject_on_clock()
+                tried = range(0)
+
+                def count(nested: Nested = Nested(probe, b"N" * first)) -> None:  # noqa: B008 - bound in the loop
+                    nonlocal tried
+                    tried = positions(nested, 6, rng)
+
+                act[:], calls[0], act_at[0] = [count], 0, interrupted
+                probe.call()
+                for position in tried:
+                    act_at[0] = 0
+                    subject = subject_on_clock()
+                    inner = Nested(subject, b"M" * second)
+                    nested = Nested(subject, b"N" * first)
+                    act[:] = [partial(trace_at, position, inner, nested)]
+                    calls[0], act_at[0] = 0, interrupted
+                    subject.call()
+                    act_at[0] = 0
+
+                    if not nested.done or not inner.done:
+                        continue
+                    stats = subject.d.stats()
+                    refused = subject.raised + (not inner.accepted) + (not nested.accepted)
+                    assert stats.rejected == refused, (fill, first, second, interrupted, position)
+                    if outer != "shutdown":
+                        room = limit - stats.peak_buffered_bytes  # a refusal needs a buffer that was full enough
+                        assert inner.accepted or room < second
+                        assert nested.accepted or room < first
+                    came = [item for batch in subject.everything() for item in batch]
+                    mine = [inner.payload] * inner.accepted + [nested.payload] * nested.accepted
+                    assert Counter(came) == Counter(subject.before + subject.accepted + mine)
+                    assert [item for item in came if item[:1] not in b"OMN"] == subject.before
+
+
+# -- Interrupted anywhere: KeyboardInterrupt at each entry of a function --
+
+
+def interrupt_at(position: int, work: Callable[[], object]) -> bool:
+    """Run work(); raise KeyboardInterrupt at the position-th function entry or first line in tempo; False: too few."""
+    seen = 0
+    fresh: Any = None
+    tempo_globals = vars(tempo)
+
+    def step(frame: Any, event: str, _: Any) -> Any:
+        nonlocal seen, fresh
+        if frame.f_globals is not tempo_globals:
+            return None
+        if event == "call" or (event == "line" and frame is fresh):
+            fresh = frame if event == "call" else None
+            seen += 1
+            if seen == position:
+                raise KeyboardInterrupt
+        return step
+
+    before = sys.gettrace()
+    sys.settrace(step)
+    try:
+        work()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return seen >= position
+
+
+def assert_it_works(d: tempo.Dispatcher) -> list[bytes]:
+    """Take all that is there, and see a payload through, in this thread and in another; return what was there."""
+    there = payloads(drained(d))
+
+    def once() -> None:
+        if d.stats().state == "running":
+            d.enqueue(b"another")
+            d.flush(0)
+            assert d.get(timeout=LIMIT).tolist() == [b"another"]
+        else:
+            assert refusal(d.enqueue, b"another") in (tempo.ShuttingDown, tempo.Stopped)
+            with pytest.raises(tempo.Stopped):
+                d.get(timeout=LIMIT)
+
+    once()
+    Worker(once).result()
+    return there
+
+
+@pytest.mark.skipif(not CPYTHON, reason="needs CPython's tracing")
+@pytest.mark.parametrize(("limit", "batch_limit"), [(2000, 300), (128 * tempo.KiB, 9000), (128 * tempo.KiB, None)])
+@pytest.mark.parametrize("outer", [*OUTER, "stop"])
+@pytest.mark.parametrize("full", [False, True], ids=["with room", "full"])
+def test_an_interrupt_at_any_entry_leaves_a_dispatcher_that_works(
+    limit: int, batch_limit: int | None, outer: str, full: bool
+) -> None:
+    position = 0
+    fired = True
+    while fired:
+        position += 1
+        subject = Subject(limit, batch_limit or limit, 0, outer)
+        d = subject.d = make(max_buffered_bytes=limit, max_batch_bytes=batch_limit)
+        size = 40 if limit < 10_000 else 100
+        count = limit // size if full else limit // size // 2
+        subject.before = [b"%05d" % i + bytes(size - 5) for i in range(count)]
+        for item in subject.before[:10]:
+            d.enqueue(item)
+        d.flush(0)
+        d.enqueue_many(subject.before[10:])
+
+        fired = interrupt_at(position, subject.call)
+
+        where = f"{position=}"
+        stats = d.stats()
+        assert_balanced(stats)
+        assert (stats.waiting_producers, stats.waiting_consumers) == (0, 0), where
+        d._check()
+        there = assert_it_works(d)
+        came = payloads(subject.got) + there
+        mine = [item for item in came if item == subject.payload]
+        assert len(subject.accepted) <= len(mine) <= 2, where
+        rest = [item for item in came if item != subject.payload]
+        if outer in ("get", "stop", "shutdown"):  # a batch that the interrupted call had taken is gone with it
+            taken = stats.delivered + stats.discarded
+            assert rest in (subject.before, subject.before[taken:]), where
+            assert taken in (0, min(10, (batch_limit or limit) // size)) or outer != "get", where
+        else:
+            assert rest == subject.before, where
+        stats = d.stats()
+        assert_balanced(stats)
+        assert (stats.buffered, stats.waiting_producers, stats.waiting_consumers) == (0, 0, 0), where
+        d._check()
+        d.stop()
+
+
+# -- Threads stopped at a bytecode --
+
+
+def halt_at(position: int, work: Callable[[], object], meanwhile: Callable[[], object]) -> None:
+    """Run work() in a thread that halts at its position-th bytecode of tempo's, until meanwhile() is over or blocks."""
+    reached, go_on = threading.Event(), threading.Event()
+
+    def halt() -> None:
+        reached.set()
+        assert go_on.wait(LIMIT)
+
+    def halting() -> None:
+        try:
+            trace_at(position, halt, work)
+        finally:
+            reached.set()
+
+    first = Worker(halting)
+    assert reached.wait(LIMIT)
+    second = Worker(meanwhile)
+    second.join(0.05)
+    go_on.set()
+    first.result()
+    second.result()
+
+
+def note_refusal(d: tempo.Dispatcher, item: bytes, outcome: list[type[BaseException] | None]) -> None:
+    outcome.append(refusal(d.enqueue, item))
+
+
+HALTS = [
+    # limit, fill: what the halted enqueue meets
+    pytest.param(100, 0, id="small and empty"),
+    pytest.param(100, 80, id="small and nearly full"),
+    pytest.param(128 * tempo.KiB, 0, id="large and empty"),
+    pytest.param(128 * tempo.KiB, 40_000, id="large with a credit"),
+    pytest.param(128 * tempo.KiB, 128 * tempo.KiB - 40, id="large and nearly full"),
+]
+
+
+@pytest.mark.skipif(not CPYTHON, reason="needs CPython's opcode tracing")
+@pytest.mark.parametrize(("limit", "fill"), HALTS)
+@pytest.mark.parametrize("other", ["enqueue", "get", "flush", "shutdown", "stop", "stats"])
+def test_a_producer_halted_at_any_bytecode_changes_nothing_for_the_others(limit: int, fill: int, other: str) -> None:
+    batch_limit = 30 if limit < 1000 else 9000
+    rng = random.Random(3)
+    shared = b"O" * 33  # the other thread enqueues the very same object
+
+    def subject() -> Subject:
+        return Subject(limit, batch_limit, fill, other)
+
+    total = trace_at(0, lambda: None, partial(refusal, subject().d.enqueue, shared))
+    samples = total if total < 60 else 5  # the way without the lock at each
+    for position in positions(partial(refusal, subject().d.enqueue, shared), samples, rng):
+        tried = subject()
+        tried.payload = shared
+        outcome: list[type[BaseException] | None] = []
+
+        halt_at(position, partial(note_refusal, tried.d, shared, outcome), tried.call)
+
+        accepted = [shared] * (outcome == [None]) + tried.accepted
+        stats = tried.d.stats()
+        assert stats.accepted == len(tried.before) + len(accepted), position
+        assert stats.rejected == tried.raised + (outcome != [None]), position
+        if other in ("shutdown", "stop"):
+            assert (stats.buffered, stats.state) == (0, "stopped"), position
+        came = [item for batch in tried.everything() for item in batch]
+        assert Counter(came) == Counter(tried.before + accepted), position
+        assert [item for item in came if item is not shared and item != shared] == tried.before, position
+        if other not in ("shutdown", "stop", "get"):
+            assert min(len(accepted), 1) == (fill + 33 <= limit), position
+
+
+@pytest.mark.skipif(not CPYTHON, reason="needs CPython's opcode tracing")
+@pytest.mark.parametrize("size", [1, 40, 512])
+def test_a_producer_halted_in_a_credit_that_is_withdrawn_never_exceeds_the_bound(size: int) -> None:
+    limit = 128 * tempo.KiB
+    rng = random.Random(5)
+    item = b"h" * size
+
+    def fresh() -> tempo.Dispatcher:
+        d = make(max_buffered_bytes=limit)
+        d.enqueue(b"first")
+        return d
+
+    for drain_after in (False, True):
+        probe = fresh()
+        for position in positions(partial(probe.enqueue, item), 200, rng):
+            d = fresh()
+            filling: list[bytes] = []
+            outcome: list[type[BaseException] | None] = []
+            taken: list[bytes] = []
+
+            def fill(d: tempo.Dispatcher, filling: list[bytes], taken: list[bytes], drain_after: bool) -> None:
+                while refusal(d.enqueue, b"f" * 400) is None:
+                    filling.append(b"f" * 400)
+                rest = limit - d.stats().buffered_bytes
+                if rest:
+                    d.enqueue(b"r" * rest)
+                    filling.append(b"r" * rest)
+                assert d.stats().buffered_bytes == limit
+                assert refusal(d.enqueue, b"x") is tempo.QueueFull
+                if drain_after:
+                    taken += payloads(drained(d))
+
+            halt_at(position, partial(note_refusal, d, item, outcome), partial(fill, d, filling, taken, drain_after))
+
+            d._check()
+            stats = d.stats()
+            assert_balanced(stats)
+            assert stats.peak_buffered_bytes <= limit
+            accepted = [b"first", *filling] + [item] * (outcome == [None])
+            assert Counter(taken + payloads(d.stop())) == Counter(accepted), position
+
+
+# -- Real signals, finalizers and logging --
+
+
+def seen_once(d: tempo.Dispatcher, accepted: list[bytes], came: list[bytes]) -> None:
+    """Each accepted payload came once, each source's in order."""
+    d._check()
+    assert_balanced(d.stats())
+    assert Counter(came) == Counter(accepted)
+    for source in {item[:1] for item in accepted}:
+        numbers = [int(item[1:]) for item in came if item[:1] == source]
+        assert numbers == sorted(numbers)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer")
+@pytest.mark.parametrize(("limit", "batch_limit"), [(300, 100), (128 * tempo.KiB, 9000), (64 * tempo.KiB, None)])
+def test_a_signal_handler_that_enqueues_is_accepted_or_refused_like_any_other(
+    limit: int, batch_limit: int | None
+) -> None:
+    d = make(max_buffered_bytes=limit, max_batch_bytes=batch_limit)
+    accepted: list[bytes] = []
+    came: list[bytes] = []
+    signals = 0
+    refused = 0
+
+    def handler(_signum: int, _frame: Any) -> None:
+        nonlocal signals, refused
+        signals += 1
+        item = b"s%d" % signals
+        if refusal(d.enqueue, item) is None:  # without a wait: outside of tempo it would be one
+            accepted.append(item)
+        else:
+            refused += 1
+        assert_balanced(d.stats())
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    try:
+        for number in range(10_000):
+            item = b"m%d" % number
+            if refusal(d.enqueue, item) is None:
+                accepted.append(item)
+            else:
+                refused += 1
+            if number % 50 == 0:
+                d.flush(0)
+            with contextlib.suppress(queue.Empty):
+                while number % 50 < 2:
+                    came += d.get(timeout=0).tolist()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+    assert signals > 10
+    assert d.stats().rejected == refused
+    came += payloads(drained(d))
+    seen_once(d, accepted, came)
+
+
+class Cycle:
+    """Garbage that only the collector finds."""
+
+    def __init__(self, at_end: Callable[[], object] | None = None) -> None:
+        self.me = self
+        self.at_end = at_end
+
+    def __del__(self) -> None:
+        if self.at_end is not None:
+            self.at_end()
+
+
+@pytest.mark.skipif(not CPYTHON, reason="needs a collector that runs at every allocation")
+@pytest.mark.parametrize("by", ["__del__", "weakref"])
+@pytest.mark.parametrize(("limit", "batch_limit"), [(300, 100), (128 * tempo.KiB, 9000)])
+def test_finalizers_that_enqueue_are_accepted_or_refused_like_any_other(
+    by: str, limit: int, batch_limit: int | None
+) -> None:
+    d = make(max_buffered_bytes=limit, max_batch_bytes=batch_limit)
+    accepted: list[bytes] = []
+    came: list[bytes] = []
+    ends = 0
+    references = []
+
+    def at_end(*_: object) -> None:
+        nonlocal ends
+        ends += 1
+        item = b"e%d" % ends
+        if refusal(d.enqueue, item) is None:  # without a wait: outside of tempo it would be one
+            accepted.append(item)
+        assert_balanced(d.stats())
+
+    thresholds = gc.get_threshold()
+    gc.collect()
+    gc.freeze()  # so that collecting costs little
+    gc.set_threshold(1)
+    try:
+        for number in range(400):
+            if by == "weakref":
+                references.append(weakref.ref(Cycle(), at_end))
+            else:
+                Cycle(at_end)
+            item = b"m%d" % number
+            if refusal(d.enqueue, item) is None:
+                accepted.append(item)
+            with contextlib.suppress(queue.Empty):
+                if number % 10 == 0:
+                    d.flush(0)
+                came += d.get(timeout=0).tolist()
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
+        gc.collect()
+
+    assert ends == 400
+    came += payloads(drained(d))
+    seen_once(d, accepted, came)
+
+
+class Enqueuing(logging.Handler):
+    """Sends log records to a dispatcher."""
+
+    def __init__(self, d: tempo.Dispatcher) -> None:
+        super().__init__()
+        self.d = d
+        self.refused = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if refusal(self.d.enqueue, record.getMessage().encode(), timeout=5) is not None:
+            self.refused += 1
+
+
+@pytest.mark.parametrize("limit", [300, 128 * tempo.KiB])
+def test_a_handler_and_an_iterable_may_log_into_the_dispatcher_that_calls_them(limit: int) -> None:
+    d = make(max_buffered_bytes=limit, interval=0.001)
+    log = logging.Logger("tempo's own")
+    sink = Enqueuing(d)
+    log.addHandler(sink)
+    came: list[bytes] = []
+
+    def handler(batch: tempo.Batch) -> None:
+        came.extend(batch.tolist())
+        if not batch.tolist()[0].startswith(b"handled"):
+            log.warning("handled %d", len(batch))
+
+    def source() -> Iterator[bytes]:
+        for number in range(100):
+            log.warning("made %d", number)
+            yield b"item %d" % number
+
+    d.start(handler)
+    assert d.enqueue_many(source(), timeout=LIMIT) == 100
+    assert d.flush(LIMIT)
+    d.shutdown(LIMIT)
+
+    assert [item for item in came if item.startswith(b"item")] == [b"item %d" % number for number in range(100)]
+    stats = d.stats()
+    assert_balanced(stats)
+    assert stats.rejected == sink.refused
+    assert stats.delivered == len(came)
+
+
+# -- Interrupted waits --
+
+
+def wait_until_parked(ident: int) -> None:
+    """Return when a thread stands still inside tempo."""
+    last: tuple[int, int] | None = None
+    still = 0
+
+    def parked() -> bool:
+        nonlocal last, still
+        frame: Any = sys._current_frames().get(ident)
+        here = (id(frame), frame.f_lasti) if frame is not None else None
+        inside = False
+        while frame is not None and not inside:
+            inside = frame.f_globals is vars(tempo)
+            frame = frame.f_back
+        still = still + 1 if inside and here == last else 0
+        last = here
+        return still >= 20
+
+    wait_until(parked)
+
+
+@contextlib.contextmanager
+def interrupting_the_main_thread() -> Iterator[None]:
+    """Send the main thread a KeyboardInterrupt once it waits inside tempo; the block must end by it."""
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def interrupt() -> None:
+        wait_until_parked(main)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    worker = Worker(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        worker.result()
+        signal.signal(signal.SIGINT, before)
+
+
+def assert_nobody_waits(d: tempo.Dispatcher) -> None:
+    stats = d.stats()
+    assert (stats.waiting_producers, stats.waiting_consumers) == (0, 0)
+    assert_balanced(stats)
+    d._check()
+
+
+signals_needed = pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs pthread_kill")
+
+
+@signals_needed
+@pytest.mark.parametrize("limit", [100, 128 * tempo.KiB])
+@pytest.mark.parametrize("many", [False, True], ids=["enqueue", "enqueue_many"])
+def test_an_interrupted_wait_for_room_leaves_nothing_behind(limit: int, many: bool) -> None:
+    d = make(max_buffered_bytes=limit)
+    d.enqueue(bytes(limit))
+
+    with interrupting_the_main_thread():
+        if many:
+            d.enqueue_many([b"interrupted"], timeout=None)
+        else:
+            d.enqueue(b"interrupted", timeout=None)
+
+    assert_nobody_waits(d)
+    assert assert_it_works(d) == [bytes(limit)]
+
+
+@signals_needed
+@pytest.mark.parametrize("limit", [100, 128 * tempo.KiB])
+@pytest.mark.parametrize("content", [[], [b"open"]], ids=["idle", "timer"])
+def test_an_interrupted_get_leaves_nothing_behind(limit: int, content: list[bytes]) -> None:
+    d = make(max_buffered_bytes=limit)
+    d.enqueue_many(content)
+
+    with interrupting_the_main_thread():
+        d.get()
+
+    assert_nobody_waits(d)
+    assert assert_it_works(d) == content
+
+
+@signals_needed
+@pytest.mark.parametrize("limit", [100, 128 * tempo.KiB])
+def test_an_interrupted_flush_leaves_nothing_behind(limit: int) -> None:
+    d = make(max_buffered_bytes=limit)
+    d.enqueue(b"flushed")
+
+    with interrupting_the_main_thread():
+        d.flush()
+
+    assert_nobody_waits(d)
+    assert assert_it_works(d) == [b"flushed"]
+
+
+@signals_needed
+@pytest.mark.parametrize("limit", [100, 128 * tempo.KiB])
+def test_an_interrupted_shutdown_goes_on_when_it_is_called_again(limit: int) -> None:
+    d = make(max_buffered_bytes=limit)
+    d.enqueue(b"drained")
+
+    with interrupting_the_main_thread():
+        d.shutdown()
+
+    assert_nobody_waits(d)
+    assert d.stats().state == "shutting_down"
+    assert Worker(lambda: payloads(d)).result() == [b"drained"]
+    d.shutdown()
+    assert d.stats().state == "stopped"
+
+
+def raise_in(worker: Worker) -> None:
+    """Raise KeyboardInterrupt in a thread, when its wait ends."""
+    assert worker.ident is not None
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident), ctypes.py_object(KeyboardInterrupt))
+
+
+@pytest.mark.skipif(not CPYTHON, reason="needs PyThreadState_SetAsyncExc")
+def test_an_exception_raised_in_a_waiting_producer_leaves_nothing_behind() -> None:
+    d = make(max_buffered_bytes=100)
+    d.enqueue(bytes(100))
+    worker = Worker(d.enqueue, b"interrupted", timeout=0.5)
+    wait_until(lambda: d.stats().waiting_producers == 1)
+
+    raise_in(worker)
+
+    with pytest.raises((KeyboardInterrupt, tempo.QueueFull)):
+        worker.result()
+    assert_nobody_waits(d)
+    assert assert_it_works(d) == [bytes(100)]
+
+
+@pytest.mark.skipif(not CPYTHON, reason="needs PyThreadState_SetAsyncExc")
+def test_an_exception_raised_in_a_waiting_consumer_loses_no_batch() -> None:
+    d = make(max_buffered_bytes=100)
+    worker = Worker(d.get)
+    wait_until(lambda: d.stats().waiting_consumers == 1)
+    wait_until_parked(worker.ident or 0)
+
+    raise_in(worker)
+    d.enqueue(b"for another")  # wakes it
+
+    with pytest.raises(KeyboardInterrupt):
+        worker.result()
+    assert_nobody_waits(d)
+    assert assert_it_works(d) == [b"for another"]

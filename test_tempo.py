@@ -3449,8 +3449,8 @@ QUICK = settings(deadline=None, max_examples=60, suppress_health_check=list(Heal
 BULKY = settings(deadline=None, max_examples=30, suppress_health_check=list(HealthCheck))
 BYTE = st.integers(1, 1000)
 SMALL_LIMITS = st.tuples(BYTE, st.none() | BYTE)
-LARGE = st.integers(64 * tempo.KiB, 256 * tempo.KiB)
-LARGE_LIMITS = st.tuples(LARGE, st.none() | LARGE | st.integers(1, 9000))
+ROOMY = st.integers(64 * tempo.KiB, 256 * tempo.KiB)
+LARGE_LIMITS = st.tuples(ROOMY, st.none() | ROOMY | st.integers(1, 9000))
 RUNS_OF_SIZES = st.lists(  # (size, how many in a row, drained afterwards)
     st.tuples(st.integers(0, 5000) | st.integers(0, 520), st.integers(1, 200), st.booleans()), max_size=20
 )
@@ -4902,6 +4902,7 @@ def raise_in(worker: Worker) -> None:
 
 
 @pytest.mark.skipif(not CPYTHON, reason="needs PyThreadState_SetAsyncExc")
+@pytest.mark.skipif(sys.gettrace() is not None, reason="traced, CPython 3.11 spins while an exception awaits a thread")
 def test_an_exception_raised_in_a_waiting_producer_leaves_nothing_behind() -> None:
     d = make(max_buffered_bytes=100)
     d.enqueue(bytes(100))
@@ -4917,6 +4918,7 @@ def test_an_exception_raised_in_a_waiting_producer_leaves_nothing_behind() -> No
 
 
 @pytest.mark.skipif(not CPYTHON, reason="needs PyThreadState_SetAsyncExc")
+@pytest.mark.skipif(sys.gettrace() is not None, reason="traced, CPython 3.11 spins while an exception awaits a thread")
 def test_an_exception_raised_in_a_waiting_consumer_loses_no_batch() -> None:
     d = make(max_buffered_bytes=100)
     worker = Worker(d.get)

@@ -844,7 +844,7 @@ class Dispatcher:
         """Whether this call interrupted its own thread in a locked section."""
         if s.owner != self._ident():
             return False
-        frame: FrameType | None = sys._getframe(1)
+        frame: FrameType | None = sys._getframe(2)  # not that of a section that is only being entered
         while frame is not None:
             if frame.f_code is _LOCKED_CODE and frame.f_locals.get("s") is s:
                 return True
@@ -1244,7 +1244,7 @@ class Dispatcher:
                 if end == target or run.start + k == first:  # full to the byte, or too large and alone
                     return run.start + k + 1, end
                 return run.start + k, run.origin + (run.ends[k - 1] if k else run.base)
-        raise AssertionError("the batch has not reached the limit")
+        raise AssertionError("the batch has not reached the limit")  # pragma: no cover - callers have seen that it has
 
     # -- Delivery ----------------------------------------------------------------------------------------------------
 
@@ -1750,6 +1750,6 @@ def _at_exit() -> None:
             d.shutdown(max(0.0, until - time.monotonic()))
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows
+if hasattr(os, "register_at_fork"):  # pragma: no branch - not on Windows
     os.register_at_fork(after_in_child=_after_fork_in_child)
 atexit.register(_at_exit)

@@ -31,7 +31,7 @@ import time
 import tracemalloc
 import weakref
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -4932,3 +4932,437 @@ def test_an_exception_raised_in_a_waiting_consumer_loses_no_batch() -> None:
         worker.result()
     assert_nobody_waits(d)
     assert assert_it_works(d) == [b"for another"]
+
+
+# -- Moments: what comes between two steps, brought about without a tracer
+
+
+class Moment:
+    """A clock that does something once, at its n-th reading: tempo reads the clock in the middle of its work."""
+
+    def __init__(self, do: Callable[[], object]) -> None:
+        self.do = do
+        self.countdown = 0
+
+    def __call__(self) -> float:
+        self.countdown -= 1
+        if self.countdown == 0:
+            self.do()
+        return time.perf_counter()
+
+
+def with_moment(do: Callable[[tempo.Dispatcher], object], **kwargs: Any) -> tuple[tempo.Dispatcher, Moment]:
+    moment = Moment(lambda: do(d))
+    with mock.patch("time.monotonic", moment):
+        d = make(**kwargs)
+    return d, moment
+
+
+def interrupt(_: object = None) -> None:
+    raise KeyboardInterrupt
+
+
+class Eager(list):  # type: ignore[type-arg]
+    """An inbox that lets something happen around an append."""
+
+    before: Callable[[], object] | None = None
+    after: Callable[[], object] | None = None
+
+    def append(self, item: object) -> None:
+        before, self.before = self.before, None
+        if before is not None:
+            before()
+        super().append(item)
+        after, self.after = self.after, None
+        if after is not None:
+            after()
+
+
+def eager(d: tempo.Dispatcher) -> Eager:
+    inbox = Eager(d._state.inbox)
+    d._state.inbox = inbox
+    return inbox
+
+
+@contextlib.contextmanager
+def after_each_count(do: Callable[[tempo.Dispatcher], object]) -> Iterator[None]:
+    """Do something after the inbox was counted and before it is relied on, as a signal handler could."""
+    count = tempo.Dispatcher._count_locked
+
+    def count_and(self: tempo.Dispatcher, s: Any) -> None:
+        count(self, s)
+        do(self)
+
+    with mock.patch.object(tempo.Dispatcher, "_count_locked", count_and):
+        yield
+
+
+@pytest.mark.parametrize("reading", range(1, 12))
+@pytest.mark.parametrize("limit", [tempo.KiB, tempo.MiB])
+def test_calls_made_at_a_reading_of_the_clock_are_accepted_or_refused(reading: int, limit: int) -> None:
+    accepted: list[bytes] = []
+    refused: list[bytes] = []
+
+    def nested(d: tempo.Dispatcher) -> None:
+        for item in (b"n" * 700, b"m" * 3000, b""):
+            stats = d.stats()
+            if refusal(d.enqueue, item, timeout=5) is None:
+                accepted.append(item)
+            else:
+                refused.append(item)
+                assert stats.buffered_bytes + max(1, len(item)) > limit
+        accepted.extend([b"x", b"y"][: d.enqueue_many([b"x", b"y"])])
+
+    d, moment = with_moment(nested, max_buffered_bytes=limit, max_batch_bytes=600)
+    moment.countdown = reading
+    for item in (b"a" * 100, b"b" * 200):
+        d.enqueue(item)
+        accepted.append(item)
+    came = payloads(drained(d))
+    d._check()
+    while moment.countdown > 0:
+        came += payloads(drained(d))
+
+    came += payloads(drained(d))
+    assert Counter(came) == Counter(accepted)
+    assert d.stats().rejected == len(refused)
+
+
+@pytest.mark.parametrize("reading", range(1, 14))
+def test_an_interrupt_at_a_reading_of_the_clock_leaves_nothing_behind(reading: int) -> None:
+    d, moment = with_moment(interrupt, max_buffered_bytes=tempo.MiB, max_batch_bytes=600)
+    d.enqueue(b"a" * 100)
+    moment.countdown = reading
+    with contextlib.suppress(KeyboardInterrupt):
+        while moment.countdown > 0:
+            with contextlib.suppress(queue.Empty):
+                d.get(timeout=0.01)
+            d.flush(0.001)
+            with contextlib.suppress(tempo.QueueFull):
+                d.enqueue(b"b" * 3000, timeout=0.001)
+
+    d._check()
+    stats = d.stats()
+    assert (stats.waiting_consumers, stats.waiting_producers) == (0, 0)
+    d.enqueue(b"after")
+    assert Worker(d.stop).result()[-1].tolist()[-1] == b"after"
+
+
+@pytest.mark.parametrize("reading", range(1, 7))
+def test_an_interrupt_in_a_wait_for_room_leaves_nobody_in_the_queue(reading: int) -> None:
+    d, moment = with_moment(interrupt, max_buffered_bytes=100)
+    d.enqueue(bytes(100))
+    moment.countdown = reading
+    with contextlib.suppress(KeyboardInterrupt, tempo.QueueFull):
+        d.enqueue(b"b", timeout=0.001)
+
+    assert d.stats().waiting_producers == 0
+    assert payloads(d.stop()) == [bytes(100)]
+
+
+def test_flush_and_shutdown_called_in_the_middle_of_a_call_are_done_at_its_end() -> None:
+    def nested(d: tempo.Dispatcher) -> None:
+        assert d.flush() is False
+        with pytest.raises(queue.Empty):
+            d.get()
+        with pytest.raises(RuntimeError, match="interrupted tempo"):
+            d.stop()
+        d.shutdown()
+
+    d, moment = with_moment(nested)
+    moment.countdown = 1
+    d.enqueue(b"a")
+
+    assert d.stats().state == "shutting_down"
+    assert payloads(d) == [b"a"]
+    assert d.stats().state == "stopped"
+
+
+def test_a_flush_called_in_the_middle_of_a_call_closes_the_batch() -> None:
+    d, moment = with_moment(lambda d: d.flush())
+    moment.countdown = 1
+    d.enqueue(b"a")
+    d.enqueue(b"b")
+
+    assert payloads([d.get(timeout=0)]) == [b"a"]
+
+
+def test_a_coroutine_collected_in_the_middle_of_a_call_leaves_the_queue() -> None:
+    loop = asyncio.new_event_loop()
+    d, moment = with_moment(lambda _: coroutine.close())
+    coroutine = d.__aiter__().__anext__()
+
+    async def park() -> None:
+        coroutine.send(None)
+
+    loop.run_until_complete(park())
+    assert d.stats().waiting_consumers == 1
+    moment.countdown = 1
+    d.enqueue(b"a")
+    loop.close()
+
+    assert d.stats().waiting_consumers == 0
+
+
+@pytest.mark.parametrize("reading", range(1, 5))
+def test_an_interrupt_as_a_coroutine_leaves_is_made_good(reading: int) -> None:
+    d, moment = with_moment(interrupt)
+    d.enqueue(b"a")
+
+    async def consume() -> None:
+        iterator = d.__aiter__()
+        task = asyncio.ensure_future(iterator.__aiter__().__anext__())
+        await asyncio.sleep(0)
+        task.cancel()
+        moment.countdown = reading
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(consume())
+    moment.countdown = 0
+
+    assert d.stats().waiting_consumers == 0
+    assert payloads(d.stop()) == [b"a"]
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_a_payload_appended_as_the_credit_is_withdrawn_is_accepted_or_taken_out_again(accepted: bool) -> None:
+    d = make()
+    d.enqueue(b"a")
+    inbox = eager(d)
+    by_another = lambda: Worker(d.flush, 0).result()  # noqa: E731 - it withdraws the credit, and gives none
+    inbox.after, inbox.before = (by_another, None) if accepted else (None, by_another)
+    d.enqueue(b"b")
+
+    assert [batch.tolist() for batch in d.stop()] == ([[b"a", b"b"]] if accepted else [[b"a"], [b"b"]])
+
+
+def test_a_nested_payload_appended_as_the_credit_is_withdrawn_is_accepted_once() -> None:
+    d = make()
+    d.enqueue(b"a")
+    inbox = eager(d)
+    s = d._state
+
+    def section(s: Any) -> None:
+        s.gate = len(inbox) + 1  # as if the section had not yet come to withdrawing it
+        inbox.before = lambda: setattr(s, "gate", 0)
+        inbox[0] = (*inbox[0][:3], 1, None)
+        d.enqueue(b"b")
+
+    d._locked(s, section)
+
+    assert payloads(d.stop()) == [b"a", b"b"]
+
+
+@pytest.mark.parametrize("limit", [200, 128 * tempo.KiB])
+def test_a_call_between_the_count_and_the_commit_takes_its_room_first(limit: int) -> None:
+    d = make(max_buffered_bytes=limit)
+    d.enqueue(bytes(limit - 100))
+    outcome: list[object] = []
+
+    def once(d: tempo.Dispatcher) -> None:
+        if not outcome:
+            outcome.append("called")
+            outcome.append(refusal(d.enqueue, b"n" * 60))
+
+    with after_each_count(once):
+        first = refusal(d.enqueue, b"o" * 60)
+
+    assert (first, outcome[1]) == (tempo.QueueFull, None)
+    assert d.stats().buffered_bytes == limit - 40
+
+
+def test_a_waiting_payload_stays_when_a_nested_call_takes_the_room() -> None:
+    d = make(max_buffered_bytes=100, max_batch_bytes=100)
+    d.enqueue(bytes(100))
+    waiter = Worker(d.enqueue, b"w" * 50, timeout=None)
+    wait_until(lambda: d.stats().waiting_producers == 1)
+    did: list[int] = []
+
+    def once(d: tempo.Dispatcher) -> None:
+        if not did and d._state.taken.items:
+            did.append(1)
+            d.enqueue(b"n" * 60)
+
+    with after_each_count(once):
+        d.get()
+    assert d.stats().waiting_producers == 1
+    d.flush(0)
+    d.get()
+
+    waiter.result()
+    assert payloads(d.stop()) == [b"w" * 50]
+
+
+def test_an_accepted_payload_counts_when_a_signal_ends_the_wait_after_it() -> None:
+    d = make(max_buffered_bytes=100, max_batch_bytes=100)
+    d.enqueue(bytes(100))
+
+    def park(self: object, pause: float, remaining: float) -> bool:
+        Worker(d.get).result()
+        raise KeyboardInterrupt
+
+    with mock.patch.object(tempo._Parker, "park", park), pytest.raises(KeyboardInterrupt) as caught:
+        d.enqueue_many([b"taken", b"not"], timeout=None)
+
+    assert caught.value.accepted == 1  # type: ignore[attr-defined]
+    assert payloads(d.stop()) == [b"taken"]
+
+
+def short_of_memory(times: int) -> Any:
+    """Let the summing of sizes fail a few times."""
+    real = tempo.accumulate
+    left = [times]
+
+    def accumulate(*args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise MemoryError
+        return real(*args, **kwargs)
+
+    return mock.patch.object(tempo, "accumulate", accumulate)
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+@pytest.mark.parametrize("count", [10, 600, 1500])
+def test_without_memory_a_payload_is_refused_and_nothing_is_half_done(times: int, count: int) -> None:
+    d = make()
+    d.enqueue_many([b"%4d" % i for i in range(count)])
+    for i in range(300):
+        d.enqueue(b"u%3d" % i)  # most are not counted yet
+
+    with short_of_memory(times), pytest.raises(MemoryError):
+        d.enqueue(b"x" * 3000)
+
+    d._check()
+    came = payloads(d.stop())
+    assert came[: count + 300] == [b"%4d" % i for i in range(count)] + [b"u%3d" % i for i in range(300)]
+    assert came[count + 300 :] in ([], [b"x" * 3000])
+
+
+def test_without_memory_a_nested_payload_is_kept() -> None:
+    d, moment = with_moment(lambda d: d.enqueue(b"nested" * 200))
+    moment.countdown = 2
+    d.enqueue(b"a")
+    patch = short_of_memory(2)
+    with patch, contextlib.suppress(MemoryError):
+        d.enqueue(b"b" * 600)
+    d._check()
+
+    came = payloads(d.stop())
+    assert b"a" in came and b"nested" * 200 in came
+
+
+def test_the_handler_goes_on_when_a_batch_could_not_be_built() -> None:
+    seen: list[object] = []
+    came: list[bytes] = []
+    d = make(interval=0.01)
+    hook = mock.patch("threading.excepthook", lambda args: seen.append(args.exc_type))
+    with hook, mock.patch.object(tempo, "Batch", side_effect=MemoryError):
+        d.start(lambda batch: came.extend(batch.tolist()))
+        d.enqueue(b"a")
+        wait_until(lambda: seen)
+    d.shutdown()
+
+    assert (set(seen), came) == ({MemoryError}, [b"a"])
+
+
+def test_a_batch_whose_runs_were_not_let_go_of_is_not_delivered_again() -> None:
+    class Sticky(deque):  # type: ignore[type-arg]
+        def popleft(self) -> object:
+            raise KeyboardInterrupt
+
+    d = make(max_batch_bytes=100)
+    d.enqueue_many([b"%9d" % i for i in range(1000)])
+    runs = d._state.runs
+    d._state.runs = Sticky(runs)
+    taken = 0
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            taken += 1
+            d.get()
+    d._state.runs = deque(d._state.runs)
+
+    rest = payloads(d.stop())
+    assert rest == [b"%9d" % i for i in range(1000)][-len(rest) :]
+    assert d.stats().accepted == d.stats().delivered + len(rest)
+
+
+def test_stop_returns_everything_when_it_is_called_again_after_an_interrupt() -> None:
+    class Sore(list):  # type: ignore[type-arg]
+        def append(self, item: object) -> None:
+            super().append(item)
+            raise KeyboardInterrupt
+
+    d = make(max_batch_bytes=4)
+    d.enqueue_many([b"aaaa", b"bbbb"])
+    d._state.undelivered = Sore()
+    with pytest.raises(KeyboardInterrupt):
+        d.stop()
+    d._state.undelivered = list(d._state.undelivered)
+
+    assert payloads(d.stop()) == [b"aaaa", b"bbbb"]
+    assert d.stop() == []
+
+
+def test_payloads_that_would_not_fit_32_bits_together_are_stored_one_by_one() -> None:
+    with mock.patch.object(tempo, "_SPAN", 4 * tempo.MiB):
+        d = make(max_buffered_bytes=64 * tempo.MiB)
+        d.enqueue_many([bytes(2 * tempo.MiB), b"x", bytes(3 * tempo.MiB), bytes(5 * tempo.MiB)])
+        d._check()
+        assert [len(payload) for payload in payloads(d.stop())] == [2 << 20, 1, 3 << 20, 5 << 20]
+
+
+def test_an_owner_left_behind_does_not_lock_its_thread_out() -> None:
+    d = make()
+    d._state.owner = threading.get_ident()
+
+    d.enqueue(b"a")
+
+    assert payloads(d.stop()) == [b"a"]
+
+
+def test_start_can_be_tried_again_when_no_thread_could_be_started() -> None:
+    d = make(interval=0.01)
+    came: list[bytes] = []
+    no_thread = mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread"))
+    with no_thread, pytest.raises(RuntimeError, match="can't start"):
+        d.start(lambda batch: came.extend(batch.tolist()))
+    d.start(lambda batch: came.extend(batch.tolist()))
+    d._spawn()  # there is one: nothing happens
+    d.enqueue(b"a")
+    d.shutdown()
+
+    assert came == [b"a"]
+
+
+def test_a_drain_that_ends_at_the_deadline_is_a_drain() -> None:
+    d = make()
+    d.shutdown()
+
+    d._locked(d._state, d._give_up_locked)
+
+    assert str(tempo.DrainTimeout([])) == "not drained in time: 0 batches undelivered"
+
+
+def test_a_condition_would_lose_a_wake_up_from_a_signal_handler() -> None:
+    """Why tempo waits on locks: between a Condition's test and its wait, its own thread's notify reaches nobody."""
+    condition = threading.Condition()
+    work: list[int] = []
+
+    def handler() -> None:
+        with condition:
+            work.append(1)
+            condition.notify()
+
+    with condition:
+        nothing = not work
+        handler()  # a signal handler, just here
+        if nothing:
+            assert condition.wait(0.05) is False  # and for ever, without a timeout
+
+    lock = threading.Lock()
+    parker = tempo._Parker(lock)
+    parker.wake()
+    assert parker.park(LIMIT, LIMIT) is False

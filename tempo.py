@@ -33,7 +33,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate, chain, repeat
+from itertools import accumulate, chain, islice, repeat, takewhile
 from operator import countOf, eq, sub
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, TypeVar, overload
 
@@ -1661,12 +1661,8 @@ def _from(runs: deque[_Run], first: int) -> Iterable[_Run]:
     """The runs from the one that holds payload `first`, found from the nearer end."""
     if not runs or runs[0].start + len(runs[0].ends) > first:
         return runs
-    found: list[_Run] = []
-    for run in reversed(runs):
-        found.append(run)
-        if run.start <= first:
-            break
-    return reversed(found)
+    newer = sum(1 for _ in takewhile(lambda run: run.start > first, reversed(runs)))
+    return islice(runs, len(runs) - 1 - newer, None)
 
 
 def _show(value: object) -> str:

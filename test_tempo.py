@@ -5212,7 +5212,7 @@ def test_an_accepted_payload_counts_when_a_signal_ends_the_wait_after_it() -> No
 
 def short_of_memory(times: int) -> Any:
     """Let the summing of sizes fail a few times."""
-    real = tempo.accumulate
+    real = tempo.accumulate  # type: ignore[attr-defined]
     left = [times]
 
     def accumulate(*args: Any, **kwargs: Any) -> Any:
@@ -5366,3 +5366,156 @@ def test_a_condition_would_lose_a_wake_up_from_a_signal_handler() -> None:
     parker = tempo._Parker(lock)
     parker.wake()
     assert parker.park(LIMIT, LIMIT) is False
+
+
+def test_a_nested_call_that_does_not_fit_is_refused_and_leaves_nothing() -> None:
+    d = make(max_buffered_bytes=1000)
+    d.enqueue(bytes(990))
+
+    def section(s: Any) -> None:
+        assert refusal(d.enqueue, b"n" * 11) is tempo.QueueFull
+        assert refusal(d.enqueue, b"n" * 10) is None
+        assert refusal(d.enqueue, b"") is tempo.QueueFull
+        assert d.stats().rejected == 2
+
+    d._locked(d._state, section)
+
+    stats = d.stats()
+    assert (stats.accepted, stats.rejected, stats.rejected_bytes) == (2, 2, 12)
+    assert payloads(d.stop()) == [bytes(990), b"n" * 10]
+
+
+def test_without_memory_to_count_a_nested_payload_it_is_counted_later() -> None:
+    d = make()
+
+    def section(s: Any) -> None:
+        d.enqueue(b"nested")
+        with short_of_memory(1), pytest.raises(MemoryError):
+            d._count_locked(s)
+
+    d._locked(d._state, section)
+
+    assert payloads(d.stop()) == [b"nested"]
+
+
+def test_without_memory_for_the_first_payload_of_a_run_the_packed_one_before_stands() -> None:
+    d = make()
+    before = [b"%100d" % i for i in range(512)]
+    d.enqueue_many(before)
+    with short_of_memory(1), pytest.raises(MemoryError):
+        d.enqueue(b"x" * 3000)
+
+    d._check()
+    assert payloads(d.stop()) == before
+
+
+def fork_here(d: tempo.Dispatcher) -> None:
+    """What a fork does to a dispatcher in the child, without the fork."""
+    with mock.patch.object(tempo, "_DISPATCHERS", [d]):
+        tempo._after_fork_in_child()
+
+
+def test_a_payload_appended_as_a_signal_handler_forks_is_the_parents() -> None:
+    d = make()
+    d.enqueue(b"a")
+    eager(d).after = lambda: fork_here(d)
+
+    d.enqueue(b"b")
+
+    assert d.stats().accepted == 0
+
+
+def test_a_wait_in_which_a_signal_handler_forks_goes_on_in_the_child() -> None:
+    d = make(max_buffered_bytes=10)
+
+    def park(self: object, pause: float, remaining: float) -> bool:
+        fork_here(d)
+        return False
+
+    with mock.patch.object(tempo._Parker, "park", park):
+        d.enqueue(b"0123456789")
+        d.enqueue(b"child's", timeout=None)
+        assert d.flush() is True  # forked: nothing of the child's to wait for
+
+    assert payloads(d.stop()) == []
+
+
+def test_a_handler_that_forks_does_not_go_on_in_the_child() -> None:
+    d = make(interval=0.01)
+    came: list[bytes] = []
+
+    def handler(batch: tempo.Batch) -> None:
+        came.extend(batch.tolist())
+        if len(came) == 1:
+            fork_here(d)
+
+    d.start(handler)
+    first = d._state.thread
+    d.enqueue(b"parent's")
+    assert first is not None
+    first.join(LIMIT)
+    assert not first.is_alive()
+    d.enqueue(b"child's")
+    d.shutdown()
+
+    assert came == [b"parent's", b"child's"]
+
+
+def test_what_a_child_accepted_without_a_thread_is_drained_at_exit() -> None:
+    d = make()
+    came: list[bytes] = []
+    d.start(lambda batch: came.extend(batch.tolist()))
+    thread, old = d._state.thread, d._state
+    fork_here(d)
+    with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("at exit")):
+        d.enqueue(b"a")
+    with mock.patch.object(tempo, "_DISPATCHERS", [d]):
+        tempo._at_exit()
+
+    assert came == [b"a"]
+    old.phase = tempo._STOPPED  # the thread of before the fork, which a real child would not have
+    for parker in list(old.consumers):
+        parker.woken = False
+        parker.wake()
+    assert thread is not None
+    thread.join(LIMIT)
+
+
+@pytest.mark.parametrize("wait", ["enqueue", "flush", "get"])
+def test_an_interrupt_as_a_wait_ends_is_made_good(wait: str) -> None:
+    d = make(max_buffered_bytes=100)
+    d.enqueue(bytes(100))
+    real = tempo.Dispatcher._leave
+    left: list[int] = []
+
+    def leave(self: tempo.Dispatcher, s: Any, parker: Any) -> None:
+        left.append(1)
+        if len(left) == 1:
+            raise KeyboardInterrupt
+        real(self, s, parker)
+
+    with mock.patch.object(tempo.Dispatcher, "_leave", leave), pytest.raises(KeyboardInterrupt):
+        if wait == "enqueue":
+            d.enqueue(b"x", timeout=0.001)
+        elif wait == "flush":
+            d.flush(0.001)
+        else:
+            d.get(0.001)
+
+    stats = d.stats()
+    assert (stats.waiting_producers, stats.waiting_consumers, len(d._state.drainers)) == (0, 0, 0)
+
+
+def test_the_hooks_see_all_dispatchers_while_another_thread_makes_one() -> None:
+    class Growing(list):  # type: ignore[type-arg]
+        grown = False
+
+        def __iter__(self) -> Any:
+            if not self.grown:
+                self.grown = True
+                raise RuntimeError("Set changed size during iteration")
+            return super().__iter__()
+
+    d = make()
+    with mock.patch.object(tempo, "_DISPATCHERS", Growing([d])):
+        assert tempo._dispatchers() == [d]

@@ -35,7 +35,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, chain, islice, repeat, takewhile
 from operator import countOf, eq, sub
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 if TYPE_CHECKING:
     from types import FrameType, TracebackType
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-    _Timeout = Optional[float]
     _Handler = Callable[["Batch"], object]
     _OnError = Callable[[BaseException, "Batch"], object]
 
@@ -577,7 +576,7 @@ class Dispatcher:
 
     # -- Producers ---------------------------------------------------------------------------------------------------
 
-    def enqueue(self, payload: Buffer, *, timeout: _Timeout = _NO_WAIT) -> None:
+    def enqueue(self, payload: Buffer, *, timeout: float | None = _NO_WAIT) -> None:
         """Accept one payload: any C-contiguous bytes-like object; a mutable one is copied before this returns.
 
         Blocks at most `timeout` seconds for room, first come first served; None: for ever. By default, and when called
@@ -603,7 +602,7 @@ class Dispatcher:
             late = True
         self._enqueue(s, payload, timeout, late)
 
-    def enqueue_many(self, payloads: Iterable[Buffer], *, timeout: _Timeout = _NO_WAIT) -> int:
+    def enqueue_many(self, payloads: Iterable[Buffer], *, timeout: float | None = _NO_WAIT) -> int:
         """Accept payloads in order, as `enqueue` would, at a fraction of the cost; return how many.
 
         One deadline for all. Lists and tuples are admitted 512 at a time; other iterables are read one by one, so that
@@ -656,7 +655,7 @@ class Dispatcher:
         """
         return _AsyncBatches(self)
 
-    def get(self, timeout: _Timeout = None) -> Batch:
+    def get(self, timeout: float | None = None) -> Batch:
         """Return the next batch; wait for it at most `timeout` seconds (None: for ever). The batch is the caller's.
 
         Raises:
@@ -690,7 +689,7 @@ class Dispatcher:
 
     # -- Life cycle --------------------------------------------------------------------------------------------------
 
-    def flush(self, timeout: _Timeout = None) -> bool:
+    def flush(self, timeout: float | None = None) -> bool:
         """Close the open batch and wait until everything accepted before this call is delivered.
 
         Blocks at most `timeout` seconds (None: for ever). From the handler or a consumer's loop body it never blocks.
@@ -704,7 +703,7 @@ class Dispatcher:
         target = self._locked(s, self._cut_locked)
         return self._wait_delivered(s, target, 0.0 if self._inside() else deadline)
 
-    def shutdown(self, timeout: _Timeout = None) -> None:
+    def shutdown(self, timeout: float | None = None) -> None:
         """Refuse new work, release blocked producers, and wait until everything accepted is delivered.
 
         Blocks at most `timeout` seconds (None: for ever). May be called again, and by several threads at once: all wait
@@ -883,7 +882,7 @@ class Dispatcher:
 
     # -- Admission ---------------------------------------------------------------------------------------------------
 
-    def _enqueue(self, s: _State, payload: Any, timeout: _Timeout, late: bool) -> None:
+    def _enqueue(self, s: _State, payload: Any, timeout: float | None, late: bool) -> None:
         """Enqueue by the exact way; late: payload was appended to s.inbox, perhaps after the credit was withdrawn."""
         if late:
             if s is not self._state:

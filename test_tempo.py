@@ -5454,7 +5454,7 @@ def test_a_handler_that_forks_does_not_go_on_in_the_child() -> None:
     assert first is not None
     first.join(LIMIT)
     assert not first.is_alive()
-    d.enqueue(b"child's")
+    d.enqueue_many([b"child's"])
     d.shutdown()
 
     assert came == [b"parent's", b"child's"]

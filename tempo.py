@@ -33,8 +33,9 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from io import BytesIO
 from itertools import accumulate, chain, islice, repeat, takewhile
-from operator import countOf, eq, sub
+from operator import countOf
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 if TYPE_CHECKING:
@@ -68,16 +69,20 @@ MiB: Final = 1024 * KiB
 GiB: Final = 1024 * MiB
 
 _FOREVER: Final = float("inf")
-_NO_WAIT: Final = 0.0  # the default timeout; the fast path knows it by identity
+_NO_WAIT: Final = 0.0  # the default timeout; enqueue knows it by identity
+_NO_CREDIT: Final = (0, 0)
 _CREDIT_FLOOR: Final = 64 * KiB  # buffers below this get no credit: every admission is counted under the lock
-_CREDIT_ITEMS: Final = 1024  # payloads accepted unseen at most; each costs about 42 bytes until it is packed
+_CREDIT_ITEMS: Final = 1024  # payloads accepted unseen at most; each costs about 42 bytes until it is counted
+_SMALL: Final = 512  # bytes: the largest payload that credit covers, until payloads have been seen
+_SAMPLE: Final = 256  # payloads of a batch whose largest says what credit covers next
 _CHUNK: Final = 512  # payloads that enqueue_many admits at a time
-_RUN_ITEMS: Final = 512  # payloads a run holds before the next one is begun
-_RUN_BYTES: Final = 32 * KiB  # bytes a run holds before the next one is begun
-_PIECE: Final = 256  # payloads stored in a run at a time
-_PACK_BELOW: Final = 512  # bytes; smaller payloads are packed ahead, because an object each costs too much
-_PACK_BYTES: Final = 128 * KiB  # the largest run that is packed: for a moment it is there twice
-_SPAN: Final = 1 << 31  # bytes after which runs count from a new origin, so that ends fit 32 bits
+_RUN_ITEMS: Final = 1024  # payloads a run holds before the next one is begun
+_RUN_BYTES: Final = 64 * KiB  # bytes a run holds before the next one is begun
+_LEAST_ITEMS: Final = 256  # payloads, or
+_LEAST_BYTES: Final = 8 * KiB  # bytes, from which a run ends with a batch; it costs 300 bytes itself
+_JOIN_BELOW: Final = 512  # bytes: smaller payloads are joined as they are counted; larger ones when a batch is taken
+_UINT: Final = 1 << 32  # the first size that four bytes do not hold
+_PACE_ITEMS: Final = 64  # payloads over which their pace is measured
 _PATIENCE: Final = 0.01  # seconds the first waiting producer trusts a consumer to come back
 
 _RUNNING: Final = "running"
@@ -208,16 +213,16 @@ class Batch(Sequence[memoryview]):
     [b'one', b'two', b'three']
     """
 
-    __slots__ = ("_base", "_data", "_ends")
+    __slots__ = ("_data", "_ends", "_sizes")
     _data: bytes
-    _ends: array[int]  # where each payload ends, counted from _base; 4 bytes a payload
-    _base: int
+    _sizes: array[int]  # of each payload; 4 bytes a payload
+    _ends: array[int] | None  # where each payload ends, once an index asked for it
 
-    def __init__(self, data: bytes, ends: array[int], base: int) -> None:
+    def __init__(self, data: bytes, sizes: array[int]) -> None:
         set_slot = object.__setattr__
         set_slot(self, "_data", data)
-        set_slot(self, "_ends", ends)
-        set_slot(self, "_base", base)
+        set_slot(self, "_sizes", sizes)
+        set_slot(self, "_ends", None)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Batch is immutable: cannot set {name!r}")
@@ -236,7 +241,7 @@ class Batch(Sequence[memoryview]):
         return len(self._data)
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._sizes)
 
     @overload
     def __getitem__(self, index: int) -> memoryview: ...
@@ -244,27 +249,24 @@ class Batch(Sequence[memoryview]):
     def __getitem__(self, index: slice) -> list[memoryview]: ...
     def __getitem__(self, index: int | slice) -> memoryview | list[memoryview]:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self._ends)))]
-        i = range(len(self._ends))[index]  # negative indices, IndexError
-        base = self._base
-        return memoryview(self._data)[(self._ends[i - 1] - base if i else 0) : self._ends[i] - base]
-
-    def _slices(self) -> Iterator[slice]:
-        """Where each payload is in `data`, at C speed."""
-        ends: Sequence[int] = self._ends
-        if self._base:
-            ends = list(map(sub, ends, repeat(self._base)))
-        return map(slice, chain((0,), ends), ends)
+            return [self[i] for i in range(*index.indices(len(self._sizes)))]
+        i = range(len(self._sizes))[index]  # negative indices, IndexError
+        ends = self._ends
+        if ends is None:  # two threads may come here: both compute the same
+            ends = array("Q" if len(self._data) >= _UINT else "I", accumulate(self._sizes))
+            object.__setattr__(self, "_ends", ends)
+        return memoryview(self._data)[(ends[i - 1] if i else 0) : ends[i]]
 
     def __iter__(self) -> Iterator[memoryview]:
-        return map(memoryview(self._data).__getitem__, self._slices())
+        ends = list(accumulate(self._sizes))
+        return map(memoryview(self._data).__getitem__, map(slice, chain((0,), ends), ends))
 
     def tolist(self) -> list[bytes]:
         """Return the payloads as a list of bytes objects, copied at C speed; the list is the caller's."""
-        return list(map(self._data.__getitem__, self._slices()))
+        return list(map(BytesIO(self._data).read, self._sizes))
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Batch, (self._data, self._ends, self._base)
+        return Batch, (self._data, self._sizes)
 
     def __repr__(self) -> str:
         return f"<tempo.Batch {len(self)} payloads, {self.nbytes} bytes>"
@@ -313,31 +315,33 @@ class _Taken(NamedTuple):
 
 
 class _Run:
-    """Consecutive payloads: a list of them while it grows, one bytes object once packed. Guarded by the lock."""
+    """Consecutive payloads, small ones joined as they are counted. Guarded by the lock."""
 
-    __slots__ = ("base", "body", "cuts", "ends", "offset", "origin", "start")
+    __slots__ = ("begin", "cuts", "parts", "sizes", "start")
 
-    def __init__(self, start: int, origin: int, base: int, typecode: str) -> None:
+    def __init__(self, start: int, begin: int, typecode: str) -> None:
         self.start = start  # number of its first payload
-        self.origin = origin  # byte from which base and ends are counted
-        self.base = base  # where its first payload starts
-        self.ends = array(typecode)  # where each payload ends
-        self.body: list[bytes] | bytes = []
-        self.offset = 0  # where a packed body starts (later than base if some of the run was taken before)
-        self.cuts: array[int] | None = None  # where flush closed a batch, in payloads from the run's start
+        self.begin = begin  # byte at which that starts; both from the beginning of all
+        self.sizes = array(typecode)  # of each payload
+        self.parts: list[bytes] = []  # the payloads back to back, in one or more pieces
+        self.cuts: array[int] | None = None  # where batches end, in payloads from the run's start
 
-    def end(self) -> int:
-        """Byte at which the run ends, from the beginning of all."""
-        return self.origin + (self.ends[-1] if self.ends else self.base)
+    def full(self, end: int, batch: bool) -> bool:
+        """Whether the next payload, at byte `end`, is to begin a run; batch: it begins a batch."""
+        count, size = len(self.sizes), end - self.begin
+        return count >= _RUN_ITEMS or size >= _RUN_BYTES or (batch and (count >= _LEAST_ITEMS or size >= _LEAST_BYTES))
 
-    def parts(self, first: int, stop: int) -> Iterable[bytes | memoryview]:
-        """Payloads first to stop (numbers within the run), as what `bytes.join` takes."""
-        body = self.body
-        if isinstance(body, list):
-            return body[first:stop]
-        begin = (self.ends[first - 1] if first else self.base) - self.offset
-        end = self.ends[stop - 1] - self.offset
-        return (body,) if begin == 0 and end == len(body) else (memoryview(body)[begin:end],)
+    def cut(self, number: int) -> None:
+        """Note that a batch ends before payload `number`."""
+        if self.cuts is None:
+            self.cuts = array("H")  # a run holds less than _RUN_ITEMS + 2 * _CREDIT_ITEMS payloads
+        self.cuts.append(number - self.start)
+
+    def join(self) -> bytes:
+        """Make one piece of all, and return it."""
+        if len(self.parts) > 1:
+            self.parts = [b"".join(self.parts)]
+        return self.parts[0]
 
 
 class _Entry:
@@ -345,25 +349,33 @@ class _Entry:
 
     __slots__ = ("accepted", "charge", "data")
 
-    def __init__(self, data: bytes, charge: int) -> None:
+    def __init__(self, data: bytes) -> None:
         self.data = data  # dropped when the fate is decided and the payload elsewhere
-        self.charge = charge
+        self.charge = len(data) or 1
         self.accepted: bool | None = None
+
+
+_NO_ENTRY: Final = _Entry(b"")
+_RESTING: Final = _Entry(b"")
+_RESTING.accepted = True
 
 
 class _Parker:
     """One waiting thread. `wake` may come early, or twice: it is kept, once. All but park under the lock."""
 
-    __slots__ = ("_ready", "armed", "entry", "target", "woken")
+    __slots__ = ("_ready", "armed", "entry", "hasty", "roused", "target", "woken")
     sure = True  # it runs when it is woken
 
     def __init__(self, lock: Any) -> None:
         lock.acquire()
         self._ready = lock
         self.woken = False
-        self.armed = False  # a consumer: has a timer for the open batch; a producer: looks for room by itself
-        self.entry: _Entry | None = None  # of a waiting producer
-        self.target: float = _FOREVER  # of flush: the number of payloads that are to be delivered
+        self.armed = False  # a consumer: has a timer for the open batch
+        self.hasty = False  # a producer: does not rest
+        self.roused = False  # a producer: it need not ask why it was woken
+        self.entry = _NO_ENTRY  # of a waiting producer
+        # Of flush: the number of payloads that are to be delivered; of the sentinel: taken.charge when it looked last.
+        self.target: float = _FOREVER
 
     def park(self, pause: float, remaining: float) -> bool:
         """Wait for `wake`, at most the lesser of two times; without the dispatcher's lock. True: nothing remains."""
@@ -420,15 +432,16 @@ class _State:
     """Everything that a fork replaces."""
 
     __slots__ = (  # noqa: RUF023 - in the order of __init__
-        "inbox", "gate", "owner", "phase", "outbox", "left", "mixed", "flush_asked", "shutdown_asked", "leavers",
-        "refused", "lock", "runs", "storing", "taken", "open", "born", "granted_at", "unseen", "flight_first",
-        "rejected", "peak", "producers", "consumers", "drainers", "announced", "halted", "undelivered", "thread",
+        "inbox", "credit", "owner", "phase", "outbox", "left", "mixed", "flush_asked", "shutdown_asked", "leavers",
+        "refused", "heights", "lock", "runs", "storing", "taken", "small", "granted_at", "pace", "flight_first",
+        "rejected", "peak", "producers", "resting", "turn", "sentinel", "away", "consumers", "drainers", "announced",
+        "halted", "undelivered", "thread",
     )  # fmt: skip
 
-    def __init__(self, rlock: Any) -> None:
+    def __init__(self, rlock: Any, small: int) -> None:
         # Touched without the lock; why that is safe is told in Theory.
-        self.inbox: list[Any] = [(0, 0, 0, 1, None)]
-        self.gate = 0  # an inbox shorter than this takes small payloads without the lock; set under it
+        self.inbox: list[Any] = [(0, 0, 0, 1, (), 0, 0, 0.0)]
+        self.credit = _NO_CREDIT  # a longer inbox, or a larger payload, takes the lock; set under it
         self.owner = 0  # identity of the thread in a locked section; only that thread compares equal
         self.phase = _RUNNING  # changed under the lock
         self.outbox: deque[Callable[[], object]] = deque()  # wake-ups of coroutines, made after the lock is released
@@ -438,20 +451,24 @@ class _State:
         self.flush_asked = self.shutdown_asked = False
         self.leavers: list[_Parker] = []  # no longer waiting
         self.refused: list[int] = []  # charges
+        self.heights: list[int] = []  # of the buffer, when an entry was accepted
 
         # Guarded by the lock.
         self.lock = rlock
         self.runs: deque[_Run] = deque()
         self.storing = False  # the runs may hold more than the header says (I2)
         self.taken = _Taken()
-        self.open = (0, 0)  # first payload of the open batch, and the byte at which it starts
-        self.born = (-1, 0.0)  # first payload of the open batch once it is there, and when it was accepted
-        self.granted_at = 0.0  # when the credit was given
-        self.unseen = False  # the last commit was of payloads accepted under credit
+        self.small = small  # the largest payload that credit covers; 0: none is given
+        self.granted_at = 0.0  # when credit was given last
+        self.pace = (0, 0.0, 0.0)  # payloads and time from which it is measured; as measured last, per second
         self.flight_first = -1  # number of the first payload that the handler has, or -1
         self.rejected = (0, 0)  # payloads, charge
         self.peak = 0
         self.producers: deque[_Parker] = deque()
+        self.resting: deque[_Parker] = deque()  # producers whose payload was accepted, and that wait for their turn
+        self.turn = 0  # taken.charge up to which turns were given
+        self.away = False  # no consumer came for a while
+        self.sentinel: _Parker | None = None  # the resting producer that watches whether turns come
         self.consumers: deque[_Parker] = deque()
         self.drainers: deque[_Parker] = deque()
         self.announced = _RUNNING  # the phase that everybody waiting was woken for
@@ -546,8 +563,8 @@ class Dispatcher:
     """
 
     __slots__ = (
-        "__weakref__", "_clock", "_ident", "_interval", "_lazy", "_local", "_max_batch", "_max_buffered", "_new_lock",
-        "_new_rlock", "_new_thread", "_places", "_push", "_small", "_state",
+        "__weakref__", "_ahead", "_clock", "_ident", "_interval", "_local", "_max_batch", "_max_buffered",
+        "_most_small", "_new_lock", "_new_rlock", "_new_thread", "_push", "_state", "_turn", "_unseen",
     )  # fmt: skip
 
     def __init__(
@@ -559,11 +576,16 @@ class Dispatcher:
             raise ValueError(f"interval must be > 0 and at most {threading.TIMEOUT_MAX} seconds, not {interval!r}")
         self._max_buffered = _byte_limit("max_buffered_bytes", max_buffered_bytes)
         self._max_batch = None if max_batch_bytes is None else _byte_limit("max_batch_bytes", max_batch_bytes)
-        # The largest payload that credit covers: the smaller, the more payloads a credit is good for.
-        self._lazy = max_buffered_bytes >= _CREDIT_FLOOR
-        self._small = min(max(512, max_buffered_bytes >> 11), 64 * KiB) if self._lazy else 0
-        # How many payloads a credit is good for at most: counting them, they are there twice for a moment.
-        self._places = min(_CREDIT_ITEMS, ((max_buffered_bytes >> 3) + 64 * KiB) // _PACK_BELOW)
+        # Room for how many bytes rouses a resting producer: enough to be worth a switch of threads. 0: none rests.
+        self._turn = max_buffered_bytes >> 4 if max_buffered_bytes >= _CREDIT_FLOOR else 0
+        # How large payloads are at most that credit covers (0: there is none), and how many bytes it is good for at
+        # most: counting them, they are there twice for a moment.
+        limit = min(self._max_batch or max_buffered_bytes, max_buffered_bytes)
+        self._most_small = max(_SMALL, limit >> 6) if max_buffered_bytes >= _CREDIT_FLOOR else 0
+        self._ahead = (max_buffered_bytes >> 3) + 64 * KiB
+        # For how long, at the pace of payloads, a credit may go on behind the end of the open batch: the next one
+        # begins unseen then, and counts its interval from the credit.
+        self._unseen = self._interval / 8
         self._clock = time.monotonic
         self._ident = threading.get_ident
         self._new_lock = threading.Lock
@@ -571,8 +593,12 @@ class Dispatcher:
         self._local = threading.local()
         self._new_rlock = threading.RLock
         self._push: tuple[_Handler, _OnError | None, float] | None = None  # set once, under the lock
-        self._state = _State(self._new_rlock())  # replaced in a forked child, by its only thread
+        self._renew()
         _DISPATCHERS.add(self)
+
+    def _renew(self) -> None:
+        """Begin anew, with nothing accepted; also in a forked child, by its only thread."""
+        self._state = _State(self._new_rlock(), min(_SMALL, self._most_small))
 
     # -- Producers ---------------------------------------------------------------------------------------------------
 
@@ -587,20 +613,23 @@ class Dispatcher:
             TypeError, ValueError: not bytes-like or not contiguous; a bad timeout.
             Nothing was accepted when it raises.
         """
-        s = self._state
-        inbox = s.inbox
-        late = False
-        if (
-            (timeout is None or timeout is _NO_WAIT or _timeout(timeout) >= 0)
-            and type(payload) is bytes
-            and 0 < len(payload) <= self._small
-            and len(inbox) < s.gate
-        ):
-            inbox.append(payload)
-            if len(inbox) <= s.gate:  # in this order (I3)
-                return
-            late = True
-        self._enqueue(s, payload, timeout, late)
+        if timeout is _NO_WAIT or timeout is None or _timeout(timeout) >= 0:
+            if type(payload) is bytes:
+                s = self._state
+                inbox = s.inbox
+                inbox.append(payload)
+                n = len(inbox)  # first the length,
+                places, small = s.credit  # then the credit, at one go (I3)
+                if n <= places and len(payload) <= small:
+                    return
+                late = [payload]
+                try:
+                    self._enqueue(s, late, timeout)
+                except BaseException:
+                    self._abandon(s, late)
+                    raise
+            else:
+                self.enqueue(_own(payload), timeout=timeout)
 
     def enqueue_many(self, payloads: Iterable[Buffer], *, timeout: float | None = _NO_WAIT) -> int:
         """Accept payloads in order, as `enqueue` would, at a fraction of the cost; return how many.
@@ -626,11 +655,11 @@ class Dispatcher:
                             done += n
                             accepted += n
                         if done < len(chunk):  # it does not fit, or is to be copied
-                            accepted += self._admit(_own(chunk[done]), deadline)
+                            accepted += self._put(_own(chunk[done]), deadline)
                             done += 1
             else:
                 for payload in payloads:
-                    accepted += self._admit(_own(payload), deadline)
+                    accepted += self._put(_own(payload), deadline)
         except BaseException as exc:
             with contextlib.suppress(Exception):  # foreign exceptions may have slots
                 exc.accepted = accepted + (getattr(exc, "_accepted_by", None) is self)  # type: ignore[attr-defined]
@@ -786,8 +815,9 @@ class Dispatcher:
         """Lock held. Settle, also what nested calls left; a call nested after `owner = 0` settles by itself."""
         while True:
             s.owner = me
-            s.left = False
-            self._settle_locked(s)
+            if s.left or not s.credit[0]:  # else nothing has happened that somebody waits for (I5)
+                s.left = False
+                self._settle_locked(s)
             s.owner = 0
             if not s.left:
                 return
@@ -807,20 +837,30 @@ class Dispatcher:
         if s.flush_asked:
             self._cut_locked(s)
             s.flush_asked = False
-        self._refresh_locked(s)
+        self._count_locked(s)
+        if s.heights:
+            n = len(s.heights)
+            s.peak = max(s.peak, *s.heights[:n])
+            del s.heights[:n]
         if s.producers and s.phase is _RUNNING:
-            self._serve_locked(s, False)
-            self._refresh_locked(s)
-        if s.phase is _SHUTTING_DOWN and s.taken.items == s.inbox[0][0] and s.flight_first < 0:
-            s.phase = _STOPPED
-        if s.announced is not s.phase:
-            for parker in chain(s.producers, s.consumers, s.drainers):
-                parker.wake()
-            s.announced = s.phase
+            self._serve_locked(s)
+        if s.resting:
+            self._give_turns_locked(s)
+        else:
+            s.turn = s.taken.charge
+        if s.phase is not _RUNNING:
+            if s.phase is _SHUTTING_DOWN and s.taken.items == s.inbox[0][0] and s.flight_first < 0:
+                s.phase = _STOPPED
+            if s.announced is not s.phase:
+                self._rouse_locked(s, len(s.resting))
+                for parker in chain(s.producers, s.consumers, s.drainers):
+                    parker.wake()
+                s.announced = s.phase
         for parker in s.drainers:
             if self._delivered(s, parker.target):
                 parker.wake()
-        self._signal_locked(s)
+        if s.consumers:
+            self._signal_locked(s)
         self._grant_locked(s)
 
     def _leave(self, s: _State, parker: _Parker | None) -> None:
@@ -835,9 +875,12 @@ class Dispatcher:
 
     def _leave_locked(self, s: _State, parker: _Parker) -> None:
         """Lock held. Take parker out of its queue; settling passes on what it was told."""
-        for waiting in (s.producers, s.consumers, s.drainers):
+        self._count_locked(s)  # withdraws the credit, or nothing would be settled
+        for waiting in (s.producers, s.resting, s.consumers, s.drainers):
             if parker in waiting:
                 waiting.remove(parker)
+        if s.sentinel is parker:
+            s.sentinel = None
 
     def _nested(self, s: _State) -> bool:
         """Whether this call interrupted its own thread in a locked section."""
@@ -882,54 +925,100 @@ class Dispatcher:
 
     # -- Admission ---------------------------------------------------------------------------------------------------
 
-    def _enqueue(self, s: _State, payload: Any, timeout: float | None, late: bool) -> None:
-        """Enqueue by the exact way; late: payload was appended to s.inbox, perhaps after the credit was withdrawn."""
-        if late:
-            if s is not self._state:
-                return  # forked by a signal handler: the parent has the payload
-            if self._nested(s):
-                accepted = self._withdraw_locked(s, payload)
-            else:
-                accepted = self._locked(s, self._withdraw_locked, payload)
-            if accepted:
-                return
-        self._admit(_own(payload), self._deadline(_timeout(timeout)))
-
-    def _withdraw_locked(self, s: _State, payload: bytes) -> bool:
-        """Lock held. Return whether payload, appended by this thread, was accepted; if not, take it out again."""
-        inbox = s.inbox
-        for i in range(inbox[0][3], len(inbox)):  # the pending ones (I3); a nested call adds behind them only
-            if inbox[i] is payload:
-                del inbox[i]
-                return False
-        return True
-
-    def _admit(self, data: bytes, deadline: float) -> int:
-        """Accept one payload exactly, waiting for room until deadline (0: not at all); return 1."""
-        s = self._state
-        charge = len(data) or 1
-        if self._nested(s):
-            self._admit_nested(s, data, charge)
-            return 1
-        wait = deadline > 0
-        if not self._locked(s, self._enqueue_locked, data, charge, wait):
-            if self._reentered():
-                self._locked(s, self._enqueue_locked, data, charge, False)
-            else:
-                self._wait_for_room(s, _Entry(data, charge), deadline)
-        if s.thread is None and self._push is not None:
-            self._respawn()
+    def _put(self, data: bytes, deadline: float) -> int:
+        """As enqueue, with a deadline (0: do not wait); return 1."""
+        self.enqueue(data, timeout=max(0.0, deadline - self._clock()) if deadline else _NO_WAIT)
         return 1
 
-    def _enqueue_locked(self, s: _State, data: bytes, charge: int, wait: bool) -> bool:
-        """Lock held. Accept a payload, or refuse it by raising; False: it may wait for room."""
+    def _enqueue(self, s: _State, late: list[bytes], timeout: float | None) -> None:
+        """Enqueue by the exact way.
+
+        late: a payload that was appended to s.inbox, perhaps after the credit was withdrawn; emptied as soon as it is
+        known whether it was.
+        """
+        if s is not self._state:
+            late.clear()  # forked by a signal handler: the parent has the payload
+        elif self._nested(s):
+            data = late[0]
+            self._withdraw_locked(s, late)
+            self._admit_nested(s, data)
+        elif timeout is _NO_WAIT or not (wait := _timeout(timeout)):
+            self._locked(s, self._late_locked, late, None)
+        else:
+            self._wait_for_room(s, late, self._clock() + wait)
+        if s.thread is None and self._push is not None:
+            self._respawn()
+
+    def _abandon(self, s: _State, late: list[bytes]) -> None:
+        """Take out what an interrupted call has appended."""
+        if late and s is self._state:
+            if self._nested(s):
+                self._withdraw_locked(s, late)
+            else:
+                self._locked(s, self._withdraw_locked, late)
+
+    def _late_locked(self, s: _State, late: list[bytes], parker: _Parker | None) -> float | None:
+        """Lock held. See whether a late payload was accepted; else go on as _admit_locked."""
+        data = late[0]
+        if len(data) > s.small:  # no credit covers it
+            found = self._withdraw_locked(s, late)
+            self._count_locked(s)
+            if found and len(data) <= self._most_small:
+                s.small = len(data)
+            return self._admit_locked(s, data, parker) if found else None
+        self._count_locked(s)
+        if not s.producers:
+            self._grant_locked(s)
+            if len(s.inbox) <= s.credit[0]:
+                late.clear()  # it was counted, or the new credit covers all that is pending
+                return self._rest_locked(s, parker)
+        return self._admit_locked(s, data, parker) if self._withdraw_locked(s, late) else None
+
+    def _rest_locked(self, s: _State, parker: _Parker | None) -> float | None:
+        """Lock held. Let a producer, its payload accepted, rest when the buffer is half full, and consumers come."""
+        if (
+            parker is None
+            or parker.hasty
+            or s.away
+            or 2 * self._held(s) < self._max_buffered
+            or self._reentered()
+        ):
+            return None
+        parker.entry = _RESTING
+        s.resting.append(parker)
+        self._count_locked(s)  # withdraws the credit, or nothing would be settled
+        if s.sentinel is not None:
+            return _FOREVER
+        s.sentinel = parker
+        parker.target = s.taken.charge
+        return _PATIENCE
+
+    def _withdraw_locked(self, s: _State, late: list[bytes]) -> bool:
+        """Lock held, or nested. Take a late payload out of the inbox; False: it was counted, and so accepted."""
+        inbox = s.inbox
+        data = late[0]
+        for i in range(len(inbox) - 1, 0, -1):  # from behind: what a nested call appended, the section has not seen
+            if inbox[i] is data:
+                del inbox[i]
+                late.clear()
+                return True
+        late.clear()
+        return False
+
+    def _admit_locked(self, s: _State, data: bytes, parker: _Parker | None) -> float | None:
+        """Lock held. Accept a payload (None), let parker stand in the queue for it (how long to wait), or raise."""
+        charge = len(data) or 1
         if s.phase is not _RUNNING or charge > self._max_buffered:
             raise self._refusal_locked(s, charge)
-        if not (wait and s.producers) and self._commit_locked(s, (data,), charge, not data, None):
-            return True
-        if not wait:
-            raise self._refusal_locked(s, charge)
-        return False
+        if not (parker and s.producers) and self._commit_locked(s, (data,), (len(data),), len(data), charge):
+            return None
+        if parker is not None and not self._reentered():
+            parker.entry = _Entry(data)
+            s.producers.append(parker)
+            return _FOREVER
+        if parker is not None and s.producers and self._commit_locked(s, (data,), (len(data),), len(data), charge):
+            return None
+        raise self._refusal_locked(s, charge)
 
     def _refusal_locked(self, s: _State, charge: int) -> Error:
         """Lock held. Count a refused payload, and return why."""
@@ -950,76 +1039,86 @@ class Dispatcher:
         held: int = s.inbox[0][2] - s.taken.charge
         return held
 
-    def _wait_for_room(self, s: _State, entry: _Entry, deadline: float) -> None:
-        """Stand in the queue until the payload is accepted; raise when it is not."""
+    def _wait_for_room(self, s: _State, late: list[bytes], deadline: float) -> None:
+        """Enqueue a late payload; stand in the queue until it is accepted, and raise when it is not."""
         parker = _Parker(self._new_lock())
-        parker.entry = entry
+        # An interrupt that ends a rest would raise, although the payload is accepted.
+        parker.hasty = self._ident() == threading.main_thread().ident
         try:
-            over = False
-            while True:
-                pause = self._locked(s, self._queue_locked, parker, entry, over)
-                if pause is None:
-                    return
+            pause = self._locked(s, self._late_locked, late, parker)
+            while pause is not None:
                 over = parker.park(pause, deadline - self._clock())
-                if s is not self._state:  # forked by a signal handler: the child's queue is another
-                    self._admit(entry.data, deadline)
+                if parker.roused:
                     return
+                if s is not self._state:  # forked by a signal handler: the child's queue is another
+                    if not parker.entry.accepted:
+                        self._put(parker.entry.data, deadline)
+                    return
+                pause = self._locked(s, self._queue_locked, parker, over)
         except BaseException as exc:
-            if entry.accepted:  # and then a signal ended the wait: enqueue_many counts it
+            if parker.entry.accepted:  # and then a signal ended the wait: enqueue_many counts it
                 with contextlib.suppress(Exception):
                     exc._accepted_by = self  # type: ignore[attr-defined]
-            raise
-        finally:
             try:
                 self._leave(s, parker)
             except BaseException:
                 self._leave(s, parker)
                 raise
+            raise
 
-    def _queue_locked(self, s: _State, parker: _Parker, entry: _Entry, over: bool) -> float | None:
-        """Lock held. None: entry was accepted; else how long to wait on. Raises when it is refused."""
+    def _queue_locked(self, s: _State, parker: _Parker, over: bool) -> float | None:
+        """Lock held. None: the parker's payload was accepted; else how long to wait on. Raises when it is refused."""
         self._count_locked(s)
         parker.reset()
-        if s.phase is _RUNNING and not entry.accepted:
-            if parker.armed:
-                self._serve_locked(s, True)
-            if not entry.accepted and (over or not s.producers):
-                self._accept_locked(s, entry)
+        entry = parker.entry
+        if over and s.phase is _RUNNING and not entry.accepted:
+            self._accept_locked(s, (entry,))
+        if entry.accepted and parker is s.sentinel and not over:
+            if parker.target != _FOREVER:
+                s.away = parker.target == s.taken.charge
+                self._rouse_locked(s, len(s.resting) if s.away else 1)
+            if not parker.roused:
+                parker.target = s.taken.charge
+                return _PATIENCE
         if entry.accepted:
+            self._leave_locked(s, parker)
             return None
         if over or s.phase is not _RUNNING:
             self._leave_locked(s, parker)  # at once, or whoever makes room next would accept what is refused here
             raise self._refusal_locked(s, entry.charge)
-        if parker not in s.producers:
-            s.producers.append(parker)
-        parker.armed = s.producers[0] is parker and self._held(s) + entry.charge <= self._max_buffered
-        return _PATIENCE if parker.armed else _FOREVER
+        return _FOREVER
 
-    def _accept_locked(self, s: _State, entry: _Entry) -> bool:
-        """Lock held. Accept a waiting producer's payload if it fits."""
-        if self._commit_locked(s, (entry.data,), entry.charge, not entry.data, entry):
-            entry.accepted = True  # it was by the commit: the next count says so too
-            entry.data = b""
+    def _accept_locked(self, s: _State, entries: Sequence[_Entry]) -> bool:
+        """Lock held. Accept waiting producers' payloads if they fit, all or none."""
+        new = [entry.data for entry in entries]
+        sizes = list(map(len, new))
+        if self._commit_locked(s, new, sizes, sum(sizes), sum(entry.charge for entry in entries), entries):
+            for entry in entries:
+                entry.accepted = True  # it was by the commit: the next count says so too
+                entry.data = b""
             return True
         return False
 
     def _commit_locked(
-        self, s: _State, new: Sequence[bytes], charge: int, empties: int, entry: _Entry | None
+        self,
+        s: _State,
+        new: Sequence[bytes],
+        sizes: Sequence[int],
+        size: int,
+        charge: int,
+        entries: Sequence[_Entry] = (),
     ) -> bool:
         """Lock held. Accept payloads if all of them fit (I1): store first, then change the header (I2)."""
         inbox = s.inbox
         while True:
             self._count_locked(s)
+            header = inbox[0]
+            if header[2] - s.taken.charge + charge > self._max_buffered:
+                return False
             pending = inbox[:0:-1]
             if s.mixed:  # a nested call came in since: count it first
                 continue
-            items, nbytes, total, _, _ = inbox[0]
-            if total - s.taken.charge + charge > self._max_buffered:
-                return False
-            s.storing = True
-            self._store_locked(s, items, nbytes, new)
-            header = (items + len(new), nbytes + charge - empties, total + charge, 1, entry)
-            s.unseen = False
+            header = self._store_locked(s, header, new, sizes, size, charge, entries, self._clock())
             try:
                 inbox[::-1] = [*pending, header]  # fails if the inbox has grown: then the room may be gone
             except ValueError:
@@ -1032,42 +1131,40 @@ class Dispatcher:
         s = self._state
         if self._nested(s):
             return 0
-        n = self._locked(s, self._enqueue_chunk_locked, chunk, deadline > 0)
+        n = self._locked(s, self._enqueue_chunk_locked, chunk, list(map(len, chunk)), deadline > 0)
         if n and s.thread is None and self._push is not None:
             self._respawn()
         return n
 
-    def _enqueue_chunk_locked(self, s: _State, chunk: Sequence[bytes], wait: bool) -> int:
+    def _enqueue_chunk_locked(self, s: _State, chunk: Sequence[bytes], sizes: list[int], wait: bool) -> int:
         """Lock held. As _enqueue_chunk."""
         if s.phase is not _RUNNING or (wait and s.producers):
             return 0
-        sizes = list(map(len, chunk))
-        empties = sizes.count(0)
-        charge = sum(sizes) + empties
-        while not self._commit_locked(s, chunk, charge, empties, None):
+        while not self._commit_locked(s, chunk, sizes, (size := sum(sizes)), size + sizes.count(0)):
             charges = list(accumulate(size or 1 for size in sizes))
             n = bisect_right(charges, self._max_buffered - self._held(s))
             if not n:
                 return 0
             chunk, sizes = chunk[:n], sizes[:n]
-            charge, empties = charges[n - 1], sizes.count(0)
         return len(chunk)
 
-    def _admit_nested(self, s: _State, data: bytes, charge: int) -> None:
+    def _admit_nested(self, s: _State, data: bytes) -> None:
         """Accept or refuse a payload in a call that interrupted this thread in a locked section.
 
         Appends an entry, and decides by its place (see Theory). Touches nothing else that the section uses.
         """
+        entry = _Entry(data)
+        charge = entry.charge
         buffered = 0
         if charge <= self._max_buffered:
-            entry = _Entry(data, charge)
-            s.gate = 0
+            s.credit = _NO_CREDIT
             s.mixed = s.left = True
-            s.inbox.extend([entry, *repeat(None, (charge - 1) // self._small if self._small else 0)])
+            s.inbox.extend([entry, *repeat(None, (charge - 1) // s.small if s.small else 0)])
             s.left = True  # again, for a section that ended with a deeper call in between
             buffered = self._accepted_before(s, entry)[1] - s.taken.charge
             entry.accepted = s.phase is _RUNNING and buffered + charge <= self._max_buffered
             if entry.accepted:
+                s.heights.append(buffered + charge)
                 return
             entry.data = b""
         s.refused.append(charge)
@@ -1080,7 +1177,8 @@ class Dispatcher:
         For the lock's holder, or a call nested in it: nobody else changes the header.
         """
         snapshot = s.inbox[:]
-        items, _, charge, granted, _ = snapshot[0]
+        items, _, charge, granted = snapshot[0][:4]
+        small = s.small
         limit = self._max_buffered + s.taken.charge
         for i in range(1, len(snapshot)):
             item = snapshot[i]
@@ -1092,62 +1190,73 @@ class Dispatcher:
                 if item.accepted or (undecided and charge + item.charge <= limit):
                     items += 1
                     charge += item.charge
-            elif item is not None and i < granted:
+            elif item is not None and i < granted and len(item) <= small:
                 items += 1
-                charge += len(item)
+                charge += len(item) or 1
         return items, charge
 
     # -- Counting and packing ----------------------------------------------------------------------------------------
 
     def _grant_locked(self, s: _State) -> None:
         """Lock held. Give as much credit as is safe (I3), if a payload need not be told to anybody (I4, I5)."""
-        if not self._small or s.producers or s.phase is not _RUNNING or (self._push is not None and s.thread is None):
+        small = s.small
+        if not small or s.producers or s.phase is not _RUNNING or (s.thread is None and self._push is not None):
             return
-        items, nbytes, charge, _, _ = s.inbox[0]
-        first, begin = s.open
+        items, nbytes, charge, _, _, first, begin, born = s.inbox[0]
         if first == items:
             return
-        places = min((self._max_buffered - charge + s.taken.charge) // self._small, self._places)
-        if s.consumers and self._max_batch is not None:
-            places = min(places, (self._max_batch - nbytes + begin - 1) // self._small)
+        places = min(self._max_buffered - charge + s.taken.charge, self._ahead) // small
+        now = self._clock()
+        if self._max_batch is not None:
+            near = (begin + self._max_batch - nbytes - 1) // small  # up to the end of the open batch
+            if near < places:
+                unseen = 0 if s.consumers else int(self._pace_locked(s, items, now) * self._unseen)
+                places = min(places, max(near, unseen))
         if places > 0:
-            s.granted_at = self._clock()
-            s.inbox[0] = (items, nbytes, charge, 1 + places, None)
-            s.gate = 1 + places
+            places = min(places, _CREDIT_ITEMS)
+            s.granted_at = now
+            s.inbox[0] = (items, nbytes, charge, 1 + places, (), first, begin, born)
+            s.credit = (1 + places, small)
 
-    def _refresh_locked(self, s: _State) -> None:
-        """Lock held. Count, and see which batches have closed."""
-        self._count_locked(s)
-        self._advance_locked(s)
+    def _pace_locked(self, s: _State, items: int, now: float) -> float:
+        """Lock held. Payloads per second, of late."""
+        n, seconds = items - s.pace[0], now - s.pace[1]
+        if n >= _PACE_ITEMS or seconds > self._unseen:
+            s.pace = (items, now, n / max(seconds, 1e-9) if n >= _PACE_ITEMS else 0.0)
+        return s.pace[2]
 
     def _count_locked(self, s: _State) -> None:
         """Lock held. Withdraw the credit, and move what the inbox accepted into the runs."""
-        s.gate = 0
+        s.credit = _NO_CREDIT
         inbox = s.inbox
-        n = len(inbox)
-        items, nbytes, charge, granted, entry = inbox[0]
-        if entry is not None:
+        header = inbox[0]
+        for entry in header[4]:
             entry.accepted = True  # the commit that put it here was its acceptance
         if s.storing:
-            self._trim_locked(s, items)
-            s.storing = False
-        if s.mixed or n > granted:
+            self._trim_locked(s, header[0], header[5])
+        n = min(len(inbox), header[3])  # before the look at s.mixed: a nested call that comes later appends behind
+        if s.mixed:
             self._sort_locked(s)
-        elif n > 1:
+        elif header[3] > 1:
             new = inbox[1:n]
-            s.storing = s.unseen = True
-            end = self._store_locked(s, items, nbytes, new)
-            inbox[:n] = [(items + len(new), end, charge + end - nbytes, 1, None)]
-            s.storing = False
-        elif granted > 1:  # what a thread stopped in enqueue appends from here on is pending
-            inbox[0] = (items, nbytes, charge, 1, None)
+            sizes = list(map(len, new))
+            nbytes = sum(sizes)
+            charge = nbytes + sizes.count(0)
+            if charge > self._max_buffered - header[2] + s.taken.charge:
+                self._sort_locked(s)  # one of them is larger than the credit covers
+            else:
+                header = self._store_locked(s, header, new, sizes, nbytes, charge, (), s.granted_at)
+                inbox[:n] = [header]
+                s.storing = False
+        s.peak = max(s.peak, self._held(s))
 
     def _sort_locked(self, s: _State) -> None:
-        """Lock held. Count an inbox that may hold nested calls' entries, or pending payloads, which stay."""
+        """Lock held. Count an inbox that may hold nested calls' entries, or payloads larger than the credit covers."""
         s.mixed = False  # before the inbox is read: a nested call that comes later sets it again
         try:
             snapshot = s.inbox[:]
-            items, nbytes, charge, granted, _ = snapshot[0]
+            header = snapshot[0]
+            granted, small = header[3], s.small
             new: list[bytes] = []
             rest: list[bytes] = []  # pending
             for i in range(1, len(snapshot)):
@@ -1156,94 +1265,94 @@ class Dispatcher:
                     if item.accepted:
                         new.append(item.data)
                 elif item is not None:
-                    (new if i < granted else rest).append(item)
-            s.storing = True
-            end = self._store_locked(s, items, nbytes, new)
-            total = charge + end - nbytes + new.count(b"")
-            s.inbox[: len(snapshot)] = [(items + len(new), end, total, 1, None), *rest]
+                    (new if i < granted and len(item) <= small else rest).append(item)
+            sizes = list(map(len, new))
+            nbytes = sum(sizes)
+            charge = nbytes + sizes.count(0)
+            header = self._store_locked(s, header, new, sizes, nbytes, charge, (), self._clock())
+            s.inbox[: len(snapshot)] = [header, *rest]
             s.storing = False
         except BaseException:
             s.mixed = True
             raise
 
-    def _store_locked(self, s: _State, items: int, nbytes: int, new: Sequence[bytes]) -> int:
-        """Lock held. Append payloads to the runs, behind the first `items`; return the byte at which they end."""
-        step = _PIECE
-        if len(new) > 1 and self._max_buffered >= _SPAN and max(map(len, new)) > MiB:
-            step = 1  # or a piece might not fit 32 bits
-        for i in range(0, len(new), step):
-            piece = new if len(new) <= step else new[i : i + step]
-            run = s.runs[-1] if s.runs else None
-            if (
-                run is None
-                or len(run.ends) >= _RUN_ITEMS
-                or nbytes - run.origin - run.base >= _RUN_BYTES
-                or len(piece[0]) >= _SPAN
-            ):
-                run = self._new_run_locked(s, items, nbytes, len(piece[0]))
-            ends = accumulate(map(len, piece), initial=nbytes - run.origin)
-            next(ends)
-            run.ends.extend(ends)
-            run.body += piece  # type: ignore[operator]
-            items += len(piece)
-            nbytes = run.end()
-        return nbytes
+    def _store_locked(
+        self,
+        s: _State,
+        header: Any,
+        new: Sequence[bytes],
+        sizes: Sequence[int],
+        size: int,
+        charge: int,
+        entries: Sequence[_Entry],
+        when: float,
+    ) -> Any:
+        """Lock held. Append payloads to the runs, and cuts where batches end; return the header that says so.
 
-    def _new_run_locked(self, s: _State, items: int, nbytes: int, size: int) -> _Run:
-        """Lock held. Begin a run; pack the one before, if an object for each of its payloads costs too much."""
-        origin = nbytes
-        if s.runs:
-            last = s.runs[-1]
-            length = nbytes - last.origin - last.base
-            if isinstance(last.body, list) and length < _PACK_BELOW * len(last.ends) and length <= _PACK_BYTES:
-                taken = max(0, s.taken.items - last.start)
-                body = b"".join(last.body[taken:])
-                last.offset = last.ends[taken - 1] if taken else last.base
-                last.body = body
-            if nbytes - last.origin < _SPAN and size < _SPAN:
-                origin = last.origin
-        run = _Run(items, origin, nbytes - origin, "I" if size < _SPAN else "Q")
-        s.runs.append(run)
-        return run
+        size, charge: theirs, together; when: the time at which a batch begins that one of them begins.
+        """
+        items, nbytes, total, _, _, first, begin, born = header
+        s.storing = True
+        begins = first == items
+        if self._max_batch is None or nbytes + size - begin < self._max_batch:
+            if new:
+                self._append_locked(s, items, nbytes, new, sizes, size, begins)
+        else:
+            cuts, first, begin = _split(self._max_batch, items, nbytes, first, begin, sizes)
+            a, at = 0, nbytes
+            for number in [*cuts, items + len(new)]:
+                b = number - items
+                if b > a:
+                    part = sum(sizes[a:b])
+                    self._append_locked(s, items + a, at, new[a:b], sizes[a:b], part, begins)
+                    a, at = b, at + part
+                begins = True
+                if number <= first:
+                    s.runs[-1].cut(number)
+        if begins:
+            born = when
+        return (items + len(new), nbytes + size, total + charge, 1, entries, first, begin, born)
 
-    def _trim_locked(self, s: _State, items: int) -> None:
+    def _append_locked(
+        self, s: _State, items: int, nbytes: int, new: Sequence[bytes], sizes: Sequence[int], size: int, begins: bool
+    ) -> None:
+        """Lock held. Append payloads of one batch to the runs, behind `items` payloads of `nbytes` bytes.
+
+        size: theirs, together; begins: they begin the batch.
+        """
+        small = size < _JOIN_BELOW * len(new)
+        if small and size > 2 * _RUN_BYTES:  # large blocks of memory cost more than they save
+            half = len(new) // 2
+            part = sum(sizes[:half])
+            self._append_locked(s, items, nbytes, new[:half], sizes[:half], part, begins)
+            self._append_locked(s, items + half, nbytes + part, new[half:], sizes[half:], size - part, False)
+            return
+        run = s.runs[-1] if s.runs else None
+        if run is None or run.full(nbytes, begins) or size >= _UINT:
+            if run is not None and nbytes - run.begin < _JOIN_BELOW * len(run.parts):
+                run.join()
+            run = _Run(items, nbytes, "I" if size < _UINT else "Q")
+            s.runs.append(run)
+        if small and len(new) > 1:
+            run.parts.append(b"".join(new))
+        else:
+            run.parts += new
+        run.sizes.extend(array(run.sizes.typecode, sizes))
+
+    def _trim_locked(self, s: _State, items: int, first: int) -> None:
         """Lock held. Cut off what a commit that did not happen left in the runs (I2)."""
         while s.runs and s.runs[-1].start >= items:
             s.runs.pop()
         if s.runs:
             run = s.runs[-1]
-            del run.ends[items - run.start :]
-            if isinstance(run.body, list):
-                del run.body[items - run.start :]
-            else:  # packed, and a new run was begun behind it
-                assert len(run.ends) == items - run.start, "I2"
-
-    def _advance_locked(self, s: _State) -> None:
-        """Lock held. After a count: see how far batches have closed, and when the open one began."""
-        items, nbytes, _, _, _ = s.inbox[0]
-        s.peak = max(s.peak, self._held(s))
-        first, begin = s.open
-        if self._max_batch is not None and nbytes - begin >= self._max_batch:
-            while nbytes - begin >= self._max_batch:
-                first, begin = self._boundary_locked(s, first, begin)
-            if s.unseen and first < items:
-                s.born = (first, s.granted_at)  # at the earliest
-            s.open = (first, begin)
-        if first < items and s.born[0] != first:
-            s.born = (first, self._clock())
-
-    def _boundary_locked(self, s: _State, first: int, begin: int) -> tuple[int, int]:
-        """Lock held. Where the batch ends that starts at payload `first`, byte `begin`, and has reached the limit."""
-        assert self._max_batch is not None
-        target = begin + self._max_batch
-        for run in _from(s.runs, first):
-            k = bisect_left(run.ends, target - run.origin, max(0, first - run.start))
-            if k < len(run.ends):
-                end = run.origin + run.ends[k]
-                if end == target or run.start + k == first:  # full to the byte, or too large and alone
-                    return run.start + k + 1, end
-                return run.start + k, run.origin + (run.ends[k - 1] if k else run.base)
-        raise AssertionError("the batch has not reached the limit")  # pragma: no cover - callers have seen that it has
+            n = items - run.start
+            if n < len(run.sizes) or len(run.parts) > 1:
+                data = run.join()
+                del run.sizes[n:]
+                run.parts = [data[: sum(run.sizes)]]
+            while run.cuts and run.start + run.cuts[-1] > first:
+                run.cuts.pop()
+        s.storing = False
 
     # -- Delivery ----------------------------------------------------------------------------------------------------
 
@@ -1277,11 +1386,10 @@ class Dispatcher:
 
     def _poll_locked(self, s: _State, parker: _Parker | None, push: bool) -> tuple[Batch | None, float]:
         """Lock held. Take a batch if one is due; else stand in the queue, and say how long to wait (the timer)."""
-        self._refresh_locked(s)
+        self._count_locked(s)
         batch = self._take_locked(s, push)
         if batch is None and s.producers and s.phase is _RUNNING:  # nothing else will make room
-            self._serve_locked(s, True)
-            self._refresh_locked(s)
+            self._serve_locked(s)
             batch = self._take_locked(s, push)
         if batch is not None:
             if parker is not None:
@@ -1289,109 +1397,118 @@ class Dispatcher:
             return batch, 0.0
         if s.phase is not _RUNNING:
             raise Stopped("the dispatcher is stopped")
+        self._rouse_locked(s, 1)  # there is less than a batch: whoever is at work could do with help
         delay = _FOREVER
         if parker is not None:
             parker.reset()
             if parker not in s.consumers:
                 s.consumers.append(parker)
-            parker.armed = s.open[0] < s.inbox[0][0] and parker in _timers(s)
+            items, _, _, _, _, first, _, born = s.inbox[0]
+            parker.armed = first < items and parker in _timers(s)
             if parker.armed:
-                delay = max(0.0, s.born[1] + self._interval - self._clock())
+                delay = max(0.0, born + self._interval - self._clock())
         return None, delay
 
     def _take_locked(self, s: _State, push: bool, discard: bool = False) -> Batch | None:
-        """Lock held, after a refresh. Build the front batch if it is closed or due, and release its bytes."""
-        items = s.inbox[0][0]
+        """Lock held, after a count. Build the front batch if it is closed or due, and release its bytes."""
+        items, _, _, _, _, first, _, born = s.inbox[0]
         t = s.taken
-        stop, end = s.open
-        if t.items < stop:
-            if self._max_batch is not None and end - t.nbytes >= self._max_batch:
-                stop, end = self._boundary_locked(s, t.items, t.nbytes)
-            stop = _first_cut(s.runs, t.items, stop)
-        elif t.items == items or (s.phase is _RUNNING and self._clock() < s.born[1] + self._interval):
-            return None
-        else:
-            stop = items
-        batch, empties = self._build_locked(s, stop)
-        n, size = len(batch), batch.nbytes
-        after = t._replace(
-            items=stop,
-            nbytes=t.nbytes + size,
-            charge=t.charge + size + empties,
-            flight_items=n if push else t.flight_items,
-            flight_charge=size + empties if push else t.flight_charge,
-            discarded_items=t.discarded_items + n if discard else t.discarded_items,
-            discarded_charge=t.discarded_charge + size + empties if discard else t.discarded_charge,
-            batches=t.batches if discard else t.batches + 1,
-        )
+        if t.items == first:
+            if first == items or (s.phase is _RUNNING and self._clock() < born + self._interval):
+                return None
+            self._close_batch_locked(s)
+        batch = self._build_locked(s, _first_cut(s.runs, t.items))
+        n, nbytes = len(batch), batch.nbytes
+        charge = nbytes
+        if self._held(s) != s.inbox[0][1] - t.nbytes:  # there are empty payloads
+            charge += batch._sizes.count(0)
+        after = t.items + n
+        taken = (after, t.nbytes + nbytes, t.charge + charge)
         if push:
             s.flight_first = t.items
-        if discard:
+            s.taken = _Taken(*taken, n, charge, *t[5:9], t.batches + 1)
+        elif discard:
             s.undelivered.append((t.items, batch))
-        if s.open[0] < stop:
-            s.open = (stop, after.nbytes)
-        s.taken = after
-        while s.runs and s.runs[0].start + len(s.runs[0].ends) <= stop:
+            s.taken = _Taken(*taken, *t[3:5], t.discarded_items + n, t.discarded_charge + charge, *t[7:])
+        else:
+            s.taken = _Taken(*taken, *t[3:9], t.batches + 1)
+        while s.runs and s.runs[0].start + len(s.runs[0].sizes) <= after:
             s.runs.popleft()
-        if s.runs:
-            run = s.runs[0]
-            if run.start < stop and isinstance(run.body, list):
-                run.body[: stop - run.start] = repeat(b"", stop - run.start)
+        s.away = False
+        if s.small:
+            s.small = min(max(batch._sizes[-_SAMPLE:]) or 1, self._most_small)
         return batch
 
-    def _build_locked(self, s: _State, stop: int) -> tuple[Batch, int]:
-        """Lock held. The batch from the front up to payload `stop`, and how many of its payloads are empty."""
-        front = s.taken.items
+    def _build_locked(self, s: _State, stop: int) -> Batch:
+        """Lock held. The batch from the front up to payload `stop`."""
+        t = s.taken
         parts: list[bytes | memoryview] = []
-        ends: array[int] | None = None
-        base = origin = 0
+        sizes: array[int] | None = None
         for run in s.runs:
             if run.start >= stop:
                 break
-            first, last = max(0, front - run.start), min(len(run.ends), stop - run.start)
-            if first >= last:  # taken before, and not yet dropped
+            a, b = max(0, t.items - run.start), min(len(run.sizes), stop - run.start)
+            if a >= b:  # taken before, and not yet dropped
                 continue
-            parts += run.parts(first, last)
-            more = run.ends[first:last]
-            if ends is None:
-                ends, origin = more, run.origin
-                base = run.ends[first - 1] if first else run.base
-            elif run.origin == origin and more.typecode == ends.typecode:
-                ends += more
+            more = run.sizes[a:b]
+            if b - a == len(run.sizes):
+                parts += run.parts
             else:
-                ends = array("Q", chain(ends, (end + run.origin - origin for end in more)))
-        assert ends is not None, "I2"
+                offset = max(0, t.nbytes - run.begin)
+                parts.append(memoryview(run.join())[offset : offset + sum(more)])
+            if sizes is None:
+                sizes = more
+            elif sizes.typecode == more.typecode:
+                sizes += more
+            else:
+                sizes = array("Q", chain(sizes, more))
+        assert sizes is not None, "I2"
         data = parts[0] if len(parts) == 1 and isinstance(parts[0], bytes) else b"".join(parts)
-        assert ends[-1] - base == len(data), "I2"
-        empties = 0
-        if self._held(s) != s.inbox[0][1] - s.taken.nbytes:  # there are empty payloads
-            empties = sum(map(eq, ends, chain((base,), ends)))
-        return Batch(data, ends, base), empties
+        assert len(data) == sum(sizes), "I2"
+        return Batch(data, sizes)
 
-    def _serve_locked(self, s: _State, now: bool) -> None:
-        """Lock held. Accept payloads of waiting producers that fit, first come first served: now, or once it pays."""
+    def _serve_locked(self, s: _State) -> None:
+        """Lock held. Accept payloads of waiting producers that fit, first come first served; they rest then."""
         while s.producers:
             parker = s.producers[0]
-            entry = parker.entry
-            assert entry is not None
-            if not entry.accepted:
-                held = self._held(s)
-                if held + entry.charge > self._max_buffered:
-                    return
-                if not now and self._lazy and 2 * held > self._max_buffered:
-                    if not parker.armed:
-                        parker.wake()  # to look for itself after _PATIENCE
-                    return
-                now = True
-                if not self._accept_locked(s, entry):
-                    return
+            if parker.entry.accepted:
+                if parker.hasty or not self._turn:
+                    parker.roused = True
+                    parker.wake()
+                else:
+                    s.resting.append(parker)
+                s.producers.popleft()
+                continue
+            charges = accumulate((parker.entry.charge for parker in s.producers), initial=self._held(s))
+            n = sum(1 for _ in takewhile(self._max_buffered.__ge__, charges)) - 1
+            if not n or not self._accept_locked(s, [parker.entry for parker in islice(s.producers, n)]):
+                return
+
+    def _give_turns_locked(self, s: _State) -> None:
+        """Lock held. Rouse a resting producer for every turn's worth of room that consumers have made."""
+        turns = (s.taken.charge - s.turn) // self._turn
+        if turns:
+            s.turn += turns * self._turn
+            self._rouse_locked(s, turns)
+        if s.resting and s.sentinel is None:
+            s.sentinel = s.resting[-1]
+            s.sentinel.wake()
+
+    def _rouse_locked(self, s: _State, n: int) -> None:
+        """Lock held. Let the first n resting producers go on."""
+        while n > 0 and s.resting:
+            parker = s.resting[0]
+            parker.roused = True
             parker.wake()
-            s.producers.popleft()
+            if parker is s.sentinel:
+                s.sentinel = None
+            s.resting.popleft()
+            n -= 1
 
     def _signal_locked(self, s: _State) -> None:
         """Lock held. Wake a consumer if it has something to do: a batch to take, or a timer to set."""
-        if s.consumers and s.taken.items < s.inbox[0][0]:
-            due = s.taken.items < s.open[0]
+        if s.taken.items < s.inbox[0][0]:
+            due = s.taken.items < s.inbox[0][5]
             for parker in _timers(s):
                 if due or not parker.armed:
                     parker.wake()
@@ -1480,16 +1597,19 @@ class Dispatcher:
 
     def _cut_locked(self, s: _State) -> int:
         """Lock held. Close the open batch; return the number of payloads accepted."""
-        self._refresh_locked(s)
-        items: int
-        items, nbytes, _, _, _ = s.inbox[0]
-        if s.open[0] < items:
-            run = s.runs[-1]
-            if run.cuts is None:
-                run.cuts = array("H")  # a run holds less than _RUN_ITEMS + _PIECE payloads
-            run.cuts.append(items - run.start)
-            s.open = (items, nbytes)
+        self._count_locked(s)
+        self._close_batch_locked(s)
+        items: int = s.inbox[0][0]
         return items
+
+    def _close_batch_locked(self, s: _State) -> None:
+        """Lock held, after a count. Close the open batch, if there is one: the cut first, then the header (I4)."""
+        items, nbytes, charge, granted, entries, first, _, born = s.inbox[0]
+        if first < items:
+            s.storing = True
+            s.runs[-1].cut(items)
+            s.inbox[0] = (items, nbytes, charge, granted, entries, items, nbytes, born)
+            s.storing = False
 
     def _wait_delivered(self, s: _State, target: float, deadline: float) -> bool:
         """Wait until the first `target` payloads are delivered; False: out of time, or stopped before."""
@@ -1517,7 +1637,7 @@ class Dispatcher:
 
     def _delivered_locked(self, s: _State, target: float, parker: _Parker | None) -> bool | None:
         """Lock held. Whether it came to a delivery of all, or to an end without; None: parker waits for either."""
-        self._refresh_locked(s)
+        self._count_locked(s)
         if self._delivered(s, target):
             return True
         if s.phase is _STOPPED:
@@ -1534,9 +1654,9 @@ class Dispatcher:
 
     def _close_locked(self, s: _State) -> bool:
         """Lock held. Take no more work; return whether there is nothing to wait for."""
+        self._count_locked(s)  # first: with the credit gone, a nested call goes by the phase
         if s.phase is _RUNNING:
             s.phase = _SHUTTING_DOWN
-        self._refresh_locked(s)
         return s.phase is _STOPPED
 
     def _give_up_locked(self, s: _State) -> None:
@@ -1548,10 +1668,10 @@ class Dispatcher:
 
     def _stop_locked(self, s: _State) -> list[Batch]:
         """Lock held. Stop, and take out what was not delivered; made to be called again when an exception ended it."""
+        self._count_locked(s)  # first: with the credit gone, a nested call goes by the phase
         if s.phase is not _STOPPED:
             s.phase = _STOPPED
             s.halted = True
-        self._refresh_locked(s)
         while s.undelivered and s.undelivered[-1][0] >= s.taken.items:
             s.undelivered.pop()
         while self._take_locked(s, False, discard=True) is not None:
@@ -1564,7 +1684,7 @@ class Dispatcher:
 
     def _stats_locked(self, s: _State) -> Stats:
         """Lock held. As stats."""
-        self._refresh_locked(s)
+        self._count_locked(s)
         return self._snapshot(s)
 
     def _snapshot(self, s: _State) -> Stats:
@@ -1588,7 +1708,7 @@ class Dispatcher:
             failed=t.failed_items,
             failed_bytes=t.failed_charge,
             batches=t.batches,
-            peak_buffered_bytes=max(s.peak, charge - t.charge),
+            peak_buffered_bytes=max(s.peak, charge - t.charge, *list(s.heights)),
             waiting_producers=len(s.producers),
             waiting_consumers=len(s.consumers),
             state=s.phase,
@@ -1600,31 +1720,32 @@ class Dispatcher:
 
     def _check_locked(self, s: _State) -> None:
         """Lock held. As _check."""
-        items, nbytes, charge, granted, _ = s.inbox[0]
+        items, nbytes, charge, granted, _, first, begin, _ = s.inbox[0]
         t = s.taken
-        assert s.gate in (0, granted), "I3"
-        if s.gate:
-            assert (granted - 1) * self._small <= self._max_buffered - charge + t.charge, "I3"
-            assert s.open[0] < items, "I4"
+        if s.credit[0]:
+            assert s.credit == (granted, s.small), "I3"
+            covered = (granted - 1) * s.small
+            assert covered <= self._max_buffered - charge + t.charge, "I3"
+            if s.consumers and self._max_batch is not None:
+                assert covered < self._max_batch - nbytes + begin, "I5"
+            assert first < items, "I4"
             assert not s.producers and s.phase is _RUNNING, "I5"
-        self._refresh_locked(s)
-        items, nbytes, charge, granted, _ = s.inbox[0]
+        self._count_locked(s)
+        items, nbytes, charge, _, _, first, begin, _ = s.inbox[0]
         assert 0 <= charge - t.charge <= s.peak <= self._max_buffered, "I1"
-        stored = list(chain.from_iterable(range(run.start, run.start + len(run.ends)) for run in s.runs))
-        assert stored == list(range(stored[0] if stored else items, items)), "I2"
-        assert not stored or stored[0] <= t.items, "I2"
-        at = None
+        at, byte, stops = (s.runs[0].start, s.runs[0].begin, [first]) if s.runs else (items, nbytes, [first])
+        assert at <= t.items, "I2"
         for run in s.runs:
-            ends = [run.origin + end for end in run.ends]
-            assert at in (None, run.origin + run.base) and ends == sorted(ends), "I2"
-            at = run.end()
-            first = max(0, t.items - run.start)
-            payloads = b"".join(run.parts(first, len(ends)))
-            assert len(payloads) == at - (ends[first - 1] if first else run.origin + run.base), "I2"
-        assert at is None or at == nbytes, "I2"
-        assert t.items <= s.open[0] <= items and t.nbytes <= s.open[1] <= nbytes, "I4"
-        if self._max_batch is not None and s.open[0] < items:
-            assert nbytes - s.open[1] < self._max_batch, "I4"
+            assert (run.start, run.begin) == (at, byte), "I2"
+            at += len(run.sizes)
+            byte += sum(run.sizes)
+            assert sum(map(len, run.parts)) == sum(run.sizes), "I2"
+            stops += [run.start + cut for cut in run.cuts or ()]
+        assert (at, byte) == (items, nbytes), "I2"
+        assert t.items <= first <= items and t.nbytes <= begin <= nbytes, "I4"
+        assert max(stops) <= items and (t.items == first or first in stops[1:]), "I4"
+        if self._max_batch is not None and first < items:
+            assert nbytes - begin < self._max_batch, "I4"
         snapshot = self._snapshot(s)
         for suffix in ("", "_bytes"):
             parts = [getattr(snapshot, name + suffix) for name in ("delivered", "in_flight", "buffered", "discarded")]
@@ -1644,24 +1765,34 @@ def _timers(s: _State) -> list[_Parker]:
     return found
 
 
-def _first_cut(runs: Iterable[_Run], front: int, stop: int) -> int:
-    """Number of the payload at which flush cut first behind `front`, or `stop`."""
+def _first_cut(runs: Iterable[_Run], front: int) -> int:
+    """Number of the payload before which the first batch behind `front` ends."""
     for run in runs:
-        if run.start >= stop:
-            break
         if run.cuts is not None:
             k = bisect_right(run.cuts, front - run.start)
             if k < len(run.cuts):
-                return min(stop, run.start + run.cuts[k])
-    return stop
+                return run.start + run.cuts[k]
+    raise AssertionError("I4: a closed batch has an end")  # pragma: no cover
 
 
-def _from(runs: deque[_Run], first: int) -> Iterable[_Run]:
-    """The runs from the one that holds payload `first`, found from the nearer end."""
-    if not runs or runs[0].start + len(runs[0].ends) > first:
-        return runs
-    newer = sum(1 for _ in takewhile(lambda run: run.start > first, reversed(runs)))
-    return islice(runs, len(runs) - 1 - newer, None)
+def _split(
+    limit: int, items: int, nbytes: int, first: int, begin: int, sizes: Sequence[int]
+) -> tuple[list[int], int, int]:
+    """Where batches end when payloads of these sizes are added to `items` of `nbytes`.
+
+    The open batch starts at payload `first`, byte `begin`. Returns the numbers of the payloads before which batches
+    end, and where the open batch starts then. Bisects the ends: O(batches * log(payloads)).
+    """
+    ends = list(accumulate(sizes, initial=nbytes))
+    cuts: list[int] = []
+    while True:
+        k = bisect_left(ends, begin + limit, max(1, first - items + 1))
+        if k == len(ends):
+            return cuts, first, begin
+        if ends[k] != begin + limit and first != items + k - 1:
+            k -= 1  # neither full to the byte, nor too large and alone: it ends before this one
+        first, begin = items + k, ends[k]
+        cuts.append(first)
 
 
 def _show(value: object) -> str:
@@ -1724,9 +1855,10 @@ def _dispatchers() -> list[Dispatcher]:
 def _after_fork_in_child() -> None:
     """Give every dispatcher a fresh, empty state; what was accepted is the parent's."""
     for d in _dispatchers():
-        old, d._state = d._state, _State(d._new_rlock())
-        old.gate = 0
-        for parker in chain(old.producers, old.consumers, old.drainers):
+        old = d._state
+        d._renew()
+        old.credit = _NO_CREDIT
+        for parker in chain(old.producers, old.resting, old.consumers, old.drainers):
             parker.woken = False  # another thread may have been about to wake it
             parker.wake()  # this thread's, if a signal handler forked in its wait
 

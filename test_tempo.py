@@ -1547,13 +1547,13 @@ def test_a_batch_shows_its_size() -> None:
 @pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("max_batch_bytes", [None, 300, 5000])
 @pytest.mark.parametrize("limit", [12_000, tempo.MiB])
-def test_batches_are_right_where_runs_count_from_a_new_origin(
+def test_batches_are_right_where_sizes_take_eight_bytes(
     limit: int, max_batch_bytes: int | None, many: bool
 ) -> None:
     giant = b"g" * 2500
     sent = [b"", giant, b"", b"", giant, b"a", b"", b"x" * 999, b"y" * 1000, b"z" * 1001, b""]
     sent += [b"%d" % i for i in range(60)] + [b"", giant]
-    with mock.patch.object(tempo, "_SPAN", 1000):
+    with mock.patch.object(tempo, "_UINT", 1000):  # as if four bytes did not hold it
         d = make(max_buffered_bytes=limit, max_batch_bytes=max_batch_bytes)
         received = []
 
@@ -5144,9 +5144,9 @@ def test_a_nested_payload_appended_as_the_credit_is_withdrawn_is_accepted_once()
     s = d._state
 
     def section(s: Any) -> None:
-        s.gate = len(inbox) + 1  # as if the section had not yet come to withdrawing it
-        inbox.before = lambda: setattr(s, "gate", 0)
-        inbox[0] = (*inbox[0][:3], 1, None)
+        s.credit = (len(inbox) + 1, 512)  # as if the section had not yet come to withdrawing it
+        inbox.before = lambda: setattr(s, "credit", (0, 0))
+        inbox[0] = (*inbox[0][:3], 1, *inbox[0][4:])
         d.enqueue(b"b")
 
     d._locked(s, section)
@@ -5210,17 +5210,17 @@ def test_an_accepted_payload_counts_when_a_signal_ends_the_wait_after_it() -> No
 
 
 def short_of_memory(times: int) -> Any:
-    """Let the summing of sizes fail a few times."""
-    real = tempo.accumulate  # type: ignore[attr-defined]
+    """Let the storing of sizes fail a few times."""
+    real = tempo.array  # type: ignore[attr-defined]
     left = [times]
 
-    def accumulate(*args: Any, **kwargs: Any) -> Any:
+    def array(*args: Any) -> Any:
         left[0] -= 1
         if left[0] >= 0:
             raise MemoryError
-        return real(*args, **kwargs)
+        return real(*args)
 
-    return mock.patch.object(tempo, "accumulate", accumulate)
+    return mock.patch.object(tempo, "array", array)
 
 
 @pytest.mark.parametrize("times", [1, 2, 3])
@@ -5305,8 +5305,8 @@ def test_stop_returns_everything_when_it_is_called_again_after_an_interrupt() ->
     assert d.stop() == []
 
 
-def test_payloads_that_would_not_fit_32_bits_together_are_stored_one_by_one() -> None:
-    with mock.patch.object(tempo, "_SPAN", 4 * tempo.MiB):
+def test_payloads_whose_sizes_do_not_fit_32_bits_stand_beside_others() -> None:
+    with mock.patch.object(tempo, "_UINT", 4 * tempo.MiB):
         d = make(max_buffered_bytes=64 * tempo.MiB)
         d.enqueue_many([bytes(2 * tempo.MiB), b"x", bytes(3 * tempo.MiB), bytes(5 * tempo.MiB)])
         d._check()

@@ -71,7 +71,6 @@ GiB: Final = 1024 * MiB
 _FOREVER: Final = float("inf")
 _NO_WAIT: Final = 0.0  # the default timeout; enqueue knows it by identity
 _NO_CREDIT: Final = (0, 0)
-_CREDIT_FLOOR: Final = 64 * KiB  # buffers below this get no credit: every admission is counted under the lock
 _CREDIT_ITEMS: Final = 1024  # payloads accepted unseen at most; each costs about 42 bytes until it is counted
 _SMALL: Final = 512  # bytes: the largest payload that credit covers, until payloads have been seen
 _SAMPLE: Final = 256  # payloads of a batch whose largest says what credit covers next
@@ -83,7 +82,8 @@ _LEAST_BYTES: Final = 8 * KiB  # bytes, from which a run ends with a batch; it c
 _JOIN_BELOW: Final = 512  # bytes: smaller payloads are joined as they are counted; larger ones when a batch is taken
 _UINT: Final = 1 << 32  # the first size that four bytes do not hold
 _PACE_ITEMS: Final = 64  # payloads over which their pace is measured
-_PATIENCE: Final = 0.01  # seconds the first waiting producer trusts a consumer to come back
+_REST_FLOOR: Final = 64 * KiB  # producers do not rest where the buffer is smaller
+_PATIENCE: Final = 0.01  # seconds for which resting producers trust that consumers come
 
 _RUNNING: Final = "running"
 _SHUTTING_DOWN: Final = "shutting_down"
@@ -95,54 +95,57 @@ _T = TypeVar("_T")
 # ===================
 #
 # Flow.  producer -> inbox -> runs -> Batch -> consumer.  `enqueue` appends to the inbox, a plain list.  Whoever holds
-# the lock counts the inbox: moves what it accepted into runs (lists of payloads; packed into one bytes object when
-# full) and sums the sizes.  A consumer joins the front of the runs into a Batch.  All of it is in a _State; a fork
-# replaces the _State whole, so a call that the fork cut short goes on in the old one and harms nobody.
+# the lock counts the inbox: moves what it accepted into runs, small payloads joined into larger pieces, with a cut
+# where a batch ends.  A consumer joins the front of the runs into a Batch.  All of it is in a _State; a fork replaces
+# the _State whole, so a call that the fork cut short goes on in the old one and harms nobody.
 #
-# Truth.  inbox[0] is a tuple (items, nbytes, charge, granted, entry): everything counted since the beginning, and up
-# to which index the inbox is accepted unseen.  Header and payloads are one list, changed by single C-level list
-# operations (append, slice assignment), so whoever reads `inbox[:]`, at any bytecode of any other call, sees exactly
-# what is accepted.  What has left is one tuple too, s.taken.  All else (runs, open batch, wake-ups, credit, phase after
-# the drain) follows from these and is derived by _settle_locked at the end of each locked section; each step can be
-# done again, so what an exception (a KeyboardInterrupt, say) cuts short is made good by the next.
+# Truth.  inbox[0] is the header, a tuple: items, nbytes and charge of all that was counted since the beginning;
+# granted, the index below which the inbox is accepted unseen; the entries that were accepted with it; and where the
+# open batch starts (number, byte, time).  Header and payloads are one list, changed by single C-level operations
+# (append, delete, slice assignment), so whoever reads `inbox[:]`, at any bytecode of any other call, sees what is
+# accepted.  What has left is one tuple too, s.taken.  All else follows from these: _settle_locked derives it at the end
+# of a locked section, and can do so again, so what an exception (a KeyboardInterrupt, say) cuts short is made good by
+# the next section.
 #
 #   I1  0 <= buffered_bytes <= max_buffered_bytes, where buffered_bytes = charge - taken.charge + the accepted part of
-#       the inbox: payloads at an index < granted, and entries whose `accepted` is True.
-#   I2  Runs hold the payloads [taken.items, items) in order.  A commit stores in the runs first and changes the header
-#       last; what a commit that was cut short left in the runs beyond `items` is cut off by the next count.
-#   I3  gate is 0 or header.granted.  Credit is given only as granted = 1 + room // small, so granted - 1 payloads of at
-#       most `small` bytes fit whatever happens.  While there is credit nothing leaves the inbox but pending payloads.
-#   I4  s.open is where the open batch starts; what is before it is in closed batches.  Credit is only given while the
-#       open batch has a payload: the first payload after a pause takes the lock, notes the time, and tells a waiting
-#       consumer, which is the timer.  (A batch that begins within a credit counts its interval from that credit.)
-#   I5  While consumers wait, credit stays below what would close the open batch; while producers wait, there is none.
+#       the inbox: payloads at an index < granted and of at most s.small bytes, and entries whose `accepted` is True.
+#   I2  Runs hold the payloads [taken.items, items) in order.  What changes them stores first and changes the header
+#       last; what was stored and not confirmed (s.storing) is trimmed by the next count.
+#   I3  s.credit is (0, 0) or (granted, s.small), with (granted - 1) * small bytes of room: whatever comes, it fits.
+#       While there is credit nothing leaves the inbox but pending payloads, and s.small does not change.
+#   I4  A batch ends at a cut; all before header.first is in closed batches.  Credit is only given while the open batch
+#       has a payload: the first one after a pause takes the lock, notes the time, and tells a waiting consumer.
+#   I5  While a consumer waits, credit ends before the open batch is full, because the consumer must be told.  While
+#       none waits, it may go on behind it, for _unseen seconds at the pace of late; a batch that begins so counts its
+#       interval from the credit.  While a producer waits for room, there is none.
 #   I6  accepted == delivered + in_flight + buffered + discarded, items and bytes.
 #
-# Enqueue without the lock.  (1) size <= small and len(inbox) < gate; (2) append; (3) len(inbox) <= gate: accepted.
-# A thread stopped between (1) and (2) may append when the credit is long withdrawn.  (3) finds out: it reads the length
-# first and the gate second.  The payload's index is below that length and can only have become less, so if the gate is
-# at least that length now, the index is below `granted` now.  Otherwise the payload is pending: not accepted.  Its
-# owner takes the lock; if the payload is still in the inbox at an index >= granted, it was not accepted, and the owner
-# takes it out and goes the exact way.  (Two threads that enqueue the very same object may swap outcomes.)
-# What must be atomic: list.append, len(list), list slices read and assigned, attribute loads and stores: under the GIL,
-# and sequentially consistent in a build without it.
+# Enqueue without the lock.  (1) append; (2) n = len(inbox); (3) read the credit, one tuple; n and the size are within
+# it: accepted.  A thread may be stopped between any two of these, and the credit be withdrawn, or given anew,
+# meanwhile. The payload's index is below n, and can only have become less, so what (3) reads is a credit that covers it
+# now.  If it is not covered, the payload is pending, and its owner takes the lock: if the payload has left the inbox,
+# it was counted, and so accepted; if the credit can be renewed to cover it, it is accepted; else the owner takes it out
+# and goes the exact way.  A count takes an oversize payload too when all of them fit; else it leaves it pending.
+# (Two threads that enqueue the very same object may swap outcomes: the sum is the same.)
+# What must be atomic: list.append, len(list), del list[i], list slices read and assigned, attribute loads and stores:
+# under the GIL, and in a build without it, where each takes the list's own lock and is sequentially consistent.
 #
 # Nested calls.  The lock is an RLock; `s.owner` names the thread inside a locked section.  A signal handler or
-# finalizer that interrupts its own thread there must not touch what is half done.  It only appends an entry to the
-# inbox, and decides by walking header and inbox in order: that is exact (I1), and calls nested deeper come to the same
-# result.  The holder's commit is a compare-and-set on the inbox's length (assignment to inbox[::-1] fails if it has
-# grown), so a decision never rests on a room that a nested call has taken.  An entry takes as many places as its size
-# could need, and keeps them when it is refused, so that a credit computed before it came is still safe.
+# finalizer that interrupts its own thread there must not touch what is half done.  It takes its payload out again,
+# appends an entry instead, and decides by walking header and inbox in order: exact (I1), and deeper calls decide alike.
+# The holder's commit is a compare-and-set on the inbox's length (assignment to inbox[::-1] fails if it has grown), so a
+# decision never rests on room that a nested call has taken.  An entry takes as many places as its size could need, and
+# keeps them when it is refused, so that a credit computed before it came is still safe.
 #
-# Waiting.  Producers in s.producers, first come first served: whoever makes room accepts their payloads for them.  With
-# a large buffer that is done when it has drained to half, so that threads are woken seldom; until then the first of
-# them looks for itself after _PATIENCE (armed).  Consumers in s.consumers: the first is the timer (armed), and is woken
-# when the open batch gets its first payload, or a batch can be taken.  Coroutines do not count as first, because their
-# loop may be stuck: they are timers beside it.  flush and shutdown wait in s.drainers.
-# Each waits on a lock of its own, used as a binary semaphore: it keeps a wake-up that comes early.  A
-# threading.Condition loses one that comes from a signal handler in its own thread, between its test and its wait; and
-# an exception that comes in its wait can leave the lock released twice.  No wait holds the lock.
-# A call from inside tempo (handler, iterable, signal) never waits: its own thread could be the one that makes room.
+# Waiting.  Each waits on a lock of its own, a binary semaphore: it keeps a wake-up that comes early.  (A Condition
+# loses one that a signal handler sends from its own thread between test and wait.)  No wait holds the dispatcher's
+# lock. Producers without room queue in s.producers; whoever makes room accepts their payloads for them, first come
+# first served.  Then they rest, in s.resting: under a GIL all of them awake would only keep the consumer from running.
+# Each turn's worth of bytes taken rouses the first.  A producer that renews its credit rests too when the buffer is
+# half full and a consumer is about.  One resting producer, the sentinel, looks every _PATIENCE that turns come, else it
+# rouses all.  Consumers wait in s.consumers: the first thread, and coroutines before it, are timers for the open batch.
+# flush and shutdown wait in s.drainers.  A call from inside tempo (handler, iterable, signal) never waits: its own
+# thread could be the one that makes room.
 #
 # States.  running -> shutting_down -> stopped, or running -> stopped; never back.
 
@@ -326,11 +329,6 @@ class _Run:
         self.parts: list[bytes] = []  # the payloads back to back, in one or more pieces
         self.cuts: array[int] | None = None  # where batches end, in payloads from the run's start
 
-    def full(self, end: int, batch: bool) -> bool:
-        """Whether the next payload, at byte `end`, is to begin a run; batch: it begins a batch."""
-        count, size = len(self.sizes), end - self.begin
-        return count >= _RUN_ITEMS or size >= _RUN_BYTES or (batch and (count >= _LEAST_ITEMS or size >= _LEAST_BYTES))
-
     def cut(self, number: int) -> None:
         """Note that a batch ends before payload `number`."""
         if self.cuts is None:
@@ -433,12 +431,12 @@ class _State:
 
     __slots__ = (  # noqa: RUF023 - in the order of __init__
         "inbox", "credit", "owner", "phase", "outbox", "left", "mixed", "flush_asked", "shutdown_asked", "leavers",
-        "refused", "heights", "lock", "runs", "storing", "taken", "small", "granted_at", "pace", "flight_first",
+        "refused", "heights", "lock", "calm", "runs", "storing", "taken", "small", "granted_at", "pace", "flight_first",
         "rejected", "peak", "producers", "resting", "turn", "sentinel", "away", "consumers", "drainers", "announced",
         "halted", "undelivered", "thread",
     )  # fmt: skip
 
-    def __init__(self, rlock: Any, small: int) -> None:
+    def __init__(self, rlock: Any) -> None:
         # Touched without the lock; why that is safe is told in Theory.
         self.inbox: list[Any] = [(0, 0, 0, 1, (), 0, 0, 0.0)]
         self.credit = _NO_CREDIT  # a longer inbox, or a larger payload, takes the lock; set under it
@@ -455,10 +453,11 @@ class _State:
 
         # Guarded by the lock.
         self.lock = rlock
+        self.calm = False  # the section has changed nothing that anybody waits for, and has given credit
         self.runs: deque[_Run] = deque()
         self.storing = False  # the runs may hold more than the header says (I2)
         self.taken = _Taken()
-        self.small = small  # the largest payload that credit covers; 0: none is given
+        self.small = _SMALL  # the largest payload that credit covers
         self.granted_at = 0.0  # when credit was given last
         self.pace = (0, 0.0, 0.0)  # payloads and time from which it is measured; as measured last, per second
         self.flight_first = -1  # number of the first payload that the handler has, or -1
@@ -577,11 +576,11 @@ class Dispatcher:
         self._max_buffered = _byte_limit("max_buffered_bytes", max_buffered_bytes)
         self._max_batch = None if max_batch_bytes is None else _byte_limit("max_batch_bytes", max_batch_bytes)
         # Room for how many bytes rouses a resting producer: enough to be worth a switch of threads. 0: none rests.
-        self._turn = max_buffered_bytes >> 4 if max_buffered_bytes >= _CREDIT_FLOOR else 0
-        # How large payloads are at most that credit covers (0: there is none), and how many bytes it is good for at
-        # most: counting them, they are there twice for a moment.
+        self._turn = max_buffered_bytes >> 4 if max_buffered_bytes >= _REST_FLOOR else 0
+        # How large payloads are at most that credit covers, and how many bytes it is good for at most: when they are
+        # counted, they are there twice for a moment.
         limit = min(self._max_batch or max_buffered_bytes, max_buffered_bytes)
-        self._most_small = max(_SMALL, limit >> 6) if max_buffered_bytes >= _CREDIT_FLOOR else 0
+        self._most_small = max(_SMALL, limit >> 6)
         self._ahead = (max_buffered_bytes >> 3) + 64 * KiB
         # For how long, at the pace of payloads, a credit may go on behind the end of the open batch: the next one
         # begins unseen then, and counts its interval from the credit.
@@ -598,7 +597,7 @@ class Dispatcher:
 
     def _renew(self) -> None:
         """Begin anew, with nothing accepted; also in a forked child, by its only thread."""
-        self._state = _State(self._new_rlock(), min(_SMALL, self._most_small))
+        self._state = _State(self._new_rlock())
 
     # -- Producers ---------------------------------------------------------------------------------------------------
 
@@ -613,7 +612,7 @@ class Dispatcher:
             TypeError, ValueError: not bytes-like or not contiguous; a bad timeout.
             Nothing was accepted when it raises.
         """
-        if timeout is _NO_WAIT or timeout is None or _timeout(timeout) >= 0:
+        if timeout is None or timeout is _NO_WAIT or _fine(timeout):
             if type(payload) is bytes:
                 s = self._state
                 inbox = s.inbox
@@ -797,6 +796,7 @@ class Dispatcher:
             with s.lock:
                 try:
                     s.owner = me
+                    s.calm = False
                     return work(s, *args)
                 finally:
                     try:
@@ -815,8 +815,8 @@ class Dispatcher:
         """Lock held. Settle, also what nested calls left; a call nested after `owner = 0` settles by itself."""
         while True:
             s.owner = me
-            if s.left or not s.credit[0]:  # else nothing has happened that somebody waits for (I5)
-                s.left = False
+            if s.left or not s.calm:
+                s.left = s.calm = False
                 self._settle_locked(s)
             s.owner = 0
             if not s.left:
@@ -875,7 +875,6 @@ class Dispatcher:
 
     def _leave_locked(self, s: _State, parker: _Parker) -> None:
         """Lock held. Take parker out of its queue; settling passes on what it was told."""
-        self._count_locked(s)  # withdraws the credit, or nothing would be settled
         for waiting in (s.producers, s.resting, s.consumers, s.drainers):
             if parker in waiting:
                 waiting.remove(parker)
@@ -942,10 +941,10 @@ class Dispatcher:
             data = late[0]
             self._withdraw_locked(s, late)
             self._admit_nested(s, data)
-        elif timeout is _NO_WAIT or not (wait := _timeout(timeout)):
+        elif timeout is not None and not timeout:
             self._locked(s, self._late_locked, late, None)
         else:
-            self._wait_for_room(s, late, self._clock() + wait)
+            self._wait_for_room(s, late, timeout)
         if s.thread is None and self._push is not None:
             self._respawn()
 
@@ -957,7 +956,7 @@ class Dispatcher:
             else:
                 self._locked(s, self._withdraw_locked, late)
 
-    def _late_locked(self, s: _State, late: list[bytes], parker: _Parker | None) -> float | None:
+    def _late_locked(self, s: _State, late: list[bytes], waiting: list[_Parker] | None) -> float | None:
         """Lock held. See whether a late payload was accepted; else go on as _admit_locked."""
         data = late[0]
         if len(data) > s.small:  # no credit covers it
@@ -965,33 +964,40 @@ class Dispatcher:
             self._count_locked(s)
             if found and len(data) <= self._most_small:
                 s.small = len(data)
-            return self._admit_locked(s, data, parker) if found else None
+            return self._admit_locked(s, data, waiting) if found else None
         self._count_locked(s)
         if not s.producers:
             self._grant_locked(s)
             if len(s.inbox) <= s.credit[0]:
                 late.clear()  # it was counted, or the new credit covers all that is pending
-                return self._rest_locked(s, parker)
-        return self._admit_locked(s, data, parker) if self._withdraw_locked(s, late) else None
+                s.calm = True
+                return self._rest_locked(s, waiting)
+        return self._admit_locked(s, data, waiting) if self._withdraw_locked(s, late) else None
 
-    def _rest_locked(self, s: _State, parker: _Parker | None) -> float | None:
-        """Lock held. Let a producer, its payload accepted, rest when the buffer is half full, and consumers come."""
+    def _rest_locked(self, s: _State, waiting: list[_Parker] | None) -> float | None:
+        """Lock held. Let this producer, its payload accepted, rest when the buffer is half full and consumers come."""
         if (
-            parker is None
-            or parker.hasty
+            waiting is None
+            or not self._turn
             or s.away
             or 2 * self._held(s) < self._max_buffered
-            or self._reentered()
+            or self._hasty()
+            or self._inside()
         ):
             return None
+        parker = _Parker(self._new_lock())
         parker.entry = _RESTING
+        waiting.append(parker)
         s.resting.append(parker)
-        self._count_locked(s)  # withdraws the credit, or nothing would be settled
         if s.sentinel is not None:
             return _FOREVER
         s.sentinel = parker
         parker.target = s.taken.charge
         return _PATIENCE
+
+    def _hasty(self) -> bool:
+        """Whether this thread does not rest: an interrupt would end that, and the payload is accepted already."""
+        return self._ident() == threading.main_thread().ident
 
     def _withdraw_locked(self, s: _State, late: list[bytes]) -> bool:
         """Lock held, or nested. Take a late payload out of the inbox; False: it was counted, and so accepted."""
@@ -1005,20 +1011,25 @@ class Dispatcher:
         late.clear()
         return False
 
-    def _admit_locked(self, s: _State, data: bytes, parker: _Parker | None) -> float | None:
-        """Lock held. Accept a payload (None), let parker stand in the queue for it (how long to wait), or raise."""
+    def _admit_locked(self, s: _State, data: bytes, waiting: list[_Parker] | None) -> float | None:
+        """Lock held. Accept a payload (None), queue for room for it (how long to wait), or raise.
+
+        waiting: None, or where to put the parker that stands in the queue.
+        """
         charge = len(data) or 1
         if s.phase is not _RUNNING or charge > self._max_buffered:
             raise self._refusal_locked(s, charge)
-        if not (parker and s.producers) and self._commit_locked(s, (data,), (len(data),), len(data), charge):
-            return None
-        if parker is not None and not self._reentered():
-            parker.entry = _Entry(data)
-            s.producers.append(parker)
-            return _FOREVER
-        if parker is not None and s.producers and self._commit_locked(s, (data,), (len(data),), len(data), charge):
-            return None
-        raise self._refusal_locked(s, charge)
+        if waiting is None or not s.producers or self._reentered():
+            if self._commit_locked(s, (data,), (len(data),), len(data), charge):
+                return None
+            if waiting is None or self._reentered():
+                raise self._refusal_locked(s, charge)
+        parker = _Parker(self._new_lock())
+        parker.hasty = self._hasty()
+        parker.entry = _Entry(data)
+        waiting.append(parker)
+        s.producers.append(parker)
+        return _FOREVER
 
     def _refusal_locked(self, s: _State, charge: int) -> Error:
         """Lock held. Count a refused payload, and return why."""
@@ -1039,13 +1050,15 @@ class Dispatcher:
         held: int = s.inbox[0][2] - s.taken.charge
         return held
 
-    def _wait_for_room(self, s: _State, late: list[bytes], deadline: float) -> None:
+    def _wait_for_room(self, s: _State, late: list[bytes], timeout: float | None) -> None:
         """Enqueue a late payload; stand in the queue until it is accepted, and raise when it is not."""
-        parker = _Parker(self._new_lock())
-        # An interrupt that ends a rest would raise, although the payload is accepted.
-        parker.hasty = self._ident() == threading.main_thread().ident
+        waiting: list[_Parker] = []
         try:
-            pause = self._locked(s, self._late_locked, late, parker)
+            pause = self._locked(s, self._late_locked, late, waiting)
+            if pause is None:
+                return
+            deadline = self._clock() + _timeout(timeout)
+            parker = waiting[0]
             while pause is not None:
                 over = parker.park(pause, deadline - self._clock())
                 if parker.roused:
@@ -1056,14 +1069,15 @@ class Dispatcher:
                     return
                 pause = self._locked(s, self._queue_locked, parker, over)
         except BaseException as exc:
-            if parker.entry.accepted:  # and then a signal ended the wait: enqueue_many counts it
-                with contextlib.suppress(Exception):
-                    exc._accepted_by = self  # type: ignore[attr-defined]
-            try:
-                self._leave(s, parker)
-            except BaseException:
-                self._leave(s, parker)
-                raise
+            for parker in waiting:
+                if parker.entry.accepted:  # and then a signal ended the wait: enqueue_many counts it
+                    with contextlib.suppress(Exception):
+                        exc._accepted_by = self  # type: ignore[attr-defined]
+                try:
+                    self._leave(s, parker)
+                except BaseException:
+                    self._leave(s, parker)
+                    raise
             raise
 
     def _queue_locked(self, s: _State, parker: _Parker, over: bool) -> float | None:
@@ -1124,6 +1138,7 @@ class Dispatcher:
             except ValueError:
                 continue
             s.storing = False
+            s.peak = max(s.peak, self._held(s))
             return True
 
     def _enqueue_chunk(self, chunk: Sequence[bytes], deadline: float) -> int:
@@ -1159,7 +1174,7 @@ class Dispatcher:
         if charge <= self._max_buffered:
             s.credit = _NO_CREDIT
             s.mixed = s.left = True
-            s.inbox.extend([entry, *repeat(None, (charge - 1) // s.small if s.small else 0)])
+            s.inbox.extend([entry, *repeat(None, (charge - 1) // s.small)])
             s.left = True  # again, for a section that ended with a deeper call in between
             buffered = self._accepted_before(s, entry)[1] - s.taken.charge
             entry.accepted = s.phase is _RUNNING and buffered + charge <= self._max_buffered
@@ -1200,7 +1215,7 @@ class Dispatcher:
     def _grant_locked(self, s: _State) -> None:
         """Lock held. Give as much credit as is safe (I3), if a payload need not be told to anybody (I4, I5)."""
         small = s.small
-        if not small or s.producers or s.phase is not _RUNNING or (s.thread is None and self._push is not None):
+        if s.producers or s.phase is not _RUNNING or (s.thread is None and self._push is not None):
             return
         items, nbytes, charge, _, _, first, begin, born = s.inbox[0]
         if first == items:
@@ -1269,7 +1284,8 @@ class Dispatcher:
             sizes = list(map(len, new))
             nbytes = sum(sizes)
             charge = nbytes + sizes.count(0)
-            header = self._store_locked(s, header, new, sizes, nbytes, charge, (), self._clock())
+            when = s.granted_at if granted > 1 else self._clock()
+            header = self._store_locked(s, header, new, sizes, nbytes, charge, (), when)
             s.inbox[: len(snapshot)] = [header, *rest]
             s.storing = False
         except BaseException:
@@ -1328,7 +1344,12 @@ class Dispatcher:
             self._append_locked(s, items + half, nbytes + part, new[half:], sizes[half:], size - part, False)
             return
         run = s.runs[-1] if s.runs else None
-        if run is None or run.full(nbytes, begins) or size >= _UINT:
+        if (
+            run is None
+            or len(run.sizes) >= (_LEAST_ITEMS if begins else _RUN_ITEMS)
+            or nbytes - run.begin >= (_LEAST_BYTES if begins else _RUN_BYTES)
+            or size >= _UINT
+        ):
             if run is not None and nbytes - run.begin < _JOIN_BELOW * len(run.parts):
                 run.join()
             run = _Run(items, nbytes, "I" if size < _UINT else "Q")
@@ -1347,9 +1368,8 @@ class Dispatcher:
             run = s.runs[-1]
             n = items - run.start
             if n < len(run.sizes) or len(run.parts) > 1:
-                data = run.join()
+                run.parts = [run.join()[: sum(run.sizes[:n])]]
                 del run.sizes[n:]
-                run.parts = [data[: sum(run.sizes)]]
             while run.cuts and run.start + run.cuts[-1] > first:
                 run.cuts.pop()
         s.storing = False
@@ -1435,8 +1455,7 @@ class Dispatcher:
         while s.runs and s.runs[0].start + len(s.runs[0].sizes) <= after:
             s.runs.popleft()
         s.away = False
-        if s.small:
-            s.small = min(max(batch._sizes[-_SAMPLE:]) or 1, self._most_small)
+        s.small = min(max(batch._sizes[-_SAMPLE:]) or 1, self._most_small)
         return batch
 
     def _build_locked(self, s: _State, stop: int) -> Batch:
@@ -1464,7 +1483,6 @@ class Dispatcher:
                 sizes = array("Q", chain(sizes, more))
         assert sizes is not None, "I2"
         data = parts[0] if len(parts) == 1 and isinstance(parts[0], bytes) else b"".join(parts)
-        assert len(data) == sum(sizes), "I2"
         return Batch(data, sizes)
 
     def _serve_locked(self, s: _State) -> None:
@@ -1824,6 +1842,11 @@ def _seconds(name: str, value: Any) -> float:
     if not value >= 0:
         raise ValueError(f"{name} must be >= 0 seconds, not {value!r}")
     return float(value) if value <= threading.TIMEOUT_MAX else _FOREVER
+
+
+def _fine(timeout: Any) -> bool:
+    """Whether a timeout is one; raise when it is not."""
+    return (type(timeout) is float and timeout >= 0) or _timeout(timeout) >= 0
 
 
 def _timeout(value: Any) -> float:

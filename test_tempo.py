@@ -5054,6 +5054,7 @@ def test_an_interrupt_in_a_wait_for_room_leaves_nobody_in_the_queue(reading: int
     moment.countdown = reading
     with contextlib.suppress(KeyboardInterrupt, tempo.QueueFull):
         d.enqueue(b"b", timeout=0.001)
+    moment.countdown = 0
 
     assert d.stats().waiting_producers == 0
     assert payloads(d.stop()) == [bytes(100)]

@@ -1101,6 +1101,355 @@ def test_many_waiting_producers_and_a_slow_consumer_lose_nothing(limit: int) -> 
         assert [p[:3] for p in received if p[:1] == name] == [name + b"%02d" % i for i in range(20)]
 
 
+# Producers that rest: their payload is accepted, and they wait for their turn
+
+
+def forever() -> Any:
+    """No resting producer goes on because time passes."""
+    return mock.patch.object(tempo, "_PATIENCE", LONG)
+
+
+def resting(d: tempo.Dispatcher, n: int) -> None:
+    """Wait until n producers rest."""
+    wait_until(lambda: len(d._state.resting) == n)
+
+
+def half_full(**kwargs: Any) -> tempo.Dispatcher:
+    """A dispatcher of 1 MiB, a little more than half full, in batches of 64 KiB."""
+    d = make(max_batch_bytes=64 * tempo.KiB, **kwargs)
+    for _ in range(9):
+        d.enqueue(bytes(64 * tempo.KiB))
+    return d
+
+
+def send(d: tempo.Dispatcher, name: bytes, count: int, timeout: float | None = None) -> None:
+    for i in range(count):
+        d.enqueue(b"%s%05d" % (name, i), timeout=timeout)
+
+
+def test_who_makes_room_accepts_what_waits_at_once_and_the_producers_return_without_help() -> None:
+    d = full(tempo.MiB)
+    blocked = [waiter(d, b"%d" % i) for i in range(9)]
+
+    d.get()
+    stats = d.stats()
+
+    assert (stats.accepted, stats.waiting_producers) == (10, 0)
+    for worker in blocked:
+        worker.result()
+    assert payloads(d.stop()) == [b"%d" % i for i in range(9)]
+
+
+def test_a_producer_rests_when_the_buffer_is_half_full_and_goes_on_when_it_is_emptied() -> None:
+    with forever():
+        d = half_full()
+        producer = Worker(send, d, b"", 5000)
+        resting(d, 1)
+        before = d.stats()
+        while d.stats().buffered_bytes > tempo.MiB // 8:
+            d.get(timeout=0)
+        producer.result()
+
+    assert before.accepted < 5000
+    assert before.waiting_producers == 0
+    assert [item for item in payloads(drained(d)) if len(item) < 99] == [b"%05d" % i for i in range(5000)]
+
+
+def test_resting_producers_go_on_in_turn() -> None:
+    order: list[bytes] = []
+
+    def rest_once(name: bytes) -> None:
+        while name not in rested:
+            d.enqueue(name, timeout=None)
+        order.append(name)
+
+    rested: set[bytes] = set()
+    with forever():
+        d = half_full()
+        producers = []
+        for name in (b"a", b"b", b"c"):
+            producers.append(Worker(rest_once, name))
+            resting(d, len(producers))
+            rested.add(name)
+        for producer in producers:
+            d.get(timeout=0)  # one batch is one turn's worth
+            producer.result()
+
+    assert order == [b"a", b"b", b"c"]
+    d._check()
+
+
+def test_nobody_rests_long_when_no_consumer_comes() -> None:
+    d = half_full()
+
+    Worker(send, d, b"", 20_000).result()
+
+    assert d._state.away
+    assert not d._state.resting
+    d._check()
+    assert len(payloads(drained(d))) == 20_009
+    assert not d._state.away
+
+
+@pytest.mark.parametrize("end", ["stop", "shutdown"])
+def test_the_end_of_the_dispatcher_is_the_end_of_a_rest(end: str) -> None:
+    with forever():
+        d = half_full()
+        producers = [Worker(refusal, send, d, name, 9999) for name in (b"a", b"b")]
+        resting(d, 2)
+        closer = Worker(getattr(d, end))
+        refused = {producer.result() for producer in producers}
+        rest = payloads(d)
+        left = closer.result()
+
+    assert refused <= {tempo.Stopped, tempo.ShuttingDown}
+    assert len(rest) + len(payloads(left or [])) == d.stats().accepted
+
+
+def test_a_rest_ends_at_the_deadline_of_its_call_and_the_payload_is_accepted() -> None:
+    with forever():
+        d = half_full()
+        producer = Worker(send, d, b"", 1500, 0.02)
+        producer.result()
+
+    assert len(payloads(drained(d))) == 1509
+    assert d.stats().rejected == 0
+
+
+def test_the_main_thread_does_not_rest_because_an_interrupt_would_end_that() -> None:
+    with forever():
+        d = half_full()
+        send(d, b"", 20_000)
+
+    assert len(payloads(drained(d))) == 20_009
+
+
+def test_a_consumer_does_not_rest_in_the_body_of_its_loop() -> None:
+    sent = 0
+
+    def consume() -> None:
+        nonlocal sent
+        for _ in d:
+            send(d, b"", 5000)
+            sent += 5000
+            if sent == 20_000:
+                return
+
+    with forever():
+        d = half_full()
+        Worker(consume).result()
+
+    assert d.stats().accepted == 20_009
+    assert not d._state.resting
+
+
+def test_when_the_sentinel_goes_another_takes_its_place() -> None:
+    d = half_full()
+    with forever():
+        first = Worker(send, d, b"a", 9999, 0.05)  # its rests end, one after the other
+        wait_until(lambda: d._state.sentinel)
+        second = Worker(send, d, b"b", 9999)
+        first.result()
+        resting(d, 1)
+        assert d._state.sentinel is d._state.resting[0]
+        while second.is_alive():
+            with contextlib.suppress(queue.Empty):
+                d.get(timeout=0)
+        second.result()
+    d._check()
+
+
+def test_a_resting_producer_that_is_interrupted_is_told_that_its_payload_was_accepted() -> None:
+    parked = threading.Event()
+
+    def park(self: object, pause: float, remaining: float) -> bool:
+        parked.set()
+        raise KeyboardInterrupt
+
+    d = half_full()
+    accepted = d.stats().accepted
+
+    def many() -> int:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            d.enqueue_many((b"%05d" % i for i in range(9999)), timeout=None)
+        taken: int = caught.value.accepted  # type: ignore[attr-defined]
+        return taken
+
+    with mock.patch.object(tempo._Parker, "park", park):
+        taken = Worker(many).result()
+
+    assert parked.is_set()
+    assert taken == d.stats().accepted - accepted
+    assert not d._state.resting
+    assert d._state.sentinel is None
+    d._check()
+
+
+@pytest.mark.parametrize("consumers", [1, 3])
+def test_many_producers_that_rest_and_wait_lose_nothing_and_none_starves(consumers: int) -> None:
+    d = make(interval=0.01, max_batch_bytes=16 * tempo.KiB, max_buffered_bytes=128 * tempo.KiB)
+    producers = [Worker(send, d, b"%02d" % name, 3000) for name in range(16)]
+    takers = [Worker(lambda: payloads(d)) for _ in range(consumers)]
+    for producer in producers:
+        producer.result()
+    d.shutdown()
+    received = [taker.result() for taker in takers]
+
+    came = Counter(item for items in received for item in items)
+    assert came == Counter(b"%02d%05d" % (name, i) for name in range(16) for i in range(3000))
+    if consumers == 1:
+        for name in range(16):
+            assert [item for item in received[0] if item[:2] == b"%02d" % name] == [
+                b"%02d%05d" % (name, i) for i in range(3000)
+            ]
+    assert conserved(d).rejected == 0
+    d._check()
+
+
+# Credit: payloads accepted unseen
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 512, 5000])
+@pytest.mark.parametrize("limit", [300, 5000, LARGE, 4 * tempo.MiB])
+@pytest.mark.parametrize("max_batch_bytes", [64, 32 * tempo.KiB, None])
+def test_batches_that_begin_and_end_unseen_are_cut_where_they_should_be(
+    size: int, limit: int, max_batch_bytes: int | None
+) -> None:
+    rng = random.Random(size)
+    d = make(max_buffered_bytes=limit, max_batch_bytes=max_batch_bytes)
+    sent: list[bytes] = []
+    batches: list[tempo.Batch] = []
+    item = b""
+    while len(sent) < 6000:
+        if refusal(d.enqueue, item) is None:
+            sent.append(item)
+            item = (b"%05d" % len(sent)).ljust(size, b".")[: rng.randrange(size + 1)]
+            continue
+        room = d.stats().buffered_bytes
+        with contextlib.suppress(queue.Empty):
+            while True:
+                batches.append(d.get(timeout=0))
+        if d.stats().buffered_bytes == room:
+            break  # nothing has closed, so nothing makes room
+    d._check()
+    batches += d.stop()
+
+    assert len(sent) == 6000 or limit < 6000 * max(1, size)
+    assert [batch.tolist() for batch in batches] == greedy(sent, max_batch_bytes)
+
+
+def test_the_credit_follows_the_size_of_the_payloads() -> None:
+    d = make(max_buffered_bytes=4 * tempo.MiB, max_batch_bytes=tempo.MiB)
+    small = d._state.small
+    for _ in range(100):
+        d.enqueue(bytes(10_000))
+    grown = d._state.small
+    while d.stats().buffered < 2000:
+        d.enqueue(bytes(100))
+    d.flush(0)
+    for _ in range(3):
+        with contextlib.suppress(queue.Empty):
+            d.get(timeout=0)
+
+    assert (small, grown, d._state.small) == (512, 10_000, 100)
+    d._check()
+
+
+@pytest.mark.parametrize(("size", "fits"), [(3000, True), (tempo.MiB - 2000, False)])
+def test_a_payload_larger_than_the_credit_covers_is_counted_by_another_only_if_it_fits(size: int, fits: bool) -> None:
+    d = make()
+    d.enqueue(bytes(1001))
+    d.enqueue(b"unseen" * 200)
+    inbox = eager(d)
+    inbox.after = lambda: Worker(d.flush, 0).result()
+
+    outcome = refusal(d.enqueue, b"L" * size)
+
+    batches = [[len(item) for item in batch.tolist()] for batch in d.stop()]
+    assert outcome is (None if fits else tempo.QueueFull)
+    assert batches == [[1001, 1200, size] if fits else [1001, 1200]]
+
+
+@LIMITS
+def test_a_batch_that_begins_late_has_its_whole_interval(limit: int) -> None:
+    d, clock = with_clock(max_buffered_bytes=max(limit, 2000), max_batch_bytes=1000, interval=1.0)
+    d.enqueue(bytes(600))
+    clock.now += 0.9
+    d.enqueue(bytes(500))
+    clock.now += 0.2
+
+    assert len(d.get(timeout=0).data) == 600
+    with pytest.raises(queue.Empty):
+        d.get(timeout=0)
+    clock.now += 0.8
+    assert len(d.get(timeout=0).data) == 500
+
+
+def test_at_a_pace_a_batch_may_begin_unseen_and_counts_from_the_credit() -> None:
+    d, clock = with_clock(max_batch_bytes=10_000, interval=8.0)
+    for _ in range(800):
+        d.enqueue(bytes(100))
+        clock.now += 0.001
+    while d.stats().buffered_bytes >= 10_000:
+        assert d.get(timeout=0).nbytes == 10_000
+    d.enqueue(bytes(100))
+    clock.now += 6.5
+    with pytest.raises(queue.Empty):
+        d.get(timeout=0)  # an eighth of the interval is the most that is missing
+    clock.now += 1.5
+
+    assert d.get(timeout=0).nbytes == 100
+
+
+def test_the_peak_counts_what_a_nested_call_adds_before_a_batch_leaves() -> None:
+    d = make(max_buffered_bytes=1000, max_batch_bytes=500)
+    d.enqueue(bytes(500))
+    did: list[int] = []
+
+    def once(d: tempo.Dispatcher) -> None:
+        if not did:
+            did.append(1)
+            d.enqueue(bytes(400))
+            assert d.stats().peak_buffered_bytes == 900
+
+    with after_each_count(once):
+        d.get()
+
+    assert d.stats().peak_buffered_bytes == 900
+
+
+@pytest.mark.parametrize("end", ["shutdown", "stop"])
+def test_a_nested_call_that_sees_the_end_is_not_accepted(end: str) -> None:
+    seen: list[tuple[str, type[BaseException] | None]] = []
+
+    def look(d: tempo.Dispatcher) -> None:
+        if len(seen) < 20:  # each call has the section settle once more
+            state = d.stats().state
+            seen.append((state, refusal(d.enqueue, b"n")))
+
+    d = make()
+    d.enqueue(b"a")
+    with after_each_count(look), contextlib.suppress(tempo.DrainTimeout):
+        Worker(getattr(d, end), *([0] if end == "shutdown" else [])).result()
+
+    assert all((outcome is None) == (state == "running") for state, outcome in seen)
+    assert {state for state, _ in seen} > {"running"}
+
+
+def test_an_interrupt_before_the_lock_takes_the_payload_out_again_in_a_nested_call_too() -> None:
+    d = make()
+
+    def section(s: Any) -> None:
+        interrupted = mock.patch.object(tempo.Dispatcher, "_enqueue", side_effect=KeyboardInterrupt)
+        with interrupted, pytest.raises(KeyboardInterrupt):
+            d.enqueue(b"interrupted")
+
+    d._locked(d._state, section)
+    section(None)
+
+    assert payloads(d.stop()) == []
+
+
 # Many payloads in one call
 
 

@@ -80,6 +80,7 @@ _RUN_BYTES: Final = 64 * KiB  # bytes a run holds before the next one is begun
 _LEAST_ITEMS: Final = 256  # payloads, or
 _LEAST_BYTES: Final = 8 * KiB  # bytes, from which a run ends with a batch; it costs 300 bytes itself
 _JOIN_BELOW: Final = 512  # bytes: smaller payloads are joined as they are counted; larger ones when a batch is taken
+_STRIDE: Final = 64  # payloads among which the end of a batch is looked for
 _UINT: Final = 1 << 32  # the first size that four bytes do not hold
 _PACE_ITEMS: Final = 64  # payloads over which their pace is measured
 _REST_FLOOR: Final = 64 * KiB  # producers do not rest where the buffer is smaller
@@ -837,7 +838,8 @@ class Dispatcher:
         if s.flush_asked:
             self._cut_locked(s)
             s.flush_asked = False
-        self._count_locked(s)
+        if s.credit[0] or self._unsettled(s):
+            self._count_locked(s)
         if s.heights:
             n = len(s.heights)
             s.peak = max(s.peak, *s.heights[:n])
@@ -862,6 +864,10 @@ class Dispatcher:
         if s.consumers:
             self._signal_locked(s)
         self._grant_locked(s)
+
+    def _unsettled(self, s: _State) -> bool:
+        """Lock held, and no credit given. Whether a nested call or an exception has left something to count."""
+        return s.mixed or s.storing or s.inbox[0][4]
 
     def _leave(self, s: _State, parker: _Parker | None) -> None:
         """Wait no longer. Callers repeat it when an exception ends it: a parker left behind would get wake-ups."""
@@ -1122,10 +1128,11 @@ class Dispatcher:
         charge: int,
         entries: Sequence[_Entry] = (),
     ) -> bool:
-        """Lock held. Accept payloads if all of them fit (I1): store first, then change the header (I2)."""
+        """Lock held, after a count. Accept payloads if all fit (I1): store first, then change the header (I2)."""
         inbox = s.inbox
         while True:
-            self._count_locked(s)
+            if s.credit[0] or self._unsettled(s):
+                self._count_locked(s)
             header = inbox[0]
             if header[2] - s.taken.charge + charge > self._max_buffered:
                 return False
@@ -1137,8 +1144,7 @@ class Dispatcher:
                 inbox[::-1] = [*pending, header]  # fails if the inbox has grown: then the room may be gone
             except ValueError:
                 continue
-            s.storing = False
-            s.peak = max(s.peak, self._held(s))
+            self._stored_locked(s)
             return True
 
     def _enqueue_chunk(self, chunk: Sequence[bytes], deadline: float) -> int:
@@ -1153,6 +1159,7 @@ class Dispatcher:
 
     def _enqueue_chunk_locked(self, s: _State, chunk: Sequence[bytes], sizes: list[int], wait: bool) -> int:
         """Lock held. As _enqueue_chunk."""
+        self._count_locked(s)
         if s.phase is not _RUNNING or (wait and s.producers):
             return 0
         while not self._commit_locked(s, chunk, sizes, (size := sum(sizes)), size + sizes.count(0)):
@@ -1249,10 +1256,11 @@ class Dispatcher:
             entry.accepted = True  # the commit that put it here was its acceptance
         if s.storing:
             self._trim_locked(s, header[0], header[5])
-        n = min(len(inbox), header[3])  # before the look at s.mixed: a nested call that comes later appends behind
+        n = len(inbox)  # before the look at s.mixed: a nested call that comes later appends behind
         if s.mixed:
             self._sort_locked(s)
         elif header[3] > 1:
+            n = min(n, header[3])
             new = inbox[1:n]
             sizes = list(map(len, new))
             nbytes = sum(sizes)
@@ -1262,8 +1270,12 @@ class Dispatcher:
             else:
                 header = self._store_locked(s, header, new, sizes, nbytes, charge, (), s.granted_at)
                 inbox[:n] = [header]
-                s.storing = False
+                self._stored_locked(s)
+
+    def _stored_locked(self, s: _State) -> None:
+        """Lock held. The header says so now; nothing has been taken since."""
         s.peak = max(s.peak, self._held(s))
+        s.storing = False
 
     def _sort_locked(self, s: _State) -> None:
         """Lock held. Count an inbox that may hold nested calls' entries, or payloads larger than the credit covers."""
@@ -1287,7 +1299,7 @@ class Dispatcher:
             when = s.granted_at if granted > 1 else self._clock()
             header = self._store_locked(s, header, new, sizes, nbytes, charge, (), when)
             s.inbox[: len(snapshot)] = [header, *rest]
-            s.storing = False
+            self._stored_locked(s)
         except BaseException:
             s.mixed = True
             raise
@@ -1316,12 +1328,11 @@ class Dispatcher:
         else:
             cuts, first, begin = _split(self._max_batch, items, nbytes, first, begin, sizes)
             a, at = 0, nbytes
-            for number in [*cuts, items + len(new)]:
+            for number, byte in [*cuts, (items + len(new), nbytes + size)]:
                 b = number - items
                 if b > a:
-                    part = sum(sizes[a:b])
-                    self._append_locked(s, items + a, at, new[a:b], sizes[a:b], part, begins)
-                    a, at = b, at + part
+                    self._append_locked(s, items + a, at, new[a:b], sizes[a:b], byte - at, begins)
+                    a, at = b, byte
                 begins = True
                 if number <= first:
                     s.runs[-1].cut(number)
@@ -1372,7 +1383,7 @@ class Dispatcher:
                 del run.sizes[n:]
             while run.cuts and run.start + run.cuts[-1] > first:
                 run.cuts.pop()
-        s.storing = False
+        self._stored_locked(s)
 
     # -- Delivery ----------------------------------------------------------------------------------------------------
 
@@ -1795,22 +1806,27 @@ def _first_cut(runs: Iterable[_Run], front: int) -> int:
 
 def _split(
     limit: int, items: int, nbytes: int, first: int, begin: int, sizes: Sequence[int]
-) -> tuple[list[int], int, int]:
+) -> tuple[list[tuple[int, int]], int, int]:
     """Where batches end when payloads of these sizes are added to `items` of `nbytes`.
 
     The open batch starts at payload `first`, byte `begin`. Returns the numbers of the payloads before which batches
-    end, and where the open batch starts then. Bisects the ends: O(batches * log(payloads)).
+    end, each with its byte, and where the open batch starts then. Looks closer only where a batch ends.
     """
-    ends = list(accumulate(sizes, initial=nbytes))
-    cuts: list[int] = []
-    while True:
-        k = bisect_left(ends, begin + limit, max(1, first - items + 1))
-        if k == len(ends):
-            return cuts, first, begin
-        if ends[k] != begin + limit and first != items + k - 1:
-            k -= 1  # neither full to the byte, nor too large and alone: it ends before this one
-        first, begin = items + k, ends[k]
-        cuts.append(first)
+    cuts: list[tuple[int, int]] = []
+    for k in range(0, len(sizes), _STRIDE):
+        piece = sizes[k : k + _STRIDE]
+        end = nbytes + sum(piece)
+        if end - begin >= limit:
+            ends = list(accumulate(piece, initial=nbytes))
+            j = 1
+            while (j := bisect_left(ends, begin + limit, j)) < len(ends):
+                if ends[j] != begin + limit and first != items + k + j - 1:
+                    j -= 1  # neither full to the byte, nor too large and alone: it ends before this one
+                first, begin = items + k + j, ends[j]
+                cuts.append((first, begin))
+                j += 1
+        nbytes = end
+    return cuts, first, begin
 
 
 def _show(value: object) -> str:

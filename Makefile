@@ -15,10 +15,10 @@ options = $(foreach variable,$(SOAK_VARIABLES),$(if $($(variable)),--$(call lowe
 with = py=$$($(PYTHON) .ci/prepare.py $(1))
 
 .DEFAULT_GOAL := help
-.PHONY: help soak test coverage lint clean
+.PHONY: help soak test bench compare instructions coverage lint clean
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo 'PYTHON=python3.12 takes another interpreter, ARGS="..." is given on as it stands.'
 	@echo 'make soak also takes DURATION=$(DURATION) and'
@@ -31,6 +31,18 @@ soak: ## sustained load on this machine: is every event delivered once, how fast
 
 test: ## the tests
 	@$(call with,test) && exec "$$py" -m pytest $(ARGS)
+
+# The peers are looked at beside tempo; what cannot be installed is left out with a line.
+peers = $(PYTHON) .ci/prepare.py --optional bench peers >/dev/null
+
+bench: ## tempo beside queues, other batchers and the least that is possible, in one run
+	@$(call with,bench) && $(peers) && exec "$$py" -m soak bench $(ARGS)
+
+compare: ## the same, and fail when a ratio is worse than recorded by more than its noise
+	@$(call with,bench) && exec "$$py" -m soak bench --compare auto $(ARGS)
+
+instructions: ## machine instructions a payload (needs valgrind), and fail when they are more than recorded
+	@exec $(PYTHON) -m soak instructions $(ARGS)
 
 # The one place that says how much must be covered.
 define COVERED

@@ -1264,7 +1264,7 @@ class Dispatcher:
             new = inbox[1:n]
             sizes = list(map(len, new))
             nbytes = sum(sizes)
-            charge = nbytes + sizes.count(0)
+            charge = nbytes if all(new) else nbytes + sizes.count(0)
             if charge > self._max_buffered - header[2] + s.taken.charge:
                 self._sort_locked(s)  # one of them is larger than the credit covers
             else:

@@ -46,7 +46,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import tempo
 from soak import __main__ as soak_main
+from soak import bench as soak_bench
+from soak import handover as soak_handover
+from soak import instructions as soak_instructions
+from soak import micro as soak_micro
 from soak import payloads as soak_payloads
+from soak import rows as soak_rows
+from soak import worker as soak_worker
 from soak import units, verdict
 from soak.config import Config
 
@@ -3646,7 +3652,7 @@ def test_every_import_is_of_the_standard_library() -> None:
 README = re.findall(r"(?ms)^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("module", [tempo, units], ids=["tempo", "soak.units"])
+@pytest.mark.parametrize("module", [tempo, units, soak_instructions], ids=lambda module: module.__name__)
 def test_the_doctests_run(module: Any) -> None:
     outcome = doctest.testmod(module)
     assert outcome.failed == 0
@@ -3720,6 +3726,99 @@ def test_a_bad_option_is_one_line_that_names_it(option: str, value: str) -> None
     assert (done.returncode, done.stdout) == (2, "")
     assert f"argument {option}: " in line
     assert value in line
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--rounds", "0"),
+        ("--duration", "soon"),
+        ("--groups", "micro,nothing"),
+        ("--compare", "nobody's"),
+        ("--record", "a/b"),
+    ],
+)
+def test_a_bad_option_of_the_benchmark_is_one_line_that_names_it(option: str, value: str) -> None:
+    done = run_python("-m", "soak", "bench", option, value, cwd=ROOT)
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"argument {option}: " in line
+    assert value.partition(",")[2] or value in line
+
+
+def test_every_row_of_the_benchmark_is_measured_by_its_group() -> None:
+    micro = set(soak_micro.subjects())
+    handover = {*soak_handover.subjects(), *soak_handover.PEERS}
+    for row in soak_rows.ROWS:
+        for name in filter(None, (row.subject, row.control)):
+            if row.group in ("micro", "handover"):
+                assert name in (micro if row.group == "micro" else handover), row
+            elif row.group in ("scaling", *soak_rows.SOAKS):
+                stem = re.sub("_(bare|drain|shutdown|slowest)$", "", name)
+                assert stem in soak_rows.SOAKS or stem in soak_rows.SCALING, row
+
+
+def test_the_subjects_of_the_benchmark_do_their_work() -> None:
+    for name, measure in {**soak_micro.subjects(), **soak_handover.subjects()}.items():
+        assert measure() > 0, name
+
+
+def test_a_soak_of_the_benchmark_gives_a_value_for_each_of_its_rows() -> None:
+    values = soak_worker.soak("soak_32", soak_rows.soak_config(producers=3), 0.1, turns=2)
+    assert {name.removeprefix("soak_32") for name in values} == {"", "_bare", "_drain", "_shutdown", "_slowest"}
+    assert all(len(found) == 1 and found[0] > 0 for found in values.values())
+
+
+ROW = soak_rows.Row("a / b", "", "micro", "a", "b", 2.0)
+SHARE = soak_rows.Row("a : b", "", "micro", "a", "b", 0.5, least=True, best=False)
+
+
+def test_a_ratio_is_taken_within_a_round_and_the_median_of_the_rounds_counts() -> None:
+    rounds = [{"a": [4.0, 2.0], "b": [1.0, 2.0]}, {"a": [6.0], "b": [2.0]}, {"a": [40.0], "b": [10.0]}]
+    assert soak_bench.evaluate(ROW, rounds) == (3.0, 1.0, 6.0, 2.0)
+    assert soak_bench.evaluate(SHARE, rounds) == pytest.approx((1 / 3, (0.4 - 0.25) / 2, 6.0, 2.0))
+    assert soak_bench.evaluate(ROW, [{"a": [1.0]}]) is None
+    assert soak_bench.evaluate(ROW, []) is None
+
+
+def test_the_comparison_finds_what_is_worse_by_more_than_the_noise() -> None:
+    with mock.patch.object(soak_bench, "ROWS", (ROW, SHARE)):
+        recorded = {"a / b": (2.0, 0.1), "a : b": (0.5, 0.02), "gone": (1.0, 0.0)}
+        same = soak_bench.compare({"a / b": (2.25, 0.1, 0, 0), "a : b": (0.46, 0.02, 0, 0)}, recorded)
+        better = soak_bench.compare({"a / b": (1.0, 0.0, 0, 0), "a : b": (0.9, 0.0, 0, 0)}, recorded)
+        worse = soak_bench.compare({"a / b": (2.27, 0.1, 0, 0), "a : b": (0.44, 0.02, 0, 0)}, recorded)
+    assert same == better == []
+    assert [line.split(":")[0].split(" /")[0] for line in worse] == ["a", "a "]
+
+
+def test_the_table_says_which_target_is_missed() -> None:
+    place = {"machine": "m", "cores": 2, "interpreter": "i", "python": "p", "build": "b", "commit": None}
+    with mock.patch.object(soak_bench, "ROWS", (ROW, SHARE)):
+        text = soak_bench.table({"a / b": (2.5, 0.1, 1e-7, 2e-7), "a : b": (0.6, 0.1, 1e-7, 2e-7)}, place)
+    missed, met = text.splitlines()[1:3]
+    assert "MISSED" in missed and "100 ns" in missed
+    assert " met " in met
+
+
+def test_without_pyperf_the_benchmark_says_what_to_do() -> None:
+    program = "import sys; sys.modules['pyperf'] = None; from soak.__main__ import main; main(['bench'])"
+    done = run_python("-c", program, cwd=ROOT)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert "bench needs pyperf" in line
+
+
+def test_a_peer_that_is_not_installed_is_left_out_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def missing() -> Any:
+        raise ImportError
+
+    with mock.patch.dict(soak_handover.PEERS, {"peer": ("a-package", missing)}, clear=True), mock.patch.object(
+        soak_worker, "_in_turns", side_effect=lambda subjects, turns: sorted(subjects)
+    ):
+        names = soak_worker.run_handover(1.0)
+
+    assert "peer is left out: a-package is not installed" in capsys.readouterr().err
+    assert names == sorted(soak_handover.subjects())
 
 
 def test_a_verdict_of_fail_is_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,5 +22,11 @@ it runs on a Raspberry Pi as it comes. One file a subject:
 ``baseline``       recorded figures, and which of them a run may be compared with
 ``verdict``        pass, warn or fail, from plain figures
 ``results``        the result's files and the summary for people
+``bench``          the command: rounds of workers, the table, pyperf's JSON, the comparison with a baseline
+``rows``           what the benchmark compares with what, and what is aimed at
+``worker``         one round of one group of the benchmark, in a process of its own
+``micro``          what a call costs on one thread, beside queues and the least that is possible
+``handover``       from a producer's thread to a consumer's, beside other batchers
+``instructions``   the command: machine instructions a payload, counted by valgrind, against the recorded ones
 =================  =====================================================================================
 """

@@ -10,10 +10,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from soak import run
+from soak import bench, instructions, run
 from soak.options import OneLineParser, attach_values
 
-COMMANDS = (run,)
+COMMANDS = (run, bench, instructions)
 
 
 def main(argv: list[str] | None = None) -> int:

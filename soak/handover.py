@@ -8,6 +8,7 @@ formatted, Kafka has a protocol), so these figures show what a user of each pays
 
 from __future__ import annotations
 
+import importlib
 import logging
 import logging.handlers
 import queue
@@ -130,25 +131,21 @@ def queue_listener() -> float:
 
 def opentelemetry_batch_span_processor() -> Subject:
     """OpenTelemetry's ``BatchSpanProcessor`` with an exporter that counts. Raises ImportError when not installed."""
-    from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415 - a peer that may be missing
-    from opentelemetry.sdk.trace.export import (  # noqa: PLC0415
-        BatchSpanProcessor,
-        SpanExporter,
-        SpanExportResult,
-    )
+    trace = importlib.import_module("opentelemetry.sdk.trace")
+    export = importlib.import_module("opentelemetry.sdk.trace.export")
 
     def measure() -> float:
         count = SLOW_COUNT
         received = [0]
 
-        class Counting(SpanExporter):
+        class Counting(export.SpanExporter):  # type: ignore[misc, name-defined]
             def export(self, spans: Any) -> Any:
                 received[0] += len(spans)
-                return SpanExportResult.SUCCESS
+                return export.SpanExportResult.SUCCESS
 
-        span: Any = TracerProvider().get_tracer("soak").start_span("event", attributes={"text": "x" * SIZE})
+        span: Any = trace.TracerProvider().get_tracer("soak").start_span("event", attributes={"text": "x" * SIZE})
         span.end()
-        processor = BatchSpanProcessor(Counting(), max_queue_size=count, max_export_batch_size=512)
+        processor = export.BatchSpanProcessor(Counting(), max_queue_size=count, max_export_batch_size=512)
         started = perf_counter()
         for _ in range(count):
             processor.on_end(span)
@@ -167,7 +164,7 @@ def kafka_producer() -> Subject:
     That broker stores nothing and no network is crossed: it bounds what Kafka costs from below. Raises ImportError when
     the package is not installed.
     """
-    from confluent_kafka import Producer  # noqa: PLC0415 - a peer that may be missing
+    kafka = importlib.import_module("confluent_kafka")
 
     def measure() -> float:
         count = SLOW_COUNT
@@ -177,7 +174,7 @@ def kafka_producer() -> Subject:
             assert error is None, error
             received[0] += len(message.value())
 
-        producer = Producer(
+        producer = kafka.Producer(
             {
                 "bootstrap.servers": "ignored.invalid:9092",
                 "test.mock.num.brokers": 1,

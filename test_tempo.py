@@ -52,8 +52,8 @@ from soak import instructions as soak_instructions
 from soak import micro as soak_micro
 from soak import payloads as soak_payloads
 from soak import rows as soak_rows
-from soak import worker as soak_worker
 from soak import units, verdict
+from soak import worker as soak_worker
 from soak.config import Config
 
 ROOT = Path(__file__).resolve().parent

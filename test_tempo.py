@@ -3815,7 +3815,7 @@ def test_a_peer_that_is_not_installed_is_left_out_with_a_line(capsys: pytest.Cap
     with mock.patch.dict(soak_handover.PEERS, {"peer": ("a-package", missing)}, clear=True), mock.patch.object(
         soak_worker, "_in_turns", side_effect=lambda subjects, turns: sorted(subjects)
     ):
-        names = soak_worker.run_handover(1.0)
+        names: Any = soak_worker.run_handover(1.0)
 
     assert "peer is left out: a-package is not installed" in capsys.readouterr().err
     assert names == sorted(soak_handover.subjects())

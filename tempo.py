@@ -123,20 +123,21 @@ _T = TypeVar("_T")
 #
 # Enqueue without the lock.  (1) append; (2) n = len(inbox); (3) read the credit, one tuple; n and the size are within
 # it: accepted.  A thread may be stopped between any two of these, and the credit be withdrawn, or given anew,
-# meanwhile. The payload's index is below n, and can only have become less, so what (3) reads is a credit that covers it
-# now.  If it is not covered, the payload is pending, and its owner takes the lock: if the payload has left the inbox,
-# it was counted, and so accepted; if the credit can be renewed to cover it, it is accepted; else the owner takes it out
-# and goes the exact way.  A count takes an oversize payload too when all of them fit; else it leaves it pending.
-# (Two threads that enqueue the very same object may swap outcomes: the sum is the same.)
+# meanwhile.  The payload's index is below n, and can only have become less, so what (3) reads is a credit that covers
+# it now.  If it is not covered, the payload is pending; its owner takes the lock, counts, and looks: if the payload
+# has left the inbox, it was counted, and so accepted; if the credit can be renewed to cover it, it is accepted; else
+# the owner takes it out (after a count, when nothing is granted: or a pending one could move into a place that is) and
+# goes the exact way.  (Two threads that enqueue the very same object may swap outcomes and places: the sum is one.)
 # What must be atomic: list.append, len(list), del list[i], list slices read and assigned, attribute loads and stores:
 # under the GIL, and in a build without it, where each takes the list's own lock and is sequentially consistent.
 #
-# Nested calls.  The lock is an RLock; `s.owner` names the thread inside a locked section.  A signal handler or
-# finalizer that interrupts its own thread there must not touch what is half done.  It takes its payload out again,
-# appends an entry instead, and decides by walking header and inbox in order: exact (I1), and deeper calls decide alike.
-# The holder's commit is a compare-and-set on the inbox's length (assignment to inbox[::-1] fails if it has grown), so a
-# decision never rests on room that a nested call has taken.  An entry takes as many places as its size could need, and
-# keeps them when it is refused, so that a credit computed before it came is still safe.
+# Nested calls.  The lock is an RLock, one for all dispatchers: a finalizer in a section of one may call another.
+# `s.owner` names the thread inside a locked section.  A signal handler or finalizer that interrupts its own thread
+# there must not touch what is half done.  It puts None for its payload, appends an entry instead, and decides by
+# walking header and inbox in order: exact (I1), and deeper calls decide alike.  The holder's commit, and its giving of
+# credit, are a compare-and-set on the inbox's length (assignment to inbox[::-1] fails if it has grown), so that neither
+# rests on room that a nested call has taken.  An entry takes as many places as its size could need, and keeps them when
+# it is refused: what other threads append behind it, under the credit that it withdrew, finds no place granted.
 #
 # Waiting.  Each waits on a lock of its own, a binary semaphore: it keeps a wake-up that comes early.  (A Condition
 # loses one that a signal handler sends from its own thread between test and wait.)  No wait holds the dispatcher's
@@ -433,8 +434,8 @@ class _State:
     __slots__ = (  # noqa: RUF023 - in the order of __init__
         "inbox", "credit", "owner", "phase", "outbox", "left", "mixed", "flush_asked", "shutdown_asked", "leavers",
         "refused", "heights", "lock", "calm", "runs", "storing", "taken", "small", "granted_at", "pace", "flight_first",
-        "rejected", "peak", "producers", "resting", "turn", "sentinel", "away", "consumers", "drainers", "announced",
-        "halted", "undelivered", "thread",
+        "flight", "rejected", "peak", "producers", "resting", "turn", "sentinel", "away", "consumers", "drainers",
+        "announced", "halted", "undelivered", "thread",
     )  # fmt: skip
 
     def __init__(self, rlock: Any) -> None:
@@ -462,6 +463,7 @@ class _State:
         self.granted_at = 0.0  # when credit was given last
         self.pace = (0, 0.0, 0.0)  # payloads and time from which it is measured; as measured last, per second
         self.flight_first = -1  # number of the first payload that the handler has, or -1
+        self.flight: Batch | None = None  # taken for the handler, which has not got it yet
         self.rejected = (0, 0)  # payloads, charge
         self.peak = 0
         self.producers: deque[_Parker] = deque()
@@ -473,7 +475,8 @@ class _State:
         self.drainers: deque[_Parker] = deque()
         self.announced = _RUNNING  # the phase that everybody waiting was woken for
         self.halted = False  # stopped before it was drained
-        self.undelivered: list[tuple[int, Batch]] = []  # what stop is to return: number of the first payload, batch
+        # What stop is to return, in a list for one caller to claim it: number of the first payload, batch.
+        self.undelivered: list[list[tuple[int, Batch]]] = []
         self.thread: threading.Thread | None = None
 
 
@@ -524,6 +527,8 @@ class _AsyncBatches:
                     parker = _AsyncParker(d._new_lock(), loop, s.outbox)
                 # From a batch being taken to its being returned there is no await, so a cancellation loses none.
                 batch, delay = d._locked(s, d._poll_locked, parker, False)
+                if s is not d._state:  # forked, by a signal handler: the batch is the parent's
+                    continue
                 if batch is not None:
                     return batch
                 timer = None if delay == _FOREVER else loop.call_later(delay, parker.fire)
@@ -567,9 +572,7 @@ class Dispatcher:
         "_most_small", "_new_lock", "_new_rlock", "_new_thread", "_push", "_state", "_turn", "_unseen",
     )  # fmt: skip
 
-    def __init__(
-        self, *, interval: float, max_buffered_bytes: int, max_batch_bytes: int | None = None
-    ) -> None:
+    def __init__(self, *, interval: float, max_buffered_bytes: int, max_batch_bytes: int | None = None) -> None:
         # Fixed after init. Primitives are looked up here and not at import, so that monkey-patching comes in time.
         self._interval = _seconds("interval", interval)
         if not 0 < self._interval <= threading.TIMEOUT_MAX:
@@ -598,7 +601,7 @@ class Dispatcher:
 
     def _renew(self) -> None:
         """Begin anew, with nothing accepted; also in a forked child, by its only thread."""
-        self._state = _State(self._new_rlock())
+        self._state = _State(_LOCKS.setdefault(self._new_rlock, self._new_rlock()))
 
     # -- Producers ---------------------------------------------------------------------------------------------------
 
@@ -625,8 +628,8 @@ class Dispatcher:
                 late = [payload]
                 try:
                     self._enqueue(s, late, timeout)
-                except BaseException:
-                    self._abandon(s, late)
+                except BaseException as exc:
+                    self._abandon(s, late, exc)
                     raise
             else:
                 self.enqueue(_own(payload), timeout=timeout)
@@ -641,7 +644,7 @@ class Dispatcher:
             What `enqueue` raises, and what the iterable raises; the exception's `.accepted` says how many of the
             payloads were accepted before, so that the caller can route the rest.
         """
-        accepted = 0
+        accepted = [0]  # a list, so that a locked section can say so before an exception ends it
         try:
             deadline = self._deadline(_timeout(timeout))
             if isinstance(payloads, (list, tuple)):
@@ -651,20 +654,20 @@ class Dispatcher:
                     ready = countOf(map(type, chunk), bytes) == len(chunk)
                     while done < len(chunk):
                         if ready:
-                            n = self._enqueue_chunk(chunk[done:] if done else chunk, deadline)
-                            done += n
-                            accepted += n
+                            done += self._enqueue_chunk(chunk[done:] if done else chunk, deadline, accepted)
                         if done < len(chunk):  # it does not fit, or is to be copied
-                            accepted += self._put(_own(chunk[done]), deadline)
+                            self._put(_own(chunk[done]), deadline)
+                            accepted[0] += 1
                             done += 1
             else:
                 for payload in payloads:
-                    accepted += self._put(_own(payload), deadline)
+                    self._put(_own(payload), deadline)
+                    accepted[0] += 1
         except BaseException as exc:
             with contextlib.suppress(Exception):  # foreign exceptions may have slots
-                exc.accepted = accepted + (getattr(exc, "_accepted_by", None) is self)  # type: ignore[attr-defined]
+                exc.accepted = accepted[0] + (getattr(exc, "_accepted_by", None) is self)  # type: ignore[attr-defined]
             raise
-        return accepted
+        return accepted[0]
 
     # -- Consumers ---------------------------------------------------------------------------------------------------
 
@@ -709,12 +712,7 @@ class Dispatcher:
         if on_error is not None and not callable(on_error):
             raise TypeError(f"on_error must be callable or None, not {on_error!r}")
         push = (handler, on_error, _seconds("exit_timeout", exit_timeout))
-        self._locked(self._state, self._start_locked, push)
-        try:
-            self._spawn()
-        except BaseException:
-            self._push = None
-            raise
+        self._spawn(self._state, push)
 
     # -- Life cycle --------------------------------------------------------------------------------------------------
 
@@ -751,10 +749,10 @@ class Dispatcher:
             return
         if self._locked(s, self._close_locked) or self._inside():
             return
-        if not self._wait_delivered(s, _FOREVER, deadline):
-            self._locked(s, self._give_up_locked)
+        if not self._wait_delivered(s, _FOREVER, deadline) and self._locked(s, self._give_up_locked):
+            raise DrainTimeout(_claim(s))
         thread = s.thread
-        if thread is not None and thread.ident is not None:
+        if thread is not None and thread.is_alive():
             thread.join()  # its last batch is delivered: it only has to return
 
     def stop(self) -> list[Batch]:
@@ -766,7 +764,9 @@ class Dispatcher:
         Raises:
             RuntimeError: called by a signal handler or finalizer that interrupted tempo; nothing changed.
         """
-        return self._locked(self._state, self._stop_locked)
+        s = self._state
+        self._locked(s, self._stop_locked)
+        return _claim(s)
 
     def stats(self) -> Stats:
         """Return a consistent snapshot. May be called from anywhere."""
@@ -776,9 +776,7 @@ class Dispatcher:
     def __enter__(self) -> Dispatcher:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self.shutdown()
 
     def __repr__(self) -> str:
@@ -802,15 +800,28 @@ class Dispatcher:
                 finally:
                     try:
                         self._disown_locked(s, me)
-                    except BaseException:  # KeyboardInterrupt, MemoryError: what is left undone would wake nobody
+                    except MemoryError:  # perhaps for a moment: to do it again makes it good
+                        self._disown_locked(s, me)
+                    except BaseException:  # KeyboardInterrupt: what is left undone would wake nobody
                         self._disown_locked(s, me)
                         raise
                     finally:
                         s.owner = 0
         finally:
-            while s.outbox:
-                with contextlib.suppress(IndexError):  # another thread posts too
-                    s.outbox.popleft()()
+            if s.outbox:
+                try:
+                    self._post(s)
+                except BaseException:
+                    self._post(s)
+                    raise
+
+    def _post(self, s: _State) -> None:
+        """Without the lock: make the wake-ups of coroutines. Twice does no harm."""
+        while s.outbox:
+            with contextlib.suppress(IndexError, ValueError):  # another thread posts too
+                post = s.outbox[0]
+                post()
+                s.outbox.remove(post)
 
     def _disown_locked(self, s: _State, me: int) -> None:
         """Lock held. Settle, also what nested calls left; a call nested after `owner = 0` settles by itself."""
@@ -838,7 +849,7 @@ class Dispatcher:
         if s.flush_asked:
             self._cut_locked(s)
             s.flush_asked = False
-        if s.credit[0] or self._unsettled(s):
+        if self._unsettled(s):
             self._count_locked(s)
         if s.heights:
             n = len(s.heights)
@@ -866,8 +877,9 @@ class Dispatcher:
         self._grant_locked(s)
 
     def _unsettled(self, s: _State) -> bool:
-        """Lock held, and no credit given. Whether a nested call or an exception has left something to count."""
-        return s.mixed or s.storing or s.inbox[0][4]
+        """Lock held. Whether there is something to count, or an exception may have left something."""
+        header = s.inbox[0]
+        return header[3] > 1 or s.mixed or s.storing or bool(header[4])
 
     def _leave(self, s: _State, parker: _Parker | None) -> None:
         """Wait no longer. Callers repeat it when an exception ends it: a parker left behind would get wake-ups."""
@@ -920,6 +932,10 @@ class Dispatcher:
         while frame is not None:
             if frame.f_globals is not _GLOBALS:
                 own = False
+            elif frame.f_code is _CONSUME_CODE:  # the handler may be a method of this module
+                own = False
+                if frame.f_locals.get("self") is self:
+                    return True
             elif not own and (frame.f_code is _LOCKED_CODE or frame.f_locals.get("self") is self):
                 return True
             frame = frame.f_back
@@ -930,55 +946,55 @@ class Dispatcher:
 
     # -- Admission ---------------------------------------------------------------------------------------------------
 
-    def _put(self, data: bytes, deadline: float) -> int:
-        """As enqueue, with a deadline (0: do not wait); return 1."""
+    def _put(self, data: bytes, deadline: float) -> None:
+        """As enqueue, with a deadline (0: do not wait)."""
         self.enqueue(data, timeout=max(0.0, deadline - self._clock()) if deadline else _NO_WAIT)
-        return 1
 
     def _enqueue(self, s: _State, late: list[bytes], timeout: float | None) -> None:
         """Enqueue by the exact way.
 
-        late: a payload that was appended to s.inbox, perhaps after the credit was withdrawn; emptied as soon as it is
-        known whether it was.
+        late: a payload that was appended to s.inbox, perhaps after the credit was withdrawn; empty while its fate is
+        that of an entry, or it is refused.
         """
         if s is not self._state:
             late.clear()  # forked by a signal handler: the parent has the payload
         elif self._nested(s):
             data = late[0]
-            self._withdraw_locked(s, late)
+            self._withdraw_nested(s, late)
             self._admit_nested(s, data)
         elif timeout is not None and not timeout:
             self._locked(s, self._late_locked, late, None)
         else:
             self._wait_for_room(s, late, timeout)
         if s.thread is None and self._push is not None:
-            self._respawn()
+            self._respawn(s)
 
-    def _abandon(self, s: _State, late: list[bytes]) -> None:
+    def _abandon(self, s: _State, late: list[bytes], exc: BaseException) -> None:
         """Take out what an interrupted call has appended."""
         if late and s is self._state:
-            if self._nested(s):
-                self._withdraw_locked(s, late)
-            else:
-                self._locked(s, self._withdraw_locked, late)
+            nested = self._nested(s)
+            found = self._withdraw_nested(s, late) if nested else self._locked(s, self._abandon_locked, late)
+            if not found:
+                _note_accepted(exc, self)
 
     def _late_locked(self, s: _State, late: list[bytes], waiting: list[_Parker] | None) -> float | None:
         """Lock held. See whether a late payload was accepted; else go on as _admit_locked."""
         data = late[0]
-        if len(data) > s.small:  # no credit covers it
-            found = self._withdraw_locked(s, late)
-            self._count_locked(s)
-            if found and len(data) <= self._most_small:
-                s.small = len(data)
-            return self._admit_locked(s, data, waiting) if found else None
         self._count_locked(s)
-        if not s.producers:
+        if len(data) <= s.small and not s.producers:
             self._grant_locked(s)
-            if len(s.inbox) <= s.credit[0]:
-                late.clear()  # it was counted, or the new credit covers all that is pending
+            if len(s.inbox) <= s.credit[0]:  # it was counted, or the new credit covers all that is pending
                 s.calm = True
                 return self._rest_locked(s, waiting)
-        return self._admit_locked(s, data, waiting) if self._withdraw_locked(s, late) else None
+            self._count_locked(s)
+        if not self._withdraw_locked(s, late):
+            return None
+        if s.small < len(data) <= self._most_small:
+            s.small = len(data)
+        pause = self._admit_locked(s, data, waiting)
+        if pause is None:
+            late.append(data)  # so that _abandon sees that it was counted
+        return pause
 
     def _rest_locked(self, s: _State, waiting: list[_Parker] | None) -> float | None:
         """Lock held. Let this producer, its payload accepted, rest when the buffer is half full and consumers come."""
@@ -991,7 +1007,10 @@ class Dispatcher:
             or self._inside()
         ):
             return None
-        parker = _Parker(self._new_lock())
+        try:
+            parker = _Parker(self._new_lock())
+        except (MemoryError, RuntimeError):  # no lock can be had: the payload is accepted all the same
+            return None
         parker.entry = _RESTING
         waiting.append(parker)
         s.resting.append(parker)
@@ -1006,16 +1025,26 @@ class Dispatcher:
         return self._ident() == threading.main_thread().ident
 
     def _withdraw_locked(self, s: _State, late: list[bytes]) -> bool:
-        """Lock held, or nested. Take a late payload out of the inbox; False: it was counted, and so accepted."""
-        inbox = s.inbox
-        data = late[0]
-        for i in range(len(inbox) - 1, 0, -1):  # from behind: what a nested call appended, the section has not seen
-            if inbox[i] is data:
-                del inbox[i]
-                late.clear()
-                return True
-        late.clear()
-        return False
+        """Lock held, after a count. Take a late payload out of the inbox; False: it was counted, and so accepted."""
+        place = _place(s.inbox, late[0])
+        if place:
+            late.clear()  # first: another thread's may be the same object
+            del s.inbox[place]
+        return place > 0
+
+    def _withdraw_nested(self, s: _State, late: list[bytes]) -> bool:
+        """As _withdraw_locked, in a nested call: the place is kept, or a pending payload could move into the credit."""
+        place = _place(s.inbox, late[0])
+        if place:
+            late.clear()
+            s.mixed = s.left = True
+            s.inbox[place] = None
+        return place > 0
+
+    def _abandon_locked(self, s: _State, late: list[bytes]) -> bool:
+        """Lock held. As _withdraw_locked."""
+        self._count_locked(s)
+        return self._withdraw_locked(s, late)
 
     def _admit_locked(self, s: _State, data: bytes, waiting: list[_Parker] | None) -> float | None:
         """Lock held. Accept a payload (None), queue for room for it (how long to wait), or raise.
@@ -1076,14 +1105,14 @@ class Dispatcher:
                 pause = self._locked(s, self._queue_locked, parker, over)
         except BaseException as exc:
             for parker in waiting:
-                if parker.entry.accepted:  # and then a signal ended the wait: enqueue_many counts it
-                    with contextlib.suppress(Exception):
-                        exc._accepted_by = self  # type: ignore[attr-defined]
                 try:
                     self._leave(s, parker)
                 except BaseException:
                     self._leave(s, parker)
                     raise
+                finally:  # no longer in the queue: whether it was accepted is certain now
+                    if parker.entry.accepted:
+                        _note_accepted(exc, self)
             raise
 
     def _queue_locked(self, s: _State, parker: _Parker, over: bool) -> float | None:
@@ -1131,7 +1160,7 @@ class Dispatcher:
         """Lock held, after a count. Accept payloads if all fit (I1): store first, then change the header (I2)."""
         inbox = s.inbox
         while True:
-            if s.credit[0] or self._unsettled(s):
+            if self._unsettled(s):
                 self._count_locked(s)
             header = inbox[0]
             if header[2] - s.taken.charge + charge > self._max_buffered:
@@ -1147,17 +1176,19 @@ class Dispatcher:
             self._stored_locked(s)
             return True
 
-    def _enqueue_chunk(self, chunk: Sequence[bytes], deadline: float) -> int:
-        """Accept as many payloads of a chunk as fit now, in order; return how many."""
+    def _enqueue_chunk(self, chunk: Sequence[bytes], deadline: float, accepted: list[int]) -> int:
+        """Accept as many payloads of a chunk as fit now, in order; return how many, and add them to accepted[0]."""
         s = self._state
         if self._nested(s):
             return 0
-        n = self._locked(s, self._enqueue_chunk_locked, chunk, list(map(len, chunk)), deadline > 0)
+        n = self._locked(s, self._enqueue_chunk_locked, chunk, list(map(len, chunk)), deadline > 0, accepted)
         if n and s.thread is None and self._push is not None:
-            self._respawn()
+            self._respawn(s)
         return n
 
-    def _enqueue_chunk_locked(self, s: _State, chunk: Sequence[bytes], sizes: list[int], wait: bool) -> int:
+    def _enqueue_chunk_locked(
+        self, s: _State, chunk: Sequence[bytes], sizes: list[int], wait: bool, accepted: list[int]
+    ) -> int:
         """Lock held. As _enqueue_chunk."""
         self._count_locked(s)
         if s.phase is not _RUNNING or (wait and s.producers):
@@ -1168,6 +1199,7 @@ class Dispatcher:
             if not n:
                 return 0
             chunk, sizes = chunk[:n], sizes[:n]
+        accepted[0] += len(chunk)
         return len(chunk)
 
     def _admit_nested(self, s: _State, data: bytes) -> None:
@@ -1181,7 +1213,7 @@ class Dispatcher:
         if charge <= self._max_buffered:
             s.credit = _NO_CREDIT
             s.mixed = s.left = True
-            s.inbox.extend([entry, *repeat(None, (charge - 1) // s.small)])
+            s.inbox.extend([entry, *repeat(None, min((charge - 1) // s.small, _CREDIT_ITEMS))])
             s.left = True  # again, for a section that ended with a deeper call in between
             buffered = self._accepted_before(s, entry)[1] - s.taken.charge
             entry.accepted = s.phase is _RUNNING and buffered + charge <= self._max_buffered
@@ -1237,7 +1269,15 @@ class Dispatcher:
         if places > 0:
             places = min(places, _CREDIT_ITEMS)
             s.granted_at = now
-            s.inbox[0] = (items, nbytes, charge, 1 + places, (), first, begin, born)
+            header = (items, nbytes, charge, 1 + places, (), first, begin, born)
+            inbox = s.inbox
+            while True:
+                pending = inbox[:0:-1]
+                if s.mixed:  # a nested call decides by the places that it sees
+                    return
+                with contextlib.suppress(ValueError):  # the inbox has grown: look again
+                    inbox[::-1] = [*pending, header]
+                    break
             s.credit = (1 + places, small)
 
     def _pace_locked(self, s: _State, items: int, now: float) -> float:
@@ -1265,8 +1305,8 @@ class Dispatcher:
             sizes = list(map(len, new))
             nbytes = sum(sizes)
             charge = nbytes if all(new) else nbytes + sizes.count(0)
-            if charge > self._max_buffered - header[2] + s.taken.charge:
-                self._sort_locked(s)  # one of them is larger than the credit covers
+            if new and max(sizes) > s.small:
+                self._sort_locked(s)  # one of them is pending, not covered by the credit
             else:
                 header = self._store_locked(s, header, new, sizes, nbytes, charge, (), s.granted_at)
                 inbox[:n] = [header]
@@ -1399,7 +1439,7 @@ class Dispatcher:
                 if s is not self._state:  # forked by a signal handler: the child's queue is another
                     s, parker = self._state, None
                 batch, delay = self._locked(s, self._poll_locked, parker, push)
-                if batch is not None:
+                if batch is not None and s is self._state:  # else forked, by a signal handler: it is the parent's
                     parker = None  # it has left the queue with the batch
                     return batch
                 if over:
@@ -1440,7 +1480,7 @@ class Dispatcher:
                 delay = max(0.0, born + self._interval - self._clock())
         return None, delay
 
-    def _take_locked(self, s: _State, push: bool, discard: bool = False) -> Batch | None:
+    def _take_locked(self, s: _State, push: bool, discard: list[tuple[int, Batch]] | None = None) -> Batch | None:
         """Lock held, after a count. Build the front batch if it is closed or due, and release its bytes."""
         items, _, _, _, _, first, _, born = s.inbox[0]
         t = s.taken
@@ -1456,10 +1496,11 @@ class Dispatcher:
         after = t.items + n
         taken = (after, t.nbytes + nbytes, t.charge + charge)
         if push:
+            s.flight = batch
             s.flight_first = t.items
             s.taken = _Taken(*taken, n, charge, *t[5:9], t.batches + 1)
-        elif discard:
-            s.undelivered.append((t.items, batch))
+        elif discard is not None:
+            discard.append((t.items, batch))
             s.taken = _Taken(*taken, *t[3:5], t.discarded_items + n, t.discarded_charge + charge, *t[7:])
         else:
             s.taken = _Taken(*taken, *t[3:9], t.batches + 1)
@@ -1504,7 +1545,7 @@ class Dispatcher:
                 if parker.hasty or not self._turn:
                     parker.roused = True
                     parker.wake()
-                else:
+                elif not s.resting or s.resting[-1] is not parker:  # else an exception came before it left the queue
                     s.resting.append(parker)
                 s.producers.popleft()
                 continue
@@ -1519,9 +1560,11 @@ class Dispatcher:
         if turns:
             s.turn += turns * self._turn
             self._rouse_locked(s, turns)
+        while s.resting and s.resting[0].roused:  # an exception came before it left the queue
+            self._rouse_locked(s, 1)
         if s.resting and s.sentinel is None:
+            s.resting[-1].wake()
             s.sentinel = s.resting[-1]
-            s.sentinel.wake()
 
     def _rouse_locked(self, s: _State, n: int) -> None:
         """Lock held. Let the first n resting producers go on."""
@@ -1544,51 +1587,65 @@ class Dispatcher:
 
     # -- Push --------------------------------------------------------------------------------------------------------
 
-    def _start_locked(self, s: _State, push: tuple[_Handler, _OnError | None, float]) -> None:
-        """Lock held. Note the handler."""
-        if s.phase is not _RUNNING:
-            raise self._refusal(s, 0, 0)
-        if self._push is not None:
-            raise RuntimeError("start was called before")
-        self._push = push
-
-    def _spawn(self) -> None:
-        """Start the handler's thread, unless there is one."""
-        s = self._state
+    def _spawn(self, s: _State, push: tuple[_Handler, _OnError | None, float] | None = None) -> None:
+        """Start the handler's thread; push: for the first time."""
         thread = self._new_thread(target=self._consume, name=f"tempo-{id(self):x}", daemon=True)
-        if self._locked(s, self._adopt_locked, thread):
-            try:
+        try:
+            if self._locked(s, self._adopt_locked, thread, push):
                 thread.start()
-            except BaseException:
-                s.thread = None
-                raise
+        except BaseException:
+            if not thread.is_alive():  # else it has started, and the exception is another's
+                self._locked(s, self._disinherit_locked, thread, push)
+            raise
 
-    def _respawn(self) -> None:
+    def _respawn(self, s: _State) -> None:
         """In a forked child, at its first enqueue: the handler's thread again. The payload is accepted either way."""
         with contextlib.suppress(RuntimeError):  # no thread can be started: the next enqueue tries, or the exit drains
-            self._spawn()
+            self._spawn(s)
 
-    def _adopt_locked(self, s: _State, thread: threading.Thread) -> bool:
-        """Lock held. Make thread the handler's, if there is none."""
+    def _adopt_locked(
+        self, s: _State, thread: threading.Thread, push: tuple[_Handler, _OnError | None, float] | None
+    ) -> bool:
+        """Lock held. Make thread the handler's; False: there is one."""
+        if push is not None:
+            if s.phase is not _RUNNING:
+                raise self._refusal(s, 0, 0)
+            if self._push is not None:
+                raise RuntimeError("start was called before")
+            self._push = push
         if s.thread is not None:
             return False
         s.thread = thread
         return True
 
+    def _disinherit_locked(
+        self, s: _State, thread: threading.Thread, push: tuple[_Handler, _OnError | None, float] | None
+    ) -> None:
+        """Lock held. Undo _adopt_locked, as far as it came."""
+        if push is not None and self._push is push:
+            self._push = None
+        if s.thread is thread:
+            s.thread = None
+
     def _consume(self, until: float = _FOREVER) -> None:
         """Call the handler for each batch until the dispatcher stops (or until a time, at exit)."""
-        assert self._push is not None
-        handler, on_error, _ = self._push
-        s = self._state
+        s, push = self._state, self._push
+        if push is None or (until == _FOREVER and s.thread is not threading.current_thread()):
+            return  # start has raised, and been undone
+        handler, on_error, _ = push
         while s is self._state:  # else the handler has forked, and this is the child
             try:
                 batch = self._next(until, True)
             except (Stopped, queue.Empty):
                 return
-            except Exception as exc:  # MemoryError: the batch is still there; the thread must be, too
-                self._report(exc, None, None)
-                _Parker(self._new_lock()).park(self._interval, _FOREVER)
-                continue
+            except Exception as exc:  # MemoryError: the thread must go on
+                flight = s.flight if s.taken.flight_items else None
+                if flight is None:  # the batch is still there
+                    self._pause(exc)
+                    continue
+                batch = flight  # taken; only others were not told
+                del flight
+            s.flight = None
             failed = False
             try:
                 handler(batch)
@@ -1596,8 +1653,17 @@ class Dispatcher:
                 failed = True
                 self._report(exc, batch, on_error)
             del batch  # or it would be held while waiting for the next
-            if s is self._state:
-                self._locked(s, self._landed_locked, failed)
+            while s is self._state:
+                try:
+                    self._locked(s, self._landed_locked, failed)
+                    break
+                except Exception as exc:  # MemoryError
+                    self._pause(exc)
+
+    def _pause(self, exc: Exception) -> None:
+        """Tell of an exception that should pass, and wait a little."""
+        self._report(exc, None, None)
+        time.sleep(min(self._interval, 1.0))
 
     def _report(self, exc: BaseException, batch: Batch | None, on_error: _OnError | None) -> None:
         """Tell of an exception, and of one in on_error, without raising."""
@@ -1688,26 +1754,29 @@ class Dispatcher:
             s.phase = _SHUTTING_DOWN
         return s.phase is _STOPPED
 
-    def _give_up_locked(self, s: _State) -> None:
-        """Lock held. shutdown was not told that all is delivered: stop, unless somebody has."""
+    def _give_up_locked(self, s: _State) -> bool:
+        """Lock held. shutdown was not told that all is delivered: stop, unless it is; return whether."""
         if s.halted:
             raise Stopped("stopped while it was shutting down")
-        if s.phase is not _STOPPED:
-            raise DrainTimeout(self._stop_locked(s))
+        if s.phase is _STOPPED:
+            return False
+        self._stop_locked(s)
+        return True
 
-    def _stop_locked(self, s: _State) -> list[Batch]:
+    def _stop_locked(self, s: _State) -> None:
         """Lock held. Stop, and take out what was not delivered; made to be called again when an exception ended it."""
         self._count_locked(s)  # first: with the credit gone, a nested call goes by the phase
         if s.phase is not _STOPPED:
             s.phase = _STOPPED
             s.halted = True
-        while s.undelivered and s.undelivered[-1][0] >= s.taken.items:
-            s.undelivered.pop()
-        while self._take_locked(s, False, discard=True) is not None:
+        self._count_locked(s)  # again: a nested call may have come before it saw the phase
+        if not s.undelivered:
+            s.undelivered.append([])
+        batches = s.undelivered[0]
+        while batches and batches[-1][0] >= s.taken.items:
+            batches.pop()
+        while self._take_locked(s, False, batches) is not None:
             pass
-        batches = [batch for _, batch in s.undelivered]
-        s.undelivered = []
-        return batches
 
     # -- Looking at it -----------------------------------------------------------------------------------------------
 
@@ -1794,6 +1863,14 @@ def _timers(s: _State) -> list[_Parker]:
     return found
 
 
+def _claim(s: _State) -> list[Batch]:
+    """Without the lock, when the section that took them has ended: the batches that stop returns, to one caller."""
+    try:
+        return [batch for _, batch in s.undelivered.pop()]
+    except IndexError:  # another has them
+        return []
+
+
 def _first_cut(runs: Iterable[_Run], front: int) -> int:
     """Number of the payload before which the first batch behind `front` ends."""
     for run in runs:
@@ -1827,6 +1904,20 @@ def _split(
                 j += 1
         nbytes = end
     return cuts, first, begin
+
+
+def _place(inbox: list[Any], data: bytes) -> int:
+    """Where a pending payload is; 0: nowhere. From behind: what a nested call appended, the section has not seen."""
+    for i in range(len(inbox) - 1, 0, -1):
+        if inbox[i] is data:
+            return i
+    return 0
+
+
+def _note_accepted(exc: BaseException, dispatcher: Dispatcher) -> None:
+    """Tell enqueue_many that the payload was accepted, though the call ended by an exception."""
+    with contextlib.suppress(Exception):  # foreign exceptions may have slots
+        exc._accepted_by = dispatcher  # type: ignore[attr-defined]
 
 
 def _show(value: object) -> str:
@@ -1880,7 +1971,10 @@ def _byte_limit(name: str, value: Any) -> int:
 # One hook each for fork and exit; the set keeps no dispatcher alive.
 _GLOBALS = globals()
 _LOCKED_CODE = Dispatcher._locked.__code__
+_CONSUME_CODE = Dispatcher._consume.__code__
 _DISPATCHERS: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
+# The lock of all dispatchers, by what made it: that may be monkey-patched meanwhile.
+_LOCKS: dict[Any, Any] = {}
 
 
 def _dispatchers() -> list[Dispatcher]:
@@ -1893,6 +1987,7 @@ def _dispatchers() -> list[Dispatcher]:
 
 def _after_fork_in_child() -> None:
     """Give every dispatcher a fresh, empty state; what was accepted is the parent's."""
+    _LOCKS.clear()
     for d in _dispatchers():
         old = d._state
         d._renew()

@@ -1362,7 +1362,7 @@ def test_the_credit_follows_the_size_of_the_payloads() -> None:
 
 
 @pytest.mark.parametrize(("size", "fits"), [(3000, True), (tempo.MiB - 2000, False)])
-def test_a_payload_larger_than_the_credit_covers_is_counted_by_another_only_if_it_fits(size: int, fits: bool) -> None:
+def test_a_payload_larger_than_the_credit_covers_is_not_counted_by_another(size: int, fits: bool) -> None:
     d = make()
     d.enqueue(bytes(1001))
     d.enqueue(b"unseen" * 200)
@@ -1373,7 +1373,7 @@ def test_a_payload_larger_than_the_credit_covers_is_counted_by_another_only_if_i
 
     batches = [[len(item) for item in batch.tolist()] for batch in d.stop()]
     assert outcome is (None if fits else tempo.QueueFull)
-    assert batches == [[1001, 1200, size] if fits else [1001, 1200]]
+    assert batches == [[1001, 1200], *[[size]] * fits]
 
 
 @LIMITS
@@ -1902,9 +1902,7 @@ def test_a_batch_shows_its_size() -> None:
 @pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("max_batch_bytes", [None, 300, 5000])
 @pytest.mark.parametrize("limit", [12_000, tempo.MiB])
-def test_batches_are_right_where_sizes_take_eight_bytes(
-    limit: int, max_batch_bytes: int | None, many: bool
-) -> None:
+def test_batches_are_right_where_sizes_take_eight_bytes(limit: int, max_batch_bytes: int | None, many: bool) -> None:
     giant = b"g" * 2500
     sent = [b"", giant, b"", b"", giant, b"a", b"", b"x" * 999, b"y" * 1000, b"z" * 1001, b""]
     sent += [b"%d" % i for i in range(60)] + [b"", giant]
@@ -2473,9 +2471,10 @@ def test_a_waiting_task_does_not_poll() -> None:
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        with mock.patch.object(loop, "call_at", wraps=loop.call_at) as timer, mock.patch.object(
-            loop, "run_in_executor", wraps=loop.run_in_executor
-        ) as executor:
+        with (
+            mock.patch.object(loop, "call_at", wraps=loop.call_at) as timer,
+            mock.patch.object(loop, "run_in_executor", wraps=loop.run_in_executor) as executor,
+        ):
             task = asyncio.ensure_future(collect(d))
             await until(lambda: d.stats().waiting_consumers)
             with mock.patch.object(tempo.Dispatcher, "_locked", autospec=True) as locked:
@@ -3812,8 +3811,9 @@ def test_a_peer_that_is_not_installed_is_left_out_with_a_line(capsys: pytest.Cap
     def missing() -> Any:
         raise ImportError
 
-    with mock.patch.dict(soak_handover.PEERS, {"peer": ("a-package", missing)}, clear=True), mock.patch.object(
-        soak_worker, "_in_turns", side_effect=lambda subjects, turns: sorted(subjects)
+    with (
+        mock.patch.dict(soak_handover.PEERS, {"peer": ("a-package", missing)}, clear=True),
+        mock.patch.object(soak_worker, "_in_turns", side_effect=lambda subjects, turns: sorted(subjects)),
     ):
         names: Any = soak_worker.run_handover(1.0)
 
@@ -5746,10 +5746,10 @@ def test_stop_returns_everything_when_it_is_called_again_after_an_interrupt() ->
 
     d = make(max_batch_bytes=4)
     d.enqueue_many([b"aaaa", b"bbbb"])
-    d._state.undelivered = Sore()
+    d._state.undelivered = [Sore()]
     with pytest.raises(KeyboardInterrupt):
         d.stop()
-    d._state.undelivered = list(d._state.undelivered)
+    d._state.undelivered = [list(d._state.undelivered[0])]
 
     assert payloads(d.stop()) == [b"aaaa", b"bbbb"]
     assert d.stop() == []
@@ -5779,7 +5779,7 @@ def test_start_can_be_tried_again_when_no_thread_could_be_started() -> None:
     with no_thread, pytest.raises(RuntimeError, match="can't start"):
         d.start(lambda batch: came.extend(batch.tolist()))
     d.start(lambda batch: came.extend(batch.tolist()))
-    d._spawn()  # there is one: nothing happens
+    d._spawn(d._state)  # there is one: nothing happens
     d.enqueue(b"a")
     d.shutdown()
 
@@ -5968,3 +5968,576 @@ def test_the_hooks_see_all_dispatchers_while_another_thread_makes_one() -> None:
     d = make()
     with mock.patch.object(tempo, "_DISPATCHERS", Growing([d])):
         assert tempo._dispatchers() == [d]
+
+
+# -- Around a step: what a call meets that comes just there
+
+
+@contextlib.contextmanager
+def around(
+    step: str, before: Callable[[], object] = lambda: None, after: Callable[[], object] = lambda: None
+) -> Iterator[None]:
+    """Do something once, before or after a step of tempo's (the next call of a method), as a signal handler could."""
+    real = getattr(tempo.Dispatcher, step)
+    calls: list[str] = []
+
+    def first(self: tempo.Dispatcher, *args: Any) -> Any:
+        calls.append(step)
+        if len(calls) > 1:
+            return real(self, *args)
+        before()
+        result = real(self, *args)
+        after()
+        return result
+
+    with mock.patch.object(tempo.Dispatcher, step, first):
+        yield
+    assert calls, f"{step} was not called"
+
+
+def out_of_memory() -> None:
+    raise MemoryError
+
+
+def pending(d: tempo.Dispatcher, payload: bytes) -> Worker:
+    """A thread that has appended a payload beyond the credit, while this one is in a locked section."""
+    n = len(d._state.inbox)
+    worker = Worker(refusal, d.enqueue, payload)
+    wait_until(lambda: len(d._state.inbox) > n)
+    return worker
+
+
+def use_the_credit_up(d: tempo.Dispatcher, unit: bytes) -> None:
+    """From another thread, while this one is in a locked section."""
+    while len(d._state.inbox) < d._state.credit[0]:
+        Worker(d.enqueue, unit).result()
+
+
+def to_the_brim(d: tempo.Dispatcher, limit: int) -> None:
+    """A nested call that fills the buffer to the last byte."""
+    d.enqueue(b"Y" * (limit - d.stats().buffered_bytes))
+
+
+BRIM = 128 * tempo.KiB
+
+
+def assert_exact(d: tempo.Dispatcher) -> None:
+    d._check()
+    stats = d.stats()
+    assert_balanced(stats)
+    assert (stats.buffered_bytes, stats.peak_buffered_bytes) == (BRIM, BRIM)
+
+
+def test_a_nested_call_fills_the_room_that_an_oversize_payload_waits_for() -> None:
+    d = make(max_buffered_bytes=BRIM)
+    d.enqueue(b"first")
+
+    def section() -> None:
+        with around("_store_locked", partial(to_the_brim, d, BRIM)):
+            d.stats()
+
+    eager(d).after = lambda: Worker(section).result()
+    assert refusal(d.enqueue, b"O" * 3000) is tempo.QueueFull
+
+    assert_exact(d)
+
+
+def test_a_nested_call_as_credit_is_given_leaves_no_credit_to_a_pending_payload() -> None:
+    others: list[Worker] = []
+
+    def nested(d: tempo.Dispatcher) -> None:
+        others.append(pending(d, b"P" * 400))
+        to_the_brim(d, BRIM)
+
+    d, moment = with_moment(nested, max_buffered_bytes=BRIM)
+    d.enqueue(b"first")
+    moment.countdown = 1  # the time of the credit
+    d.stats()
+
+    assert others[0].result() is tempo.QueueFull
+    assert_exact(d)
+
+
+def test_a_payload_appended_as_credit_is_given_does_not_keep_it_from_being_given() -> None:
+    others: list[Worker] = []
+    real = tempo.Dispatcher._grant_locked
+
+    class Growing(list):  # type: ignore[type-arg]
+        def __setitem__(self, key: Any, value: Any) -> None:
+            if not others and isinstance(key, slice):
+                others.append(pending(d, b"P" * 400))
+            super().__setitem__(key, value)
+
+    d = make(max_buffered_bytes=BRIM)
+    d.enqueue(b"first")
+
+    def grant(self: tempo.Dispatcher, s: Any) -> None:
+        s.inbox = Growing(s.inbox)
+        real(self, s)
+
+    with mock.patch.object(tempo.Dispatcher, "_grant_locked", grant):
+        d.stats()
+
+    assert others[0].result() is None
+    assert payloads(d.stop()) == [b"first", b"P" * 400]
+
+
+@pytest.mark.parametrize("own", [b"O" * 3000, b"x"], ids=["oversize", "covered"])
+def test_a_payload_that_is_taken_out_moves_no_other_into_the_credit(own: bytes) -> None:
+    d = make(max_buffered_bytes=BRIM)
+    d.enqueue(b"first")
+    others: list[Worker] = []
+
+    def nested() -> None:
+        use_the_credit_up(d, b"t")
+        others.append(pending(d, b"P" * 400))
+        to_the_brim(d, BRIM)
+
+    if len(own) > 1:
+        step = around("_late_locked", before=nested)
+    else:
+        while len(d._state.inbox) < d._state.credit[0]:
+            d.enqueue(b"u")
+        step = around("_grant_locked", after=nested)
+    with step:
+        refusal(d.enqueue, own)
+
+    assert others[0].result() is tempo.QueueFull
+    assert_exact(d)
+
+
+def test_a_nested_payload_that_is_taken_out_moves_no_other_into_the_credit() -> None:
+    d = make(max_buffered_bytes=BRIM)
+    d.enqueue(b"first")
+    others: list[Worker] = []
+    outcomes: list[object] = []
+
+    def deeper() -> None:
+        others.append(pending(d, b"P" * 400))
+        to_the_brim(d, BRIM)
+
+    def section(s: Any) -> None:
+        while len(s.inbox) < s.credit[0] - 1:
+            d.enqueue(b"u")
+        eager(d).after = deeper  # appended in the last place of the credit, too large for it, and not yet taken out
+        outcomes.append(refusal(d.enqueue, b"O" * 3000))
+
+    d._locked(d._state, section)
+
+    assert outcomes == [tempo.QueueFull]
+    assert others[0].result() is tempo.QueueFull
+    assert_exact(d)
+
+
+def test_what_was_accepted_unseen_is_counted_after_an_exception_in_the_count() -> None:
+    d, clock = with_clock(interval=8.0, max_batch_bytes=10_000)
+    for _ in range(800):
+        d.enqueue(bytes(100))
+        clock.now += 0.001
+    while d.stats().buffered_bytes >= 10_000:
+        d.get(timeout=0)
+    d.enqueue(b"one")
+    accepted = 801
+    while len(d._state.inbox) < d._state.credit[0]:  # the credit goes far beyond the end of the open batch
+        d.enqueue(b"unseen")
+        accepted += 1
+    clock.now += 2  # and a new one would not any more
+
+    with around("_store_locked", before=out_of_memory), pytest.raises(MemoryError):
+        d.stats()
+
+    rest = len(payloads(d.stop()))
+    assert d.stats().delivered + rest == accepted
+    d._check()
+
+
+def test_an_interrupt_as_a_payload_is_taken_out_does_not_take_out_another_threads_same_object() -> None:
+    d = make()
+    tick = b"tick"
+    others: list[Worker] = []
+
+    class Interrupted(list):  # type: ignore[type-arg]
+        def __delitem__(self, key: Any) -> None:
+            super().__delitem__(key)
+            if not others:
+                others.append(pending(d, tick))
+                raise KeyboardInterrupt
+
+    d._state.inbox = Interrupted(d._state.inbox)
+    with pytest.raises(KeyboardInterrupt):
+        d.enqueue(tick)
+
+    assert others[0].result() is None
+    assert payloads(d.stop()) == [tick]
+
+
+def test_a_nested_payload_accepted_as_stop_begins_is_among_what_it_returns() -> None:
+    d = make()
+    d.enqueue(b"a")
+
+    with around("_count_locked", after=lambda: d.enqueue(b"nested")):
+        assert payloads(d.stop()) == [b"a", b"nested"]
+
+    assert conserved(d).buffered == 0
+
+
+@pytest.mark.parametrize("call", ["stop", "shutdown"])
+def test_batches_are_not_lost_when_an_interrupt_ends_the_call_that_took_them(call: str) -> None:
+    d = make(max_batch_bytes=3)
+    d.enqueue_many([b"one", b"two"])
+    if call == "shutdown":
+        closing = around("_give_up_locked", after=interrupt)
+    else:
+        closing = around("_stop_locked", after=interrupt)
+    with closing, pytest.raises(KeyboardInterrupt):
+        getattr(d, call)(*[0] * (call == "shutdown"))
+
+    assert payloads(d.stop()) == [b"one", b"two"]
+    assert d.stop() == []
+
+
+def test_batches_go_to_one_of_those_who_stop() -> None:
+    d = make(max_batch_bytes=3)
+    d.enqueue_many([b"one", b"two"])
+    first: list[list[tempo.Batch]] = []
+
+    with around("_stop_locked", after=lambda: first.append(Worker(tempo._claim, d._state).result())):
+        assert d.stop() == []
+
+    assert payloads(first[0]) == [b"one", b"two"]
+
+
+def test_a_lack_of_memory_that_passes_is_not_raised_when_the_payload_was_accepted() -> None:
+    d = make()
+    with around("_settle_locked", before=out_of_memory):
+        d.enqueue(b"abc")
+
+    assert payloads(d.stop()) == [b"abc"]
+
+
+@pytest.mark.parametrize("kind", [list, iter])
+def test_payloads_accepted_before_an_interrupt_are_counted(kind: Callable[[list[bytes]], Any]) -> None:
+    d = make()
+    items = [b"%d" % i for i in range(500)]
+    with around("_settle_locked", before=interrupt), pytest.raises(KeyboardInterrupt) as caught:
+        d.enqueue_many(kind(items))
+
+    accepted = d.stats().accepted
+    assert caught.value.accepted == accepted > 0  # type: ignore[attr-defined]
+    assert payloads(d.stop()) == items[:accepted]
+
+
+def test_a_late_payload_that_another_counted_is_counted_when_an_interrupt_ends_its_call() -> None:
+    d = make()
+    d.enqueue(b"first")
+    while len(d._state.inbox) < d._state.credit[0]:
+        d.enqueue(b"u")
+    before = d.stats().accepted
+    while len(d._state.inbox) < d._state.credit[0]:
+        d.enqueue(b"u")
+        before += 1
+
+    def by_others() -> None:
+        Worker(d.stats).result()  # its credit covers the late one
+        Worker(d.stats).result()
+        raise KeyboardInterrupt
+
+    with around("_enqueue", before=by_others), pytest.raises(KeyboardInterrupt) as caught:
+        d.enqueue_many(iter([b"late", b"never"]))
+
+    assert caught.value.accepted == 1  # type: ignore[attr-defined]
+    assert d.stats().accepted == before + 1
+    assert payloads(d.stop())[-1] == b"late"
+
+
+def test_a_payload_accepted_between_an_interrupt_and_the_leaving_of_the_queue_is_counted() -> None:
+    d = full(100)
+
+    with (
+        mock.patch.object(tempo._Parker, "park", lambda *_: interrupt()),
+        around("_leave", before=lambda: Worker(d.get).result()),
+        pytest.raises(KeyboardInterrupt) as caught,
+    ):
+        d.enqueue_many([b"w" * 50], timeout=None)
+
+    assert caught.value.accepted == 1  # type: ignore[attr-defined]
+    assert payloads(d.stop()) == [b"w" * 50]
+
+
+def test_a_producer_does_not_rest_when_no_lock_can_be_had() -> None:
+    d = half_full()
+
+    def no_lock() -> None:
+        raise RuntimeError("can't allocate lock")
+
+    d._new_lock = no_lock  # type: ignore[assignment]
+    Worker(send, d, b"", 5000).result()
+
+    assert d.stats().accepted == 5009
+
+
+def rest_once(d: tempo.Dispatcher, ended: threading.Event) -> None:
+    """Send until told to end, which comes in a rest."""
+    while not ended.is_set():
+        d.enqueue(b"r", timeout=None)
+
+
+class Sore(deque):  # type: ignore[type-arg]
+    """A queue that is interrupted as its first is taken out, once."""
+
+    hurt = False
+
+    def popleft(self) -> Any:
+        if self and not self.hurt:
+            self.hurt = True
+            raise KeyboardInterrupt
+        return super().popleft()
+
+
+def less_than_a_turn() -> tempo.Dispatcher:
+    """A dispatcher of 1 MiB whose first batch makes room for 10,000 bytes: too few to rouse a resting producer."""
+    d = make(max_batch_bytes=1)
+    d.enqueue_many([bytes(10_000), bytes(600_000)])
+    return d
+
+
+@pytest.mark.parametrize("queue_of", ["resting", "producers"])
+def test_a_producer_that_goes_on_as_an_interrupt_comes_leaves_nobody_to_wait_for(queue_of: str) -> None:
+    ended = threading.Event()
+    with forever():
+        if queue_of == "resting":
+            d = half_full()
+            first = Worker(rest_once, d, ended)
+            resting(d, 1)
+            ended.set()
+        else:
+            d = less_than_a_turn()
+            first = waiter(d, bytes(440_000), timeout=1)  # its rest ends with its time
+        setattr(d._state, queue_of, Sore(getattr(d._state, queue_of)))
+        with pytest.raises(KeyboardInterrupt):
+            d.get()
+        first.result()
+
+    Worker(send, d, b"", 1200).result()  # rests, and no consumer comes: it looks after itself
+
+    assert not d._state.resting
+    d._check()
+
+
+def test_a_sentinel_that_could_not_be_woken_is_none() -> None:
+    real = tempo._Parker.wake
+    woken: list[int] = []
+
+    def wake(self: tempo._Parker) -> None:
+        woken.append(1)
+        if len(woken) == 1:
+            raise KeyboardInterrupt
+        real(self)
+
+    d = less_than_a_turn()
+    first = waiter(d, bytes(440_000))
+    with mock.patch.object(tempo._Parker, "wake", wake), pytest.raises(KeyboardInterrupt):
+        d.get()  # the first is accepted, is to rest, and to be the sentinel
+
+    first.result()
+    assert [len(payload) for payload in payloads(d.stop())] == [600_000, 440_000]
+
+
+def test_a_coroutines_wake_up_is_made_when_an_interrupt_comes_just_before() -> None:
+    d = make(interval=0.01)
+    real = tempo._AsyncParker._post
+    posts: list[int] = []
+
+    def post(self: Any) -> None:
+        posts.append(1)
+        if len(posts) == 1:
+            raise KeyboardInterrupt
+        real(self)
+
+    async def consume() -> list[bytes]:
+        task = asyncio.ensure_future(d.__aiter__().__anext__())
+        await asyncio.sleep(0)
+        wait_until(lambda: d.stats().waiting_consumers == 1)
+        with pytest.raises(KeyboardInterrupt):
+            d.enqueue(b"one")
+        return (await asyncio.wait_for(task, LIMIT)).tolist()
+
+    with mock.patch.object(tempo._AsyncParker, "_post", post):
+        assert asyncio.run(consume()) == [b"one"]
+    d.stop()
+
+
+def test_finalizers_in_two_dispatchers_sections_that_enqueue_crosswise_do_not_lock_each_other_out() -> None:
+    one, two = make(), make()
+    meeting = threading.Barrier(2)
+
+    def cross(mine: tempo.Dispatcher, other: tempo.Dispatcher) -> None:
+        def finalizer(s: Any) -> None:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                meeting.wait(0.2)  # both are in their sections, if they can
+            other.enqueue(b"finalizer")
+
+        mine._locked(mine._state, finalizer)
+
+    workers = [Worker(cross, one, two), Worker(cross, two, one)]
+    for worker in workers:
+        worker.result()
+
+    assert payloads([*one.stop(), *two.stop()]) == [b"finalizer", b"finalizer"]
+
+
+def test_a_handler_that_is_the_dispatchers_own_method_does_not_wait_for_room() -> None:
+    errors: list[type[BaseException]] = []
+    d = make(max_buffered_bytes=100, max_batch_bytes=50)
+    d.enqueue_many([b"a" * 50, b"b" * 50])
+    third = waiter(d, b"c" * 50)  # takes the room that the handler's batch leaves
+
+    d.start(partial(d.enqueue_many, timeout=None), on_error=lambda exc, _: errors.append(type(exc)))
+    wait_until(lambda: errors)
+    third.result()
+    d.shutdown()
+
+    assert errors[0] is tempo.QueueFull
+    assert set(errors[1:]) <= {tempo.QueueFull, tempo.ShuttingDown}
+
+
+@pytest.mark.parametrize("step", ["_settle_locked", "_landed_locked"])
+def test_the_handler_gets_each_batch_when_memory_was_lacking_around_it(step: str) -> None:
+    came: list[bytes] = []
+    seen: list[object] = []
+    real = getattr(tempo.Dispatcher, step)
+    raised: list[int] = []
+
+    def lacking(self: tempo.Dispatcher, s: Any, *args: Any) -> Any:
+        if s.flight_first >= 0 and len(raised) < 2:
+            raised.append(1)
+            raise MemoryError
+        return real(self, s, *args)
+
+    d = make(interval=0.01)
+    hook = mock.patch("threading.excepthook", lambda args: seen.append(args.exc_type))
+    with hook, mock.patch.object(tempo.Dispatcher, step, lacking):
+        d.start(lambda batch: came.extend(batch.tolist()))
+        d.enqueue(b"one")
+        wait_until(lambda: d.stats().delivered == 1)
+        d.enqueue(b"two")
+        Worker(d.shutdown).result()
+
+    assert came == [b"one", b"two"]
+    assert len(raised) == 2
+    assert set(seen) <= {MemoryError}
+
+
+def test_start_has_happened_when_an_interrupt_ends_it_after_the_thread_began() -> None:
+    d = make(interval=0.01)
+    came: list[bytes] = []
+    real = threading.Thread.start
+
+    def start(self: threading.Thread) -> None:
+        real(self)
+        raise KeyboardInterrupt
+
+    with mock.patch.object(threading.Thread, "start", start), pytest.raises(KeyboardInterrupt):
+        d.start(lambda batch: came.extend(batch.tolist()))
+    with pytest.raises(RuntimeError, match="start was called before"):
+        d.start(print)
+    d.enqueue(b"a")
+    d.shutdown()
+
+    assert came == [b"a"]
+
+
+def test_a_thread_that_begins_after_its_start_was_undone_returns() -> None:
+    d = make(interval=0.01)
+    came: list[bytes] = []
+
+    Worker(d._consume).result()
+    d.start(lambda batch: came.extend(batch.tolist()))
+    Worker(d._consume).result()
+    d.enqueue(b"a")
+    d.shutdown()
+
+    assert came == [b"a"]
+
+
+def test_the_handler_of_a_start_that_failed_is_never_called() -> None:
+    d = make(interval=0.01)
+    came: list[bytes] = []
+    no_thread = mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread"))
+    undoing = around("_disinherit_locked", before=lambda: d.enqueue(b"a"), after=lambda: d.enqueue(b"b"))
+    with no_thread, undoing, pytest.raises(RuntimeError, match="can't start"):
+        d.start(print)
+    d.enqueue(b"c")
+    d.start(lambda batch: came.extend(batch.tolist()))
+    d.shutdown()
+
+    assert came == [b"a", b"b", b"c"]
+
+
+def test_shutdown_does_not_join_a_thread_that_has_not_begun() -> None:
+    d = make(interval=0.01)
+    reached, go_on = threading.Event(), threading.Event()
+    real = threading.Thread._set_native_id  # type: ignore[attr-defined]
+
+    def halt(self: threading.Thread) -> None:
+        real(self)
+        if self.name.startswith("tempo-"):
+            reached.set()
+            assert go_on.wait(LIMIT)
+
+    with mock.patch.object(threading.Thread, "_set_native_id", halt):
+        starting = Worker(d.start, print)
+        assert reached.wait(LIMIT)
+        try:
+            Worker(d.shutdown).result()
+        finally:
+            go_on.set()
+        starting.result()
+    assert d.stats().state == "stopped"
+    thread = d._state.thread
+    assert thread is not None
+    thread.join(LIMIT)
+    assert not thread.is_alive()
+
+
+def test_a_batch_taken_as_a_signal_handler_forks_is_the_parents() -> None:
+    d = make(max_batch_bytes=3)
+    d.enqueue(b"abc")
+
+    with around("_take_locked", after=lambda: fork_here(d)), pytest.raises(queue.Empty):
+        d.get(timeout=0)
+
+    assert d.stats().accepted == 0
+
+
+def test_a_batch_that_a_coroutine_takes_as_a_signal_handler_forks_is_the_parents() -> None:
+    d = make(max_batch_bytes=3)
+    d.enqueue(b"abc")
+
+    async def consume() -> list[bytes]:
+        with around("_take_locked", after=lambda: fork_here(d)):
+            task = asyncio.ensure_future(d.__aiter__().__anext__())
+            await asyncio.sleep(0)
+        d.enqueue(b"new")
+        return (await task).tolist()
+
+    assert asyncio.run(consume()) == [b"new"]
+    d.stop()
+
+
+def test_a_nested_call_takes_no_more_places_than_a_credit_has() -> None:
+    d = make()
+    d.enqueue_many([b"1"] * 300)
+    d.flush(0)
+    d.get(timeout=0)
+    assert d._state.small == 1
+    lengths: list[int] = []
+
+    def section(s: Any) -> None:
+        d.enqueue(bytes(tempo.MiB // 2))
+        lengths.append(len(s.inbox))
+
+    d._locked(d._state, section)
+
+    assert tempo._CREDIT_ITEMS < lengths[0] <= tempo._CREDIT_ITEMS + 3
+    assert len(payloads(d.stop())) == 1

@@ -175,9 +175,7 @@ def _work(group: str, options: argparse.Namespace, quiet: bool) -> dict[str, lis
         command = [*EMULATOR, "-L", str(root), str(root / "usr/bin/python3")]
     command += ["-m", "soak", "bench", "--worker", group, "--duration", f"{options.duration:.9f}s"]
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=WORKER_PATIENCE, check=False
-        )
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=WORKER_PATIENCE, check=False)
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"{group}: the worker did not end within {WORKER_PATIENCE:.0f} s") from None
     except OSError as error:

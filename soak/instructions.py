@@ -143,9 +143,7 @@ def _run(name: str, times: int) -> int:
         # What differs from one start to the next otherwise: the hashes of strings.
         variables = {**os.environ, "PYTHONHASHSEED": "0"}
         try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, env=variables, timeout=PATIENCE, check=False
-            )
+            done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=PATIENCE, check=False)
         except subprocess.TimeoutExpired:
             raise RuntimeError(f"{name}: valgrind did not end within {PATIENCE:.0f} s") from None
     found = re.search(r"Collected : ([0-9]+)", done.stderr)

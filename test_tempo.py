@@ -6541,3 +6541,61 @@ def test_a_nested_call_takes_no_more_places_than_a_credit_has() -> None:
 
     assert tempo._CREDIT_ITEMS < lengths[0] <= tempo._CREDIT_ITEMS + 3
     assert len(payloads(d.stop())) == 1
+
+
+def test_a_waiting_producer_that_is_woken_for_nothing_waits_on() -> None:
+    d = full(SMALL)
+    worker = waiter(d, b"w")
+    parker = d._state.producers[0]
+    parker.wake()
+    wait_until(lambda: d.stats() and not parker.woken)
+    assert d.stats().waiting_producers == 1
+
+    d.get()
+    worker.result()
+    assert payloads(d.stop()) == [b"w"]
+
+
+def test_a_nested_call_as_pending_payloads_are_read_takes_its_room_first() -> None:
+    d = make(max_buffered_bytes=100)
+    outcomes: list[object] = []
+
+    class Read(list):  # type: ignore[type-arg]
+        def __getitem__(self, key: Any) -> Any:
+            item = super().__getitem__(key)
+            if isinstance(key, slice) and key.step == -1 and not outcomes:
+                outcomes.append(None)
+                outcomes.append(refusal(d.enqueue, b"n" * 60))
+            return item
+
+    d._state.inbox = Read(d._state.inbox)
+    outcomes.append(refusal(d.enqueue, b"o" * 60))
+
+    assert outcomes[1:] == [None, tempo.QueueFull]
+    assert payloads(d.stop()) == [b"n" * 60]
+
+
+def test_credit_stays_within_the_open_batch_while_a_consumer_waits() -> None:
+    d = make(max_batch_bytes=5000)
+    consumer = Worker(d.get)
+    wait_until(lambda: d.stats().waiting_consumers == 1)
+    d.enqueue(b"a")
+    d._check()
+    while consumer.is_alive():
+        d.enqueue(b"b" * 100)
+        d._check()
+
+    assert 4900 < consumer.result().nbytes <= 5000
+    d.stop()
+
+
+def test_a_handler_that_is_another_dispatchers_method_waits_for_room() -> None:
+    one, two = full(100), make(interval=0.01)
+    two.start(partial(one.enqueue_many, timeout=None))
+    two.enqueue(b"handed on")
+    wait_until(lambda: one.stats().waiting_producers == 1)
+
+    one.get()
+    two.shutdown()
+    assert payloads(one.stop()) == [b"handed on"]
+    assert two.stats().failed == 0

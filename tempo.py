@@ -70,7 +70,6 @@ GiB: Final = 1024 * MiB
 
 _FOREVER: Final = float("inf")
 _NO_WAIT: Final = 0.0  # the default timeout; enqueue knows it by identity
-_NO_CREDIT: Final = (0, 0)
 _CREDIT_ITEMS: Final = 1024  # payloads accepted unseen at most; each costs about 42 bytes until it is counted
 _SMALL: Final = 512  # bytes: the largest payload that credit covers, until payloads have been seen
 _SAMPLE: Final = 256  # payloads of a batch whose largest says what credit covers next
@@ -112,22 +111,25 @@ _T = TypeVar("_T")
 #       the inbox: payloads at an index < granted and of at most s.small bytes, and entries whose `accepted` is True.
 #   I2  Runs hold the payloads [taken.items, items) in order.  What changes them stores first and changes the header
 #       last; what was stored and not confirmed (s.storing) is trimmed by the next count.
-#   I3  s.credit is (0, 0) or (granted, s.small), with (granted - 1) * small bytes of room: whatever comes, it fits.
-#       While there is credit nothing leaves the inbox but pending payloads, and s.small does not change.
+#   I3  s.places is 0 or granted, and then s.covers is s.small, with (granted - 1) * small bytes of room: whatever
+#       comes, it fits.  Credit is only given with a place for all that is pending.  While there is credit, nothing
+#       leaves the inbox but pending payloads, and s.small does not change.
 #   I4  A batch ends at a cut; all before header.first is in closed batches.  Credit is only given while the open batch
 #       has a payload: the first one after a pause takes the lock, notes the time, and tells a waiting consumer.
-#   I5  While a consumer waits, credit ends before the open batch is full, because the consumer must be told.  While
-#       none waits, it may go on behind it, for _unseen seconds at the pace of late; a batch that begins so counts its
-#       interval from the credit.  While a producer waits for room, there is none.
+#   I5  While a consumer waits and is not woken yet, credit ends before the open batch is full, because the consumer
+#       must be told.  Else it may go on behind it, for _unseen seconds at the pace of late; a batch that begins so
+#       counts its interval from the credit.  While a producer waits for room, there is none.
 #   I6  accepted == delivered + in_flight + buffered + discarded, items and bytes.
 #
-# Enqueue without the lock.  (1) append; (2) n = len(inbox); (3) read the credit, one tuple; n and the size are within
-# it: accepted.  A thread may be stopped between any two of these, and the credit be withdrawn, or given anew,
-# meanwhile.  The payload's index is below n, and can only have become less, so what (3) reads is a credit that covers
-# it now.  If it is not covered, the payload is pending; its owner takes the lock, counts, and looks: if the payload
-# has left the inbox, it was counted, and so accepted; if the credit can be renewed to cover it, it is accepted; else
-# the owner takes it out (after a count, when nothing is granted: or a pending one could move into a place that is) and
-# goes the exact way.  (Two threads that enqueue the very same object may swap outcomes and places: the sum is one.)
+# Enqueue without the lock.  (1) append; (2) len(inbox) <= s.places; (3) size <= s.covers: accepted.  A thread may be
+# stopped between any two of these, and the credit be withdrawn, or given anew, meanwhile.  If (2) held, the payload
+# came within a credit.  At (3) that is still the last one given, or withdrawn since and the payload counted with it if
+# it is small enough; or later ones came: then it has been counted, or has a place in each of them (I3), its index being
+# no greater than at (2).  So it is accepted if it is no larger than what (3) reads, whichever credit that belongs to.
+# If it is not covered, the payload is pending; its owner takes the lock, counts, and looks: if it has left the inbox,
+# it was counted, and so accepted; if credit is renewed and covers it, it is accepted; else the owner takes it out
+# (after a count, when nothing is granted: or a pending one could move into a place that is) and goes the exact way.
+# (Two threads that enqueue the very same object may swap outcomes and places: the sum is the same.)
 # What must be atomic: list.append, len(list), del list[i], list slices read and assigned, attribute loads and stores:
 # under the GIL, and in a build without it, where each takes the list's own lock and is sequentially consistent.
 #
@@ -137,7 +139,8 @@ _T = TypeVar("_T")
 # walking header and inbox in order: exact (I1), and deeper calls decide alike.  The holder's commit, and its giving of
 # credit, are a compare-and-set on the inbox's length (assignment to inbox[::-1] fails if it has grown), so that neither
 # rests on room that a nested call has taken.  An entry takes as many places as its size could need, and keeps them when
-# it is refused: what other threads append behind it, under the credit that it withdrew, finds no place granted.
+# it is refused: what other threads append behind it, under the credit that it withdrew or one that was about to be
+# given, finds no place granted that the room does not suffice for.
 #
 # Waiting.  Each waits on a lock of its own, a binary semaphore: it keeps a wake-up that comes early.  (A Condition
 # loses one that a signal handler sends from its own thread between test and wait.)  No wait holds the dispatcher's
@@ -432,16 +435,17 @@ class _State:
     """Everything that a fork replaces."""
 
     __slots__ = (  # noqa: RUF023 - in the order of __init__
-        "inbox", "credit", "owner", "phase", "outbox", "left", "mixed", "flush_asked", "shutdown_asked", "leavers",
-        "refused", "heights", "lock", "calm", "runs", "storing", "taken", "small", "granted_at", "pace", "flight_first",
-        "flight", "rejected", "peak", "producers", "resting", "turn", "sentinel", "away", "consumers", "drainers",
-        "announced", "halted", "undelivered", "thread",
+        "inbox", "places", "covers", "owner", "phase", "outbox", "left", "mixed", "flush_asked", "shutdown_asked",
+        "leavers", "refused", "heights", "lock", "calm", "runs", "storing", "taken", "small", "granted_at", "pace",
+        "flight_first", "flight", "rejected", "peak", "producers", "resting", "turn", "sentinel", "away", "consumers",
+        "drainers", "announced", "halted", "undelivered", "thread",
     )  # fmt: skip
 
     def __init__(self, rlock: Any) -> None:
         # Touched without the lock; why that is safe is told in Theory.
         self.inbox: list[Any] = [(0, 0, 0, 1, (), 0, 0, 0.0)]
-        self.credit = _NO_CREDIT  # a longer inbox, or a larger payload, takes the lock; set under it
+        self.places = 0  # the length up to which the inbox is accepted unseen; set under the lock
+        self.covers = 0  # bytes: the size up to which a payload is
         self.owner = 0  # identity of the thread in a locked section; only that thread compares equal
         self.phase = _RUNNING  # changed under the lock
         self.outbox: deque[Callable[[], object]] = deque()  # wake-ups of coroutines, made after the lock is released
@@ -581,8 +585,8 @@ class Dispatcher:
         self._max_batch = None if max_batch_bytes is None else _byte_limit("max_batch_bytes", max_batch_bytes)
         # Room for how many bytes rouses a resting producer: enough to be worth a switch of threads. 0: none rests.
         self._turn = max_buffered_bytes >> 4 if max_buffered_bytes >= _REST_FLOOR else 0
-        # How large payloads are at most that credit covers, and how many bytes it is good for at most: when they are
-        # counted, they are there twice for a moment.
+        # How large payloads are at most that credit covers, and how many bytes of those that are joined it is good for
+        # at most: when they are counted, they are there twice for a moment.
         limit = min(self._max_batch or max_buffered_bytes, max_buffered_bytes)
         self._most_small = max(_SMALL, limit >> 6)
         self._ahead = (max_buffered_bytes >> 3) + 64 * KiB
@@ -621,9 +625,7 @@ class Dispatcher:
                 s = self._state
                 inbox = s.inbox
                 inbox.append(payload)
-                n = len(inbox)  # first the length,
-                places, small = s.credit  # then the credit, at one go (I3)
-                if n <= places and len(payload) <= small:
+                if len(inbox) <= s.places and len(payload) <= s.covers:  # read in this order (see Theory)
                     return
                 late = [payload]
                 try:
@@ -983,7 +985,7 @@ class Dispatcher:
         self._count_locked(s)
         if len(data) <= s.small and not s.producers:
             self._grant_locked(s)
-            if len(s.inbox) <= s.credit[0]:  # it was counted, or the new credit covers all that is pending
+            if len(s.inbox) <= s.places:  # it was counted, or the new credit covers all that is pending
                 s.calm = True
                 return self._rest_locked(s, waiting)
             self._count_locked(s)
@@ -1211,7 +1213,7 @@ class Dispatcher:
         charge = entry.charge
         buffered = 0
         if charge <= self._max_buffered:
-            s.credit = _NO_CREDIT
+            s.places = 0
             s.mixed = s.left = True
             s.inbox.extend([entry, *repeat(None, min((charge - 1) // s.small, _CREDIT_ITEMS))])
             s.left = True  # again, for a section that ended with a deeper call in between
@@ -1259,12 +1261,12 @@ class Dispatcher:
         items, nbytes, charge, _, _, first, begin, born = s.inbox[0]
         if first == items:
             return
-        places = min(self._max_buffered - charge + s.taken.charge, self._ahead) // small
+        places = min((self._max_buffered - charge + s.taken.charge) // small, self._ahead // min(small, _JOIN_BELOW))
         now = self._clock()
         if self._max_batch is not None:
             near = (begin + self._max_batch - nbytes - 1) // small  # up to the end of the open batch
             if near < places:
-                unseen = 0 if s.consumers else int(self._pace_locked(s, items, now) * self._unseen)
+                unseen = 0 if _expectant(s) else int(self._pace_locked(s, items, now) * self._unseen)
                 places = min(places, max(near, unseen))
         if places > 0:
             places = min(places, _CREDIT_ITEMS)
@@ -1273,12 +1275,13 @@ class Dispatcher:
             inbox = s.inbox
             while True:
                 pending = inbox[:0:-1]
-                if s.mixed:  # a nested call decides by the places that it sees
+                if s.mixed or len(pending) > places:  # a nested call decides by what it sees; each is covered, or none
                     return
                 with contextlib.suppress(ValueError):  # the inbox has grown: look again
                     inbox[::-1] = [*pending, header]
                     break
-            s.credit = (1 + places, small)
+            s.covers = small  # before the places: who sees these sees at least that credit's size
+            s.places = 1 + places
 
     def _pace_locked(self, s: _State, items: int, now: float) -> float:
         """Lock held. Payloads per second, of late."""
@@ -1289,7 +1292,7 @@ class Dispatcher:
 
     def _count_locked(self, s: _State) -> None:
         """Lock held. Withdraw the credit, and move what the inbox accepted into the runs."""
-        s.credit = _NO_CREDIT
+        s.places = 0
         inbox = s.inbox
         header = inbox[0]
         for entry in header[4]:
@@ -1820,11 +1823,11 @@ class Dispatcher:
         """Lock held. As _check."""
         items, nbytes, charge, granted, _, first, begin, _ = s.inbox[0]
         t = s.taken
-        if s.credit[0]:
-            assert s.credit == (granted, s.small), "I3"
+        if s.places:
+            assert (s.places, s.covers) == (granted, s.small), "I3"
             covered = (granted - 1) * s.small
             assert covered <= self._max_buffered - charge + t.charge, "I3"
-            if s.consumers and self._max_batch is not None:
+            if _expectant(s) and self._max_batch is not None:
                 assert covered < self._max_batch - nbytes + begin, "I5"
             assert first < items, "I4"
             assert not s.producers and s.phase is _RUNNING, "I5"
@@ -1861,6 +1864,11 @@ def _timers(s: _State) -> list[_Parker]:
         if parker.sure:
             break
     return found
+
+
+def _expectant(s: _State) -> bool:
+    """Whether a waiting consumer must be told when a batch closes: it has not been woken already."""
+    return any(not parker.woken for parker in _timers(s))
 
 
 def _claim(s: _State) -> list[Batch]:
@@ -1991,7 +1999,7 @@ def _after_fork_in_child() -> None:
     for d in _dispatchers():
         old = d._state
         d._renew()
-        old.credit = _NO_CREDIT
+        old.places = 0
         for parker in chain(old.producers, old.resting, old.consumers, old.drainers):
             parker.woken = False  # another thread may have been about to wake it
             parker.wake()  # this thread's, if a signal handler forked in its wait

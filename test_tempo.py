@@ -5593,8 +5593,8 @@ def test_a_nested_payload_appended_as_the_credit_is_withdrawn_is_accepted_once()
     s = d._state
 
     def section(s: Any) -> None:
-        s.credit = (len(inbox) + 1, 512)  # as if the section had not yet come to withdrawing it
-        inbox.before = lambda: setattr(s, "credit", (0, 0))
+        s.places, s.covers = len(inbox) + 1, 512  # as if the section had not yet come to withdrawing them
+        inbox.before = lambda: setattr(s, "places", 0)
         inbox[0] = (*inbox[0][:3], 1, *inbox[0][4:])
         d.enqueue(b"b")
 
@@ -6009,7 +6009,7 @@ def pending(d: tempo.Dispatcher, payload: bytes) -> Worker:
 
 def use_the_credit_up(d: tempo.Dispatcher, unit: bytes) -> None:
     """From another thread, while this one is in a locked section."""
-    while len(d._state.inbox) < d._state.credit[0]:
+    while len(d._state.inbox) < d._state.places:
         Worker(d.enqueue, unit).result()
 
 
@@ -6096,7 +6096,7 @@ def test_a_payload_that_is_taken_out_moves_no_other_into_the_credit(own: bytes) 
     if len(own) > 1:
         step = around("_late_locked", before=nested)
     else:
-        while len(d._state.inbox) < d._state.credit[0]:
+        while len(d._state.inbox) < d._state.places:
             d.enqueue(b"u")
         step = around("_grant_locked", after=nested)
     with step:
@@ -6117,7 +6117,7 @@ def test_a_nested_payload_that_is_taken_out_moves_no_other_into_the_credit() -> 
         to_the_brim(d, BRIM)
 
     def section(s: Any) -> None:
-        while len(s.inbox) < s.credit[0] - 1:
+        while len(s.inbox) < s.places - 1:
             d.enqueue(b"u")
         eager(d).after = deeper  # appended in the last place of the credit, too large for it, and not yet taken out
         outcomes.append(refusal(d.enqueue, b"O" * 3000))
@@ -6138,7 +6138,7 @@ def test_what_was_accepted_unseen_is_counted_after_an_exception_in_the_count() -
         d.get(timeout=0)
     d.enqueue(b"one")
     accepted = 801
-    while len(d._state.inbox) < d._state.credit[0]:  # the credit goes far beyond the end of the open batch
+    while len(d._state.inbox) < d._state.places:  # the credit goes far beyond the end of the open batch
         d.enqueue(b"unseen")
         accepted += 1
     clock.now += 2  # and a new one would not any more
@@ -6230,10 +6230,10 @@ def test_payloads_accepted_before_an_interrupt_are_counted(kind: Callable[[list[
 def test_a_late_payload_that_another_counted_is_counted_when_an_interrupt_ends_its_call() -> None:
     d = make()
     d.enqueue(b"first")
-    while len(d._state.inbox) < d._state.credit[0]:
+    while len(d._state.inbox) < d._state.places:
         d.enqueue(b"u")
     before = d.stats().accepted
-    while len(d._state.inbox) < d._state.credit[0]:
+    while len(d._state.inbox) < d._state.places:
         d.enqueue(b"u")
         before += 1
 
@@ -6599,3 +6599,36 @@ def test_a_handler_that_is_another_dispatchers_method_waits_for_room() -> None:
     two.shutdown()
     assert payloads(one.stop()) == [b"handed on"]
     assert two.stats().failed == 0
+
+
+def test_a_consumer_that_was_woken_need_not_be_told_so_credit_goes_beyond_the_open_batch() -> None:
+    go_on = threading.Event()
+    real = tempo._Parker.park
+
+    def park(self: tempo._Parker, pause: float, remaining: float) -> bool:
+        over = real(self, pause, remaining)
+        assert not parker.armed or go_on.wait(LIMIT)  # it was woken, and is kept from the CPU
+        return over
+
+    d, clock = with_clock(interval=8.0, max_batch_bytes=5000)
+    with mock.patch.object(tempo._Parker, "park", park):
+        consumer = Worker(d.get)
+        wait_until(lambda: d.stats().waiting_consumers == 1)
+        parker = d._state.consumers[0]
+        places = []
+        d.enqueue(b"p" * 100)
+        wait_until(lambda: parker.armed and not parker.woken)  # its timer is set
+        for _ in range(299):
+            clock.now += 0.001
+            d.enqueue(b"p" * 100)
+            d._check()
+            places.append((parker.woken, d._state.places))
+        go_on.set()
+        batch = consumer.result()
+
+    before = [n for woken, n in places if not woken]
+    assert (max(before) - 1) * 512 < 5000
+    assert max(n for woken, n in places if woken) > 2 * max(before)
+    assert len(batch) == 50
+    assert d.stats().accepted == 300
+    d.stop()

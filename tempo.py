@@ -72,7 +72,8 @@ _FOREVER: Final = float("inf")
 _NO_WAIT: Final = 0.0  # the default timeout; enqueue knows it by identity
 _CREDIT_ITEMS: Final = 1024  # payloads accepted unseen at most; each costs about 42 bytes until it is counted
 _SMALL: Final = 512  # bytes: the largest payload that credit covers, until payloads have been seen
-_SAMPLE: Final = 256  # payloads of a batch whose largest says what credit covers next
+_SAMPLE: Final = 256  # payloads of a batch whose largest says what credit covers next,
+_RARE: Final = 8  # if it is no more than so many times their mean
 _CHUNK: Final = 512  # payloads that enqueue_many admits at a time
 _RUN_ITEMS: Final = 1024  # payloads a run holds before the next one is begun
 _RUN_BYTES: Final = 64 * KiB  # bytes a run holds before the next one is begun
@@ -1510,7 +1511,8 @@ class Dispatcher:
         while s.runs and s.runs[0].start + len(s.runs[0].sizes) <= after:
             s.runs.popleft()
         s.away = False
-        s.small = min(max(batch._sizes[-_SAMPLE:]) or 1, self._most_small)
+        sizes = batch._sizes[-_SAMPLE:]
+        s.small = min(max(sizes) or 1, max(self._most_small, _RARE * sum(sizes) // len(sizes)))
         return batch
 
     def _build_locked(self, s: _State, stop: int) -> Batch:

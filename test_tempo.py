@@ -6632,3 +6632,24 @@ def test_a_consumer_that_was_woken_need_not_be_told_so_credit_goes_beyond_the_op
     assert len(batch) == 50
     assert d.stats().accepted == 300
     d.stop()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "covered"),
+    [
+        ([40_000] * 8, 40_000),  # all alike: no payload need take the lock for its size
+        ([100] * 300, 100),
+        ([100] * 255 + [40_000], 5000),  # a rare one: to cover it would leave few places for the others
+    ],
+)
+def test_credit_covers_what_is_usual(sizes: list[int], covered: int) -> None:
+    d = make(max_batch_bytes=320_000)
+    d.enqueue_many([bytes(size) for size in sizes])
+    d.flush(0)
+    d.get()
+    d.enqueue(b"first")
+    d.enqueue(b"again")
+
+    assert d._state.places > 1
+    assert d._state.covers == covered
+    d._check()

@@ -48,6 +48,7 @@ import tempo
 from soak import __main__ as soak_main
 from soak import bench as soak_bench
 from soak import handover as soak_handover
+from soak import heap as soak_heap
 from soak import instructions as soak_instructions
 from soak import micro as soak_micro
 from soak import payloads as soak_payloads
@@ -3819,6 +3820,20 @@ def test_a_peer_that_is_not_installed_is_left_out_with_a_line(capsys: pytest.Cap
 
     assert "peer is left out: a-package is not installed" in capsys.readouterr().err
     assert names == sorted(soak_handover.subjects())
+
+
+def test_an_interpreter_without_tracemalloc_soaks_without_a_look_at_the_heap(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--duration", "0.1s", "--producers", "2", "--out", str(tmp_path), "--baseline", "none"]
+    short_passes = mock.patch.object(Config, "pass_seconds", return_value=0.1)
+    with short_passes, mock.patch.object(soak_heap, "TRACED", False):
+        assert soak_main.main(["run", *options]) == 0
+        assert soak_worker.run_heap(0.1) == {}
+
+    out = capsys.readouterr().out
+    assert "peak not measured" in out
+    assert "warn: not measured: this interpreter has no tracemalloc" in out
 
 
 def test_a_verdict_of_fail_is_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,7 +101,7 @@ def summary(result: Mapping[str, Any], records: list[str], written: list[Path]) 
         f"events        {result['accepted']:,} accepted, {result['delivered']:,} delivered in {result['batches']:,}"
         f" batches, {result['rejected']:,} refused; slowest producer {_share(result['slowest_producer_share'])}"
         " of the mean",
-        f"heap          peak {format_size(result['peak_heap_bytes'])}, buffer limit"
+        f"heap          peak {show_peak(result['peak_heap_bytes'])}, buffer limit"
         f" {format_size(settings['max_buffered_bytes'])}; peak RSS "
         + ("?" if result["peak_rss_bytes"] is None else format_size(result["peak_rss_bytes"])),
         f"latency       p50 {format_seconds(latency['p50'])}, p99 {format_seconds(latency['p99'])},"
@@ -115,6 +115,11 @@ def summary(result: Mapping[str, Any], records: list[str], written: list[Path]) 
         lines.append(f"on record     (not compared) {'; '.join(records)}")
     lines.append(f"written       {', '.join(map(str, written)) or 'nothing'}")
     return "\n".join(lines)
+
+
+def show_peak(peak: int | None) -> str:
+    """Return the traced peak (bytes) for people."""
+    return "not measured" if peak is None else format_size(peak)
 
 
 def _share(share: float | None) -> str:

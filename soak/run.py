@@ -190,7 +190,7 @@ def run(config: Config, sink: Sink | None, files: results.Files, baseline_option
 
     traced = heap.measure(config, HURRY if interrupted else config.pass_seconds(2.0, 4.0))
     interrupted |= traced.outcome.interrupted
-    say(f"heap: peak {format_size(traced.peak)}, the buffer at most {format_size(traced.peak_buffered)} full")
+    say(f"heap: peak {results.show_peak(traced.peak)}, the buffer at most {format_size(traced.peak_buffered)} full")
 
     counted, counting = census.take(config, HURRY if interrupted else config.pass_seconds(1.0, 4.0))
     interrupted |= counting.interrupted

@@ -70,8 +70,10 @@ def judge_throughput(
     return Finding(PASS, f"ratio {ratio:.3f} is {better} the baseline {against}")
 
 
-def judge_memory(peak: int, bound: int, allowance: int) -> Finding:
+def judge_memory(peak: int | None, bound: int, allowance: int) -> Finding:
     """Hold the traced peak against the bound (bytes) and what the harness itself may take on top."""
+    if peak is None:
+        return Finding(WARN, "not measured: this interpreter has no tracemalloc")
     measured = f"peak heap {format_size(peak)}"
     if peak <= bound:
         return Finding(PASS, f"{measured}, bound {format_size(bound)}")

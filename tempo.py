@@ -93,7 +93,6 @@ _STOPPED: Final = "stopped"
 _T = TypeVar("_T")
 
 # Theory of operation
-# ===================
 #
 # Flow.  producer -> inbox -> runs -> Batch -> consumer.  `enqueue` appends to the inbox, a plain list.  Whoever holds
 # the lock counts the inbox: moves what it accepted into runs, small payloads joined into larger pieces, with a cut
@@ -102,11 +101,10 @@ _T = TypeVar("_T")
 #
 # Truth.  inbox[0] is the header, a tuple: items, nbytes and charge of all that was counted since the beginning;
 # granted, the index below which the inbox is accepted unseen; the entries that were accepted with it; and where the
-# open batch starts (number, byte, time).  Header and payloads are one list, changed by single C-level operations
-# (append, delete, slice assignment), so whoever reads `inbox[:]`, at any bytecode of any other call, sees what is
-# accepted.  What has left is one tuple too, s.taken.  All else follows from these: _settle_locked derives it at the end
-# of a locked section, and can do so again, so what an exception (a KeyboardInterrupt, say) cuts short is made good by
-# the next section.
+# open batch starts (number, byte, time).  Header and payloads are one list, changed by single C-level operations, so
+# whoever reads `inbox[:]`, at any bytecode of any other call, sees what is accepted.  What has left is one tuple too,
+# s.taken.  All else follows from these: _settle_locked derives it at the end of a locked section, and can do so again,
+# so what an exception (a KeyboardInterrupt, say) cuts short is made good by the next section.
 #
 #   I1  0 <= buffered_bytes <= max_buffered_bytes, where buffered_bytes = charge - taken.charge + the accepted part of
 #       the inbox: payloads at an index < granted and of at most s.small bytes, and entries whose `accepted` is True.
@@ -145,7 +143,7 @@ _T = TypeVar("_T")
 #
 # Waiting.  Each waits on a lock of its own, a binary semaphore: it keeps a wake-up that comes early.  (A Condition
 # loses one that a signal handler sends from its own thread between test and wait.)  No wait holds the dispatcher's
-# lock. Producers without room queue in s.producers; whoever makes room accepts their payloads for them, first come
+# lock.  Producers without room queue in s.producers; whoever makes room accepts their payloads for them, first come
 # first served.  Then they rest, in s.resting: under a GIL all of them awake would only keep the consumer from running.
 # Each turn's worth of bytes taken rouses the first.  A producer that renews its credit rests too when the buffer is
 # half full and a consumer is about.  One resting producer, the sentinel, looks every _PATIENCE that turns come, else it

@@ -411,7 +411,8 @@ class _AsyncParker(_Parker):
 
     def wake(self) -> None:
         if not self.woken:
-            self._outbox.append(self._post)
+            # An object of its own, or who removes what was posted could take a later one for it.
+            self._outbox.append(lambda: self._post())  # noqa: PLW0108
             self.woken = True
 
     def reset(self) -> None:
@@ -1029,17 +1030,17 @@ class Dispatcher:
         """Lock held, after a count. Take a late payload out of the inbox; False: it was counted, and so accepted."""
         place = _place(s.inbox, late[0])
         if place:
-            late.clear()  # first: another thread's may be the same object
             del s.inbox[place]
+            del late[:]  # no call in between: an interrupt comes there, and another thread's may be the same object
         return place > 0
 
     def _withdraw_nested(self, s: _State, late: list[bytes]) -> bool:
         """As _withdraw_locked, in a nested call: the place is kept, or a pending payload could move into the credit."""
         place = _place(s.inbox, late[0])
         if place:
-            late.clear()
             s.mixed = s.left = True
             s.inbox[place] = None
+            del late[:]
         return place > 0
 
     def _abandon_locked(self, s: _State, late: list[bytes]) -> bool:
@@ -1293,7 +1294,7 @@ class Dispatcher:
         """Lock held. Withdraw the credit, and move what the inbox accepted into the runs."""
         s.places = 0
         inbox = s.inbox
-        header = inbox[0]
+        header = self._narrow_locked(s) if len(inbox) < inbox[0][3] else inbox[0]
         for entry in header[4]:
             entry.accepted = True  # the commit that put it here was its acceptance
         if s.storing:
@@ -1313,6 +1314,19 @@ class Dispatcher:
                 header = self._store_locked(s, header, new, sizes, nbytes, charge, (), s.granted_at)
                 inbox[:n] = [header]
                 self._stored_locked(s)
+
+    def _narrow_locked(self, s: _State) -> Any:
+        """Lock held. Take back the places that are still empty: nested calls must not take what comes for accepted."""
+        inbox = s.inbox
+        while True:
+            pending = inbox[:0:-1]
+            header = inbox[0]
+            if len(pending) + 1 >= header[3]:
+                return header
+            header = (*header[:3], len(pending) + 1, *header[4:])
+            with contextlib.suppress(ValueError):  # the inbox has grown: look again
+                inbox[::-1] = [*pending, header]
+                return header
 
     def _stored_locked(self, s: _State) -> None:
         """Lock held. The header says so now; nothing has been taken since."""
@@ -1995,6 +2009,13 @@ def _dispatchers() -> list[Dispatcher]:
 
 def _after_fork_in_child() -> None:
     """Give every dispatcher a fresh, empty state; what was accepted is the parent's."""
+    for lock in list(_LOCKS.values()):  # a signal handler may have forked in a wait for one whose holder is not here
+        with contextlib.suppress(AttributeError):  # a patched one may have other names
+            if not lock._is_owned():
+                try:
+                    lock._release_save()
+                except RuntimeError:  # nobody holds it; or, from 3.14 on, none but its holder can release it so
+                    lock._at_fork_reinit()
     _LOCKS.clear()
     for d in _dispatchers():
         old = d._state

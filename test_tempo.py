@@ -6166,26 +6166,6 @@ def test_what_was_accepted_unseen_is_counted_after_an_exception_in_the_count() -
     d._check()
 
 
-def test_an_interrupt_as_a_payload_is_taken_out_does_not_take_out_another_threads_same_object() -> None:
-    d = make()
-    tick = b"tick"
-    others: list[Worker] = []
-
-    class Interrupted(list):  # type: ignore[type-arg]
-        def __delitem__(self, key: Any) -> None:
-            super().__delitem__(key)
-            if not others:
-                others.append(pending(d, tick))
-                raise KeyboardInterrupt
-
-    d._state.inbox = Interrupted(d._state.inbox)
-    with pytest.raises(KeyboardInterrupt):
-        d.enqueue(tick)
-
-    assert others[0].result() is None
-    assert payloads(d.stop()) == [tick]
-
-
 def test_a_nested_payload_accepted_as_stop_begins_is_among_what_it_returns() -> None:
     d = make()
     d.enqueue(b"a")
@@ -6668,3 +6648,103 @@ def test_credit_covers_what_is_usual(sizes: list[int], covered: int) -> None:
     assert d._state.places > 1
     assert d._state.covers == covered
     d._check()
+
+
+def test_a_nested_call_does_not_take_for_accepted_what_comes_behind_the_count() -> None:
+    d = make(max_buffered_bytes=1100)
+    d.enqueue(b"a" * 10)
+    d.enqueue(b"b" * 300)  # unseen
+    others: list[Worker] = []
+    seen: list[tuple[int, object]] = []
+
+    def nested() -> None:
+        others.append(pending(d, b"t" * 300))  # the credit is withdrawn: it is not accepted
+        seen.append((d.stats().accepted, refusal(d.enqueue, b"N" * 700)))
+
+    with around("_store_locked", before=nested):
+        d.flush(0)
+
+    assert seen == [(2, None)]
+    assert others[0].result() is tempo.QueueFull
+    assert [len(payload) for payload in payloads(d.stop())] == [10, 300, 700]
+
+
+def test_a_payload_that_comes_as_empty_places_are_taken_back_is_counted() -> None:
+    d = make()
+    d.enqueue(b"a")
+
+    class Growing(list):  # type: ignore[type-arg]
+        grown = False
+
+        def __setitem__(self, key: Any, value: Any) -> None:
+            if not self.grown:
+                self.grown = True
+                super().append(b"unseen")  # by a thread that has looked at the credit before it was withdrawn
+            super().__setitem__(key, value)
+
+    d._state.inbox = Growing(d._state.inbox)
+    d.flush(0)
+
+    assert payloads(d.stop()) == [b"a", b"unseen"]
+
+
+def test_a_coroutines_later_wake_up_is_not_taken_for_the_one_that_was_made() -> None:
+    d = make()
+    s = d._state
+    loop = asyncio.new_event_loop()
+    parker = tempo._AsyncParker(threading.Lock(), loop, s.outbox)
+    posts: list[int] = []
+
+    def post(self: Any) -> None:
+        posts.append(1)
+        if len(posts) == 1:  # meanwhile: another thread makes it too, the coroutine looks, waits again, and is woken
+            s.outbox.popleft()
+            parker.reset()
+            parker.wake()
+
+    parker.wake()
+    with mock.patch.object(tempo._AsyncParker, "_post", post):
+        d._post(s)
+    loop.close()
+
+    assert len(posts) == 2
+    assert not s.outbox
+
+
+@needs_fork
+def test_a_child_forked_by_a_signal_handler_in_a_wait_for_the_lock_goes_on() -> None:
+    lines = forking(
+        """
+        inside, go_on = threading.Event(), threading.Event()
+        settle = tempo.Dispatcher._settle_locked
+
+        def hold(self, s):
+            if threading.current_thread().name == "holder":
+                inside.set()
+                go_on.wait(20)
+            settle(self, s)
+
+        def handler(*_):
+            pids.append(os.fork())
+            go_on.set()
+
+        tempo.Dispatcher._settle_locked = hold
+        one, other = (tempo.Dispatcher(interval=60, max_buffered_bytes=1000) for _ in range(2))
+        pids = []
+        signal.signal(signal.SIGALRM, handler)
+        holder = threading.Thread(target=one.enqueue, args=(b"x",), name="holder")
+        holder.start()
+        assert inside.wait(20)
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        other.enqueue(b"payload")
+        if pids[0] == 0:
+            other.enqueue(b"child's")
+            print("child", other.stats().accepted, flush=True)
+            os._exit(0)
+        holder.join(20)
+        until(lambda: os.waitpid(pids[0], os.WNOHANG)[0])
+        print("parent", other.stats().accepted)
+        """
+    )
+
+    assert sorted(lines) == ["child 1", "parent 1"]

@@ -3784,9 +3784,9 @@ def test_a_ratio_is_taken_within_a_round_and_the_median_of_the_rounds_counts() -
 def test_the_comparison_finds_what_is_worse_by_more_than_the_noise() -> None:
     with mock.patch.object(soak_bench, "ROWS", (ROW, SHARE)):
         recorded = {"a / b": (2.0, 0.1), "a : b": (0.5, 0.02), "gone": (1.0, 0.0)}
-        same = soak_bench.compare({"a / b": (2.25, 0.1, 0, 0), "a : b": (0.46, 0.02, 0, 0)}, recorded)
+        same = soak_bench.compare({"a / b": (2.35, 0.1, 0, 0), "a : b": (0.43, 0.02, 0, 0)}, recorded)
         better = soak_bench.compare({"a / b": (1.0, 0.0, 0, 0), "a : b": (0.9, 0.0, 0, 0)}, recorded)
-        worse = soak_bench.compare({"a / b": (2.27, 0.1, 0, 0), "a : b": (0.44, 0.02, 0, 0)}, recorded)
+        worse = soak_bench.compare({"a / b": (2.37, 0.1, 0, 0), "a : b": (0.41, 0.02, 0, 0)}, recorded)
     assert same == better == []
     assert [line.split(":")[0].split(" /")[0] for line in worse] == ["a", "a "]
 

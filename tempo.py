@@ -135,11 +135,11 @@ _T = TypeVar("_T")
 # Nested calls.  The lock is an RLock, one for all dispatchers: a finalizer in a section of one may call another.
 # `s.owner` names the thread inside a locked section.  A signal handler or finalizer that interrupts its own thread
 # there must not touch what is half done.  It puts None for its payload, appends an entry instead, and decides by
-# walking header and inbox in order: exact (I1), and deeper calls decide alike.  The holder's commit, and its giving of
-# credit, are a compare-and-set on the inbox's length (assignment to inbox[::-1] fails if it has grown), so that neither
-# rests on room that a nested call has taken.  An entry takes as many places as its size could need, and keeps them when
-# it is refused: what other threads append behind it, under the credit that it withdrew or one that was about to be
-# given, finds no place granted that the room does not suffice for.
+# walking header and inbox in order: exact (I1), and deeper calls decide alike.  The holder commits, gives credit and
+# takes empty places back by compare-and-set on the inbox's length (assignment to inbox[::-1] fails if it has grown), so
+# none of it rests on what a nested call has changed.  An entry takes as many places as its size could need, and keeps
+# them when it is refused: what other threads append behind it, under the credit that it withdrew or one that was about
+# to be given, finds no place granted that the room does not suffice for.
 #
 # Waiting.  Each waits on a lock of its own, a binary semaphore: it keeps a wake-up that comes early.  (A Condition
 # loses one that a signal handler sends from its own thread between test and wait.)  No wait holds the dispatcher's
@@ -585,8 +585,8 @@ class Dispatcher:
         self._max_batch = None if max_batch_bytes is None else _byte_limit("max_batch_bytes", max_batch_bytes)
         # Room for how many bytes rouses a resting producer: enough to be worth a switch of threads. 0: none rests.
         self._turn = max_buffered_bytes >> 4 if max_buffered_bytes >= _REST_FLOOR else 0
-        # How large payloads are at most that credit covers, and how many bytes of those that are joined it is good for
-        # at most: when they are counted, they are there twice for a moment.
+        # How large payloads are at most that credit covers where they are rare, and how many bytes of those that are
+        # joined it is good for at most: when they are counted, they are there twice for a moment.
         limit = min(self._max_batch or max_buffered_bytes, max_buffered_bytes)
         self._most_small = max(_SMALL, limit >> 6)
         self._ahead = (max_buffered_bytes >> 3) + 64 * KiB
@@ -1294,21 +1294,21 @@ class Dispatcher:
         """Lock held. Withdraw the credit, and move what the inbox accepted into the runs."""
         s.places = 0
         inbox = s.inbox
+        # From here on every place granted is taken; a nested call that comes after the look at s.mixed appends behind.
         header = self._narrow_locked(s) if len(inbox) < inbox[0][3] else inbox[0]
         for entry in header[4]:
             entry.accepted = True  # the commit that put it here was its acceptance
         if s.storing:
             self._trim_locked(s, header[0], header[5])
-        n = len(inbox)  # before the look at s.mixed: a nested call that comes later appends behind
         if s.mixed:
             self._sort_locked(s)
         elif header[3] > 1:
-            n = min(n, header[3])
+            n = header[3]
             new = inbox[1:n]
             sizes = list(map(len, new))
             nbytes = sum(sizes)
             charge = nbytes if all(new) else nbytes + sizes.count(0)
-            if new and max(sizes) > s.small:
+            if max(sizes) > s.small:
                 self._sort_locked(s)  # one of them is pending, not covered by the credit
             else:
                 header = self._store_locked(s, header, new, sizes, nbytes, charge, (), s.granted_at)

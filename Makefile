@@ -15,10 +15,10 @@ options = $(foreach variable,$(SOAK_VARIABLES),$(if $($(variable)),--$(call lowe
 with = py=$$($(PYTHON) .ci/prepare.py $(1))
 
 .DEFAULT_GOAL := help
-.PHONY: help soak test bench compare instructions coverage lint clean
+.PHONY: help soak test bench compare instructions interleave test-all coverage lint clean
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo 'PYTHON=python3.12 takes another interpreter, ARGS="..." is given on as it stands.'
 	@echo 'make soak also takes DURATION=$(DURATION) and'
@@ -43,6 +43,12 @@ compare: ## the same, and fail when a ratio is worse than recorded by more than 
 
 instructions: ## machine instructions a payload (needs valgrind), and fail when they are more than recorded
 	@exec $(PYTHON) -m soak instructions $(ARGS)
+
+test-all: ## the tests on every interpreter found, and which were not
+	@exec .ci/test-all
+
+interleave: ## stop calls at each of their bytecodes while others run: all pairs, and the broken twins
+	@exec $(PYTHON) -m soak interleave $(ARGS)
 
 # The one place that says how much must be covered.
 define COVERED

@@ -11,9 +11,10 @@ import sys
 from collections.abc import Callable
 
 from soak import bench, instructions, run
+from soak.interleave import command as interleave
 from soak.options import OneLineParser, attach_values
 
-COMMANDS = (run, bench, instructions)
+COMMANDS = (run, bench, instructions, interleave)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -436,9 +436,9 @@ class _State:
 
     __slots__ = (  # noqa: RUF023 - in the order of __init__
         "inbox", "places", "covers", "owner", "phase", "outbox", "left", "mixed", "flush_asked", "shutdown_asked",
-        "leavers", "refused", "heights", "lock", "calm", "runs", "storing", "taken", "small", "granted_at", "pace",
-        "flight_first", "flight", "rejected", "peak", "producers", "resting", "turn", "sentinel", "away", "consumers",
-        "drainers", "announced", "halted", "undelivered", "thread",
+        "leavers", "refused", "heights", "orphans", "lock", "calm", "runs", "storing", "taken", "small", "granted_at",
+        "pace", "flight_first", "flight", "rejected", "peak", "producers", "resting", "turn", "sentinel", "away",
+        "consumers", "drainers", "announced", "halted", "undelivered", "thread",
     )  # fmt: skip
 
     def __init__(self, rlock: Any) -> None:
@@ -453,9 +453,10 @@ class _State:
         self.left = False  # anything
         self.mixed = False  # entries in the inbox
         self.flush_asked = self.shutdown_asked = False
-        self.leavers: list[_Parker] = []  # no longer waiting
+        self.leavers: deque[_Parker] = deque()  # no longer waiting; it needs no memory for one more
         self.refused: list[int] = []  # charges
         self.heights: list[int] = []  # of the buffer, when an entry was accepted
+        self.orphans: list[bytes] = []  # late payloads that their owners could not take out
 
         # Guarded by the lock.
         self.lock = rlock
@@ -530,10 +531,11 @@ class _AsyncBatches:
                     s = d._state
                     parker = _AsyncParker(d._new_lock(), loop, s.outbox)
                 # From a batch being taken to its being returned there is no await, so a cancellation loses none.
-                batch, delay = d._locked(s, d._poll_locked, parker, False)
+                batch, delay = d._locked(s, d._poll_locked, parker, False, [None])
                 if s is not d._state:  # forked, by a signal handler: the batch is the parent's
                     continue
                 if batch is not None:
+                    parker = None  # it has left the queue with the batch
                     return batch
                 timer = None if delay == _FOREVER else loop.call_later(delay, parker.fire)
                 try:
@@ -580,7 +582,9 @@ class Dispatcher:
         # Fixed after init. Primitives are looked up here and not at import, so that monkey-patching comes in time.
         self._interval = _seconds("interval", interval)
         if not 0 < self._interval <= threading.TIMEOUT_MAX:
-            raise ValueError(f"interval must be > 0 and at most {threading.TIMEOUT_MAX} seconds, not {interval!r}")
+            raise ValueError(
+                f"interval must be > 0 and at most {threading.TIMEOUT_MAX} seconds, not {_show(interval, False)}"
+            )
         self._max_buffered = _byte_limit("max_buffered_bytes", max_buffered_bytes)
         self._max_batch = None if max_batch_bytes is None else _byte_limit("max_batch_bytes", max_batch_bytes)
         # Room for how many bytes rouses a resting producer: enough to be worth a switch of threads. 0: none rests.
@@ -624,23 +628,33 @@ class Dispatcher:
             if type(payload) is bytes:
                 s = self._state
                 inbox = s.inbox
-                inbox.append(payload)
-                if len(inbox) <= s.places and len(payload) <= s.covers:  # read in this order (see Theory)
-                    return
-                late = [payload]
+                try:
+                    inbox.append(payload)
+                    if len(inbox) <= s.places and len(payload) <= s.covers:  # read in this order (see Theory)
+                        return
+                    late = [payload]
+                except BaseException as exc:  # an interrupt after the append; or no memory, or no stack, for it
+                    if not isinstance(exc, RecursionError):
+                        self._abandon(s, [payload], None if isinstance(exc, MemoryError) else exc)
+                    raise
                 try:
                     self._enqueue(s, late, timeout)
                 except BaseException as exc:
-                    self._abandon(s, late, exc)
-                    raise
+                    try:
+                        accepted = self._abandon(s, late, exc)
+                    except RecursionError:  # no stack is left for that
+                        s.orphans.extend(late)
+                        raise
+                    if not (accepted and isinstance(exc, MemoryError)):  # else only others were not told
+                        raise
             else:
-                self.enqueue(_own(payload), timeout=timeout)
+                self.enqueue(self._own(payload), timeout=timeout)
 
     def enqueue_many(self, payloads: Iterable[Buffer], *, timeout: float | None = _NO_WAIT) -> int:
         """Accept payloads in order, as `enqueue` would, at a fraction of the cost; return how many.
 
-        One deadline for all. Lists and tuples are admitted 512 at a time; other iterables are read one by one, so that
-        nothing is taken out of them that is not offered. No lock is held while an iterable runs.
+        One deadline for all. Lists and tuples are admitted 512 at a time; other iterables, and subclasses of these, are
+        read one by one, so that nothing is taken out of them that is not offered. No lock is held while they run.
 
         Raises:
             What `enqueue` raises, and what the iterable raises; the exception's `.accepted` says how many of the
@@ -649,7 +663,7 @@ class Dispatcher:
         accepted = [0]  # a list, so that a locked section can say so before an exception ends it
         try:
             deadline = self._deadline(_timeout(timeout))
-            if isinstance(payloads, (list, tuple)):
+            if type(payloads) is list or type(payloads) is tuple:  # a subclass has code of its own, slices of its own
                 for i in range(0, len(payloads), _CHUNK):
                     chunk = payloads[i : i + _CHUNK]
                     done = 0
@@ -658,13 +672,17 @@ class Dispatcher:
                         if ready:
                             done += self._enqueue_chunk(chunk[done:] if done else chunk, deadline, accepted)
                         if done < len(chunk):  # it does not fit, or is to be copied
-                            self._put(_own(chunk[done]), deadline)
-                            accepted[0] += 1
+                            count = accepted[0] + 1  # first: it may need memory
+                            self._put(self._own(chunk[done]), deadline)
+                            accepted[0] = count
                             done += 1
             else:
                 for payload in payloads:
-                    self._put(_own(payload), deadline)
-                    accepted[0] += 1
+                    data = self._own(payload)
+                    del payload  # before CPython 3.13, _reentered makes a frame keep what its locals were
+                    count = accepted[0] + 1
+                    self._put(data, deadline)
+                    accepted[0] = count
         except BaseException as exc:
             with contextlib.suppress(Exception):  # foreign exceptions may have slots
                 exc.accepted = accepted[0] + (getattr(exc, "_accepted_by", None) is self)  # type: ignore[attr-defined]
@@ -710,9 +728,9 @@ class Dispatcher:
             TypeError, ValueError: a bad argument.
         """
         if not callable(handler):
-            raise TypeError(f"handler must be callable, not {handler!r}")
+            raise TypeError(f"handler must be callable, not {_show(handler, False)}")
         if on_error is not None and not callable(on_error):
-            raise TypeError(f"on_error must be callable or None, not {on_error!r}")
+            raise TypeError(f"on_error must be callable or None, not {_show(on_error, False)}")
         push = (handler, on_error, _seconds("exit_timeout", exit_timeout))
         self._spawn(self._state, push)
 
@@ -752,7 +770,7 @@ class Dispatcher:
         if self._locked(s, self._close_locked) or self._inside():
             return
         if not self._wait_delivered(s, _FOREVER, deadline) and self._locked(s, self._give_up_locked):
-            raise DrainTimeout(_claim(s))
+            raise _claim(s, DrainTimeout)
         thread = s.thread
         if thread is not None and thread.is_alive():
             thread.join()  # its last batch is delivered: it only has to return
@@ -768,7 +786,7 @@ class Dispatcher:
         """
         s = self._state
         self._locked(s, self._stop_locked)
-        return _claim(s)
+        return _claim(s, list)
 
     def stats(self) -> Stats:
         """Return a consistent snapshot. May be called from anywhere."""
@@ -793,6 +811,10 @@ class Dispatcher:
         me = self._ident()
         if s.owner == me and self._nested(s):
             raise RuntimeError("called by a signal handler or finalizer that interrupted tempo")
+        if sys.is_finalizing():  # daemon threads never run again, nor give back a lock that they hold or wait for
+            with contextlib.suppress(AttributeError):  # a patched one may have other names
+                if not s.lock._is_owned():
+                    s.lock._at_fork_reinit()
         try:
             with s.lock:
                 try:
@@ -839,8 +861,8 @@ class Dispatcher:
     def _settle_locked(self, s: _State) -> None:
         """Lock held. Derive everything from header, taken and phase; wake whom it concerns; give credit."""
         while s.leavers:
-            self._leave_locked(s, s.leavers[-1])
-            s.leavers.pop()
+            self._leave_locked(s, s.leavers[0])
+            s.leavers.popleft()
         if s.refused:
             n = len(s.refused)
             s.rejected = (s.rejected[0] + n, s.rejected[1] + sum(s.refused[:n]))
@@ -881,17 +903,20 @@ class Dispatcher:
     def _unsettled(self, s: _State) -> bool:
         """Lock held. Whether there is something to count, or an exception may have left something."""
         header = s.inbox[0]
-        return header[3] > 1 or s.mixed or s.storing or bool(header[4])
+        return header[3] > 1 or s.mixed or s.storing or bool(header[4]) or bool(s.orphans)
 
     def _leave(self, s: _State, parker: _Parker | None) -> None:
         """Wait no longer. Callers repeat it when an exception ends it: a parker left behind would get wake-ups."""
         if parker is None or s is not self._state:
             return
-        if self._nested(s):  # a coroutine that is collected in a locked section
-            s.leavers.append(parker)
-            s.left = True
-        else:
-            self._locked(s, self._leave_locked, parker)
+        try:
+            if not self._nested(s):  # else a coroutine that is collected in a locked section
+                self._locked(s, self._leave_locked, parker)
+                return
+        except MemoryError:  # the next section sees to it
+            pass
+        s.leavers.append(parker)
+        s.left = True
 
     def _leave_locked(self, s: _State, parker: _Parker) -> None:
         """Lock held. Take parker out of its queue; settling passes on what it was told."""
@@ -929,12 +954,14 @@ class Dispatcher:
 
         A handler, an iterable, a signal handler: to wait there could be to wait for oneself.
         """
+        if sys.is_finalizing():  # only this thread still runs: nobody would end its wait
+            return True
         frame: FrameType | None = sys._getframe(1)
         own = True  # still in the frames of this call
         while frame is not None:
             if frame.f_globals is not _GLOBALS:
                 own = False
-            elif frame.f_code is _CONSUME_CODE:  # the handler may be a method of this module
+            elif frame.f_code is _HANDLE_CODE:  # the handler may be a method of this module
                 own = False
                 if frame.f_locals.get("self") is self:
                     return True
@@ -947,6 +974,30 @@ class Dispatcher:
         return self._clock() + timeout if timeout else 0.0
 
     # -- Admission ---------------------------------------------------------------------------------------------------
+
+    def _own(self, payload: Any) -> bytes:
+        """The payload as exact bytes: itself, or a copy. Runs foreign code (`__buffer__`), so without a lock."""
+        if type(payload) is bytes:
+            return payload
+        try:
+            view = memoryview(payload)
+        except TypeError:
+            raise TypeError(f"payload must be a bytes-like object, not {_show(payload)}") from None
+        with view:
+            if not view.c_contiguous:
+                raise TypeError(f"payload must be C-contiguous, not {_show(payload)}")
+            if view.nbytes > self._max_buffered:  # there may be no memory for a copy
+                raise self._never(view.nbytes)
+            return view.tobytes()
+
+    def _never(self, charge: int) -> Error:
+        """Count a refused payload that will never fit, and return why."""
+        s = self._state
+        if not self._nested(s):
+            return self._locked(s, self._refusal_locked, charge)
+        s.refused.append(charge)
+        s.left = True
+        return self._refusal(s, charge, 0)
 
     def _put(self, data: bytes, deadline: float) -> None:
         """As enqueue, with a deadline (0: do not wait)."""
@@ -971,13 +1022,20 @@ class Dispatcher:
         if s.thread is None and self._push is not None:
             self._respawn(s)
 
-    def _abandon(self, s: _State, late: list[bytes], exc: BaseException) -> None:
-        """Take out what an interrupted call has appended."""
+    def _abandon(self, s: _State, late: list[bytes], exc: BaseException | None) -> bool:
+        """Take out what an interrupted call has appended; tell exc, and return, whether it was accepted before."""
         if late and s is self._state:
-            nested = self._nested(s)
-            found = self._withdraw_nested(s, late) if nested else self._locked(s, self._abandon_locked, late)
-            if not found:
+            try:
+                nested = self._nested(s)
+                found = self._withdraw_nested(s, late) if nested else self._locked(s, self._abandon_locked, late)
+            except BaseException:  # interrupted again: the next count takes it out
+                s.orphans.extend(late)
+                late.clear()
+                raise
+            if not found and exc is not None:
                 _note_accepted(exc, self)
+                return True
+        return False
 
     def _late_locked(self, s: _State, late: list[bytes], waiting: list[_Parker] | None) -> float | None:
         """Lock held. See whether a late payload was accepted; else go on as _admit_locked."""
@@ -995,7 +1053,10 @@ class Dispatcher:
             s.small = len(data)
         pause = self._admit_locked(s, data, waiting)
         if pause is None:
-            late.append(data)  # so that _abandon sees that it was counted
+            try:  # noqa: SIM105 - suppress needs memory itself
+                late.append(data)  # so that _abandon sees that it was counted
+            except MemoryError:
+                pass
         return pause
 
     def _rest_locked(self, s: _State, waiting: list[_Parker] | None) -> float | None:
@@ -1105,8 +1166,9 @@ class Dispatcher:
                         self._put(parker.entry.data, deadline)
                     return
                 pause = self._locked(s, self._queue_locked, parker, over)
-        except BaseException as exc:
-            for parker in waiting:
+        except BaseException:
+            while waiting:  # once; a for would need memory
+                parker = waiting.pop()
                 try:
                     self._leave(s, parker)
                 except BaseException:
@@ -1114,7 +1176,7 @@ class Dispatcher:
                     raise
                 finally:  # no longer in the queue: whether it was accepted is certain now
                     if parker.entry.accepted:
-                        _note_accepted(exc, self)
+                        _note_accepted(sys.exc_info()[1], self)  # that of the second interrupt, if there was one
             raise
 
     def _queue_locked(self, s: _State, parker: _Parker, over: bool) -> float | None:
@@ -1175,7 +1237,10 @@ class Dispatcher:
                 inbox[::-1] = [*pending, header]  # fails if the inbox has grown: then the room may be gone
             except ValueError:
                 continue
-            self._stored_locked(s)
+            try:  # noqa: SIM105 - suppress needs memory itself
+                self._stored_locked(s)
+            except MemoryError:  # they are accepted; the next count does it again
+                pass
             return True
 
     def _enqueue_chunk(self, chunk: Sequence[bytes], deadline: float, accepted: list[int]) -> int:
@@ -1195,13 +1260,15 @@ class Dispatcher:
         self._count_locked(s)
         if s.phase is not _RUNNING or (wait and s.producers):
             return 0
+        count = accepted[0] + len(chunk)
         while not self._commit_locked(s, chunk, sizes, (size := sum(sizes)), size + sizes.count(0)):
             charges = list(accumulate(size or 1 for size in sizes))
             n = bisect_right(charges, self._max_buffered - self._held(s))
             if not n:
                 return 0
             chunk, sizes = chunk[:n], sizes[:n]
-        accepted[0] += len(chunk)
+            count = accepted[0] + n
+        accepted[0] = count  # made before: it may need memory
         return len(chunk)
 
     def _admit_nested(self, s: _State, data: bytes) -> None:
@@ -1314,6 +1381,9 @@ class Dispatcher:
                 header = self._store_locked(s, header, new, sizes, nbytes, charge, (), s.granted_at)
                 inbox[:n] = [header]
                 self._stored_locked(s)
+        while s.orphans:
+            self._withdraw_locked(s, s.orphans[:1])
+            del s.orphans[0]
 
     def _narrow_locked(self, s: _State) -> Any:
         """Lock held. Take back the places that are still empty: nested calls must not take what comes for accepted."""
@@ -1450,11 +1520,19 @@ class Dispatcher:
         if self._nested(s):
             raise queue.Empty
         over = self._clock() >= deadline
+        held: list[Batch | None] = [None]  # what was taken, though an exception came then
         try:
             while True:
                 if s is not self._state:  # forked by a signal handler: the child's queue is another
+                    if push:  # or a greenlet that the fork copied: the child has a handler of its own
+                        raise Stopped("forked")
                     s, parker = self._state, None
-                batch, delay = self._locked(s, self._poll_locked, parker, push)
+                try:
+                    batch, delay = self._locked(s, self._poll_locked, parker, push, held)
+                except MemoryError:
+                    if held[0] is None:
+                        raise
+                    return held[0]  # only others were not told
                 if batch is not None and s is self._state:  # else forked, by a signal handler: it is the parent's
                     parker = None  # it has left the queue with the batch
                     return batch
@@ -1471,13 +1549,15 @@ class Dispatcher:
                 self._leave(s, parker)
                 raise
 
-    def _poll_locked(self, s: _State, parker: _Parker | None, push: bool) -> tuple[Batch | None, float]:
+    def _poll_locked(
+        self, s: _State, parker: _Parker | None, push: bool, held: list[Batch | None]
+    ) -> tuple[Batch | None, float]:
         """Lock held. Take a batch if one is due; else stand in the queue, and say how long to wait (the timer)."""
         self._count_locked(s)
-        batch = self._take_locked(s, push)
+        batch = self._take_locked(s, push, held)
         if batch is None and s.producers and s.phase is _RUNNING:  # nothing else will make room
             self._serve_locked(s)
-            batch = self._take_locked(s, push)
+            batch = self._take_locked(s, push, held)
         if batch is not None:
             if parker is not None:
                 self._leave_locked(s, parker)
@@ -1496,8 +1576,13 @@ class Dispatcher:
                 delay = max(0.0, born + self._interval - self._clock())
         return None, delay
 
-    def _take_locked(self, s: _State, push: bool, discard: list[tuple[int, Batch]] | None = None) -> Batch | None:
-        """Lock held, after a count. Build the front batch if it is closed or due, and release its bytes."""
+    def _take_locked(
+        self, s: _State, push: bool, held: list[Batch | None], discard: list[tuple[int, Batch]] | None = None
+    ) -> Batch | None:
+        """Lock held, after a count. Build the front batch if it is closed or due, and release its bytes.
+
+        held[0]: where to put it as well, for a caller that an exception keeps from getting it.
+        """
         items, _, _, _, _, first, _, born = s.inbox[0]
         t = s.taken
         if t.items == first:
@@ -1512,14 +1597,16 @@ class Dispatcher:
         after = t.items + n
         taken = (after, t.nbytes + nbytes, t.charge + charge)
         if push:
+            now = _Taken(*taken, n, charge, *t[5:9], t.batches + 1)
             s.flight = batch
             s.flight_first = t.items
-            s.taken = _Taken(*taken, n, charge, *t[5:9], t.batches + 1)
         elif discard is not None:
+            now = _Taken(*taken, *t[3:5], t.discarded_items + n, t.discarded_charge + charge, *t[7:])
             discard.append((t.items, batch))
-            s.taken = _Taken(*taken, *t[3:5], t.discarded_items + n, t.discarded_charge + charge, *t[7:])
         else:
-            s.taken = _Taken(*taken, *t[3:9], t.batches + 1)
+            now = _Taken(*taken, *t[3:9], t.batches + 1)
+        s.taken = now  # from here to the store nothing can fail
+        held[0] = batch
         while s.runs and s.runs[0].start + len(s.runs[0].sizes) <= after:
             s.runs.popleft()
         s.away = False
@@ -1644,15 +1731,17 @@ class Dispatcher:
         if s.thread is thread:
             s.thread = None
 
-    def _consume(self, until: float = _FOREVER) -> None:
+    def _consume(self, until: float | None = None) -> None:
         """Call the handler for each batch until the dispatcher stops (or until a time, at exit)."""
         s, push = self._state, self._push
-        if push is None or (until == _FOREVER and s.thread is not threading.current_thread()):
+        if push is None or (until is None and s.thread is not threading.current_thread()):
             return  # start has raised, and been undone
         handler, on_error, _ = push
         while s is self._state:  # else the handler has forked, and this is the child
+            if until is not None and self._clock() >= until:
+                return
             try:
-                batch = self._next(until, True)
+                held = [self._next(_FOREVER if until is None else until, True)]
             except (Stopped, queue.Empty):
                 return
             except Exception as exc:  # MemoryError: the thread must go on
@@ -1660,22 +1749,30 @@ class Dispatcher:
                 if flight is None:  # the batch is still there
                     self._pause(exc)
                     continue
-                batch = flight  # taken; only others were not told
+                held = [flight]  # taken; only others were not told
                 del flight
             s.flight = None
-            failed = False
-            try:
-                handler(batch)
-            except BaseException as exc:  # SystemExit too: a handler never ends the thread
-                failed = True
-                self._report(exc, batch, on_error)
-            del batch  # or it would be held while waiting for the next
+            failed = self._handle(handler, on_error, held)
             while s is self._state:
                 try:
                     self._locked(s, self._landed_locked, failed)
                     break
                 except Exception as exc:  # MemoryError
                     self._pause(exc)
+
+    def _handle(self, handler: _Handler, on_error: _OnError | None, held: list[Batch]) -> bool:
+        """Call the handler with the batch that is held; return whether it raised.
+
+        Only this frame has the batch in a local: before CPython 3.13, _reentered makes a frame keep what its locals
+        were, and that of _consume would keep the batch while it waits for the next one.
+        """
+        batch = held.pop()
+        try:
+            handler(batch)
+        except BaseException as exc:  # SystemExit too: a handler never ends the thread
+            self._report(exc, batch, on_error)
+            return True
+        return False
 
     def _pause(self, exc: Exception) -> None:
         """Tell of an exception that should pass, and wait a little."""
@@ -1792,7 +1889,7 @@ class Dispatcher:
         batches = s.undelivered[0]
         while batches and batches[-1][0] >= s.taken.items:
             batches.pop()
-        while self._take_locked(s, False, batches) is not None:
+        while self._take_locked(s, False, [None], batches) is not None:
             pass
 
     # -- Looking at it -----------------------------------------------------------------------------------------------
@@ -1885,12 +1982,16 @@ def _expectant(s: _State) -> bool:
     return any(not parker.woken for parker in _timers(s))
 
 
-def _claim(s: _State) -> list[Batch]:
+def _claim(s: _State, into: Callable[[list[Batch]], _T]) -> _T:
     """Without the lock, when the section that took them has ended: the batches that stop returns, to one caller."""
     try:
-        return [batch for _, batch in s.undelivered.pop()]
-    except IndexError:  # another has them
-        return []
+        batches = s.undelivered[0]
+        mine = into([batch for _, batch in batches])  # first: without memory for it they stay for the next caller
+        if s.undelivered.pop() is batches:
+            return mine
+    except IndexError:
+        pass
+    return into([])  # another has them
 
 
 def _first_cut(runs: Iterable[_Run], front: int) -> int:
@@ -1936,40 +2037,26 @@ def _place(inbox: list[Any], data: bytes) -> int:
     return 0
 
 
-def _note_accepted(exc: BaseException, dispatcher: Dispatcher) -> None:
+def _note_accepted(exc: Any, dispatcher: Dispatcher) -> None:
     """Tell enqueue_many that the payload was accepted, though the call ended by an exception."""
     with contextlib.suppress(Exception):  # foreign exceptions may have slots
-        exc._accepted_by = dispatcher  # type: ignore[attr-defined]
+        exc._accepted_by = dispatcher
 
 
-def _show(value: object) -> str:
-    """A value for an error message, cut to a line's length."""
+def _show(value: object, kind: bool = True) -> str:
+    """A value for an error message, cut to a line's length; kind: with the name of its type."""
     try:
-        text = f"{type(value).__name__}: {value!r}"
-    except Exception:  # a repr may do anything
+        text = f"{type(value).__name__}: {value!r}" if kind else repr(value)
+    except Exception:  # a repr may do anything, and that of an int refuses more than 4,300 digits
         return type(value).__name__
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _own(payload: Any) -> bytes:
-    """The payload as an exact bytes object: itself, or a copy. Runs foreign code (`__buffer__`), so without a lock."""
-    if type(payload) is bytes:
-        return payload
-    try:
-        view = memoryview(payload)
-    except TypeError:
-        raise TypeError(f"payload must be a bytes-like object, not {_show(payload)}") from None
-    with view:
-        if not view.c_contiguous:
-            raise TypeError(f"payload must be C-contiguous, not {_show(payload)}")
-        return view.tobytes()
 
 
 def _seconds(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number of seconds, not {_show(value)}")
     if not value >= 0:
-        raise ValueError(f"{name} must be >= 0 seconds, not {value!r}")
+        raise ValueError(f"{name} must be >= 0 seconds, not {_show(value, False)}")
     return float(value) if value <= threading.TIMEOUT_MAX else _FOREVER
 
 
@@ -1986,14 +2073,14 @@ def _byte_limit(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, not {_show(value)}")
     if value <= 0:
-        raise ValueError(f"{name} must be > 0 bytes, not {value!r}")
+        raise ValueError(f"{name} must be > 0 bytes, not {_show(value, False)}")
     return value
 
 
 # One hook each for fork and exit; the set keeps no dispatcher alive.
 _GLOBALS = globals()
 _LOCKED_CODE = Dispatcher._locked.__code__
-_CONSUME_CODE = Dispatcher._consume.__code__
+_HANDLE_CODE = Dispatcher._handle.__code__
 _DISPATCHERS: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
 # The lock of all dispatchers, by what made it: that may be monkey-patched meanwhile.
 _LOCKS: dict[Any, Any] = {}

@@ -55,6 +55,8 @@ from soak import rows as soak_rows
 from soak import units, verdict
 from soak import worker as soak_worker
 from soak.config import Config
+from soak.hostile import CASES as HOSTILE
+from soak.hostile import command as soak_hostile
 from soak.interleave import schedule as soak_schedule
 from soak.interleave import twins as soak_twins
 from soak.interleave import walk as soak_walk
@@ -3572,6 +3574,107 @@ good.enqueue(b"y")
     assert (done.returncode, done.stdout, done.stderr) == (0, "good", "")
 
 
+# Exit: finalizers when daemon threads are frozen, children that cannot start a thread
+
+FROZEN = """
+import gc, os, threading
+import tempo
+
+class Finalizer:
+    def __init__(self, call):
+        self.call = call
+        self.me = self  # a cycle, which the interpreter's last collection finds
+
+    def __del__(self):
+        try:
+            os.write(1, repr(self.call()).encode() + b"\\n")
+        except Exception as exc:
+            os.write(1, type(exc).__name__.encode() + b"\\n")
+
+gc.disable()
+d = tempo.Dispatcher(interval=60, max_buffered_bytes=5)
+d.enqueue(b"12345")
+"""
+
+
+@pytest.mark.skipif(sys.implementation.name != "cpython", reason="finalizers run at exit on CPython alone")
+def test_a_finalizer_at_exit_goes_on_where_a_daemon_thread_was_frozen_with_the_lock() -> None:
+    done = run_python(
+        "-c",
+        FROZEN
+        + """
+held = threading.Event()
+def hold(s):
+    held.set()
+    threading.Event().wait()
+
+threading.Thread(target=d._locked, args=(d._state, hold), daemon=True).start()
+held.wait()
+threading.Thread(target=d.stats, daemon=True).start()
+Finalizer(lambda: d.stats().buffered)
+Finalizer(lambda: d.enqueue(b"6"))
+""",
+    )
+    assert (done.returncode, done.stdout.splitlines(), done.stderr) == (0, ["1", "QueueFull"], "")
+
+
+@pytest.mark.skipif(sys.implementation.name != "cpython", reason="finalizers run at exit on CPython alone")
+def test_a_finalizer_at_exit_never_waits() -> None:
+    done = run_python(
+        "-c",
+        FROZEN
+        + """
+Finalizer(lambda: d.enqueue(b"6", timeout=None))
+Finalizer(lambda: d.flush())
+Finalizer(lambda: d.shutdown())
+""",
+    )
+    assert (done.returncode, done.stdout.splitlines(), done.stderr) == (0, ["QueueFull", "False", "None"], "")
+
+
+NO_THREAD = """
+def no_thread(self):
+    raise RuntimeError("can't start new thread")
+"""
+
+
+@needs_fork
+def test_at_exit_a_child_without_the_handlers_thread_drains_without_a_limit() -> None:
+    lines = forking(
+        NO_THREAD
+        + """
+d = tempo.Dispatcher(interval=60, max_buffered_bytes=1024)
+d.start(lambda batch: os.write(1, repr(batch.tolist()).encode() + b"\\n"), exit_timeout=float("inf"))
+pid = os.fork()
+if pid == 0:
+    signal.alarm(15)
+    threading.Thread.start = no_thread
+    d.enqueue(b"child")
+else:
+    os.write(1, b"%d\\n" % os.waitpid(pid, 0)[1])
+"""
+    )
+    assert lines == ["[b'child']", "0"]
+
+
+@needs_fork
+def test_at_exit_a_child_without_the_handlers_thread_drains_until_exit_timeout() -> None:
+    lines = forking(
+        NO_THREAD
+        + """
+d = tempo.Dispatcher(interval=60, max_buffered_bytes=1024, max_batch_bytes=1)
+d.start(lambda batch: (os.write(1, b"x\\n"), time.sleep(0.05)), exit_timeout=0.1)
+pid = os.fork()
+if pid == 0:
+    threading.Thread.start = no_thread
+    d.enqueue_many([b"x"] * 200)
+else:
+    os.waitpid(pid, 0)
+"""
+    )
+    assert 0 < len(lines) < 200
+
+
 # Idle: nobody is woken
 
 
@@ -5653,8 +5756,8 @@ def test_a_waiting_payload_stays_when_a_nested_call_takes_the_room() -> None:
     wait_until(lambda: d.stats().waiting_producers == 1)
     take = tempo.Dispatcher._take_locked
 
-    def take_and(self: tempo.Dispatcher, s: Any, push: bool) -> tempo.Batch | None:
-        batch = take(self, s, push)
+    def take_and(*args: Any) -> tempo.Batch | None:
+        batch = take(*args)
         if batch is not None:
             d.enqueue(b"n" * 60)  # as a signal handler could, before the section comes to serve the waiter
         return batch
@@ -6206,7 +6309,7 @@ def test_batches_go_to_one_of_those_who_stop() -> None:
     d.enqueue_many([b"one", b"two"])
     first: list[list[tempo.Batch]] = []
 
-    with around("_stop_locked", after=lambda: first.append(Worker(tempo._claim, d._state).result())):
+    with around("_stop_locked", after=lambda: first.append(Worker(tempo._claim, d._state, list).result())):
         assert d.stop() == []
 
     assert payloads(first[0]) == [b"one", b"two"]
@@ -6230,6 +6333,51 @@ def test_payloads_accepted_before_an_interrupt_are_counted(kind: Callable[[list[
     accepted = d.stats().accepted
     assert caught.value.accepted == accepted > 0  # type: ignore[attr-defined]
     assert payloads(d.stop()) == items[:accepted]
+
+
+@contextlib.contextmanager
+def raising_after_the_append(error: type[BaseException]) -> Iterator[None]:
+    """End the next call of enqueue by an exception that comes when its payload was appended."""
+    errors = [error]
+
+    def len_or_error(of: Any) -> int:
+        if errors:
+            raise errors.pop()
+        return len(of)
+
+    with mock.patch.object(tempo, "len", len_or_error, create=True), pytest.raises(error):
+        yield
+
+
+@LIMITS
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("size", [10, 90], ids=["covered", "larger than credit covers"])
+def test_a_payload_that_was_appended_when_an_interrupt_came_is_taken_out_again(
+    limit: int, error: type[BaseException], size: int
+) -> None:
+    d = make(max_buffered_bytes=limit)
+    d._state.small = 20
+    with raising_after_the_append(error):
+        d.enqueue(bytes(size))
+
+    assert len(d._state.inbox) == 1
+    d.enqueue(b"next")
+    assert conserved(d).accepted == 1
+    assert payloads(d.stop()) == [b"next"]
+
+
+def test_a_payload_that_credit_covered_when_an_interrupt_came_is_accepted_and_counted() -> None:
+    d = make(max_buffered_bytes=LARGE)
+    d.enqueue(b"first")
+    with raising_after_the_append(KeyboardInterrupt):
+        try:
+            d.enqueue_many(iter([b"second", b"third"]))
+        except KeyboardInterrupt as exc:
+            assert exc.accepted == 1  # type: ignore[attr-defined]
+            raise
+
+    assert conserved(d).accepted == 2
+    assert payloads(d.stop()) == [b"first", b"second"]
 
 
 def test_a_late_payload_that_another_counted_is_counted_when_an_interrupt_ends_its_call() -> None:
@@ -6817,3 +6965,16 @@ def test_a_place_that_is_none_is_one_line_that_names_it(place: str, capsys: pyte
         soak_main.main(["interleave", "--replay", place])
     assert caught.value.code == 2
     assert repr(place) in capsys.readouterr().err
+
+
+# Hostile cases, a sample of each in a process of its own (`make hostile` runs the whole)
+
+soak_hostile.load()
+
+
+@pytest.mark.parametrize("name", list(HOSTILE))
+def test_nothing_hostile_breaks_it(name: str) -> None:
+    outcome = soak_hostile.attempt(HOSTILE[name], 0.02)
+    if outcome.status == "left out":
+        pytest.skip(outcome.note)
+    assert outcome.status == "pass", outcome.note

@@ -11,10 +11,11 @@ import sys
 from collections.abc import Callable
 
 from soak import bench, instructions, run
+from soak.hostile import command as hostile
 from soak.interleave import command as interleave
 from soak.options import OneLineParser, attach_values
 
-COMMANDS = (run, bench, instructions, interleave)
+COMMANDS = (run, bench, instructions, hostile, interleave)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -26,11 +26,11 @@ class Twin(NamedTuple):
 TWINS: list[Twin] = [
     Twin(
         "the length is looked at before the append, and not again",
-        """                inbox.append(payload)
-                if len(inbox) <= s.places and len(payload) <= s.covers:""",
-        """                covered = len(inbox) < s.places and len(payload) <= s.covers
-                inbox.append(payload)
-                if covered:""",
+        """                    inbox.append(payload)
+                    if len(inbox) <= s.places and len(payload) <= s.covers:""",
+        """                    covered = len(inbox) < s.places and len(payload) <= s.covers
+                    inbox.append(payload)
+                    if covered:""",
         "enqueue / stop in 'plenty",
     ),
     Twin(

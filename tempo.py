@@ -84,6 +84,7 @@ _STRIDE: Final = 64  # payloads among which the end of a batch is looked for
 _UINT: Final = 1 << 32  # the first size that four bytes do not hold
 _PACE_ITEMS: Final = 64  # payloads over which their pace is measured
 _REST_FLOOR: Final = 64 * KiB  # producers do not rest where the buffer is smaller
+_FORK_PATIENCE: Final = 1.0  # seconds for which a fork in a wait for the lock waits for it
 _PATIENCE: Final = 0.01  # seconds for which resting producers trust that consumers come
 
 _RUNNING: Final = "running"
@@ -128,7 +129,7 @@ _T = TypeVar("_T")
 # If it is not covered, the payload is pending; its owner takes the lock, counts, and looks: if it has left the inbox,
 # it was counted, and so accepted; if credit is renewed and covers it, it is accepted; else the owner takes it out
 # (after a count, when nothing is granted: or a pending one could move into a place that is) and goes the exact way.
-# (Two threads that enqueue the very same object may swap outcomes and places: the sum is the same.)
+# What it cannot take out (interrupted again, no stack) is an orphan; the next count, when nothing is granted, does it.
 # What must be atomic: list.append, len(list), del list[i], list slices read and assigned, attribute loads and stores:
 # under the GIL, and in a build without it, where each takes the list's own lock and is sequentially consistent.
 #
@@ -148,10 +149,10 @@ _T = TypeVar("_T")
 # Each turn's worth of bytes taken rouses the first.  A producer that renews its credit rests too when the buffer is
 # half full and a consumer is about.  One resting producer, the sentinel, looks every _PATIENCE that turns come, else it
 # rouses all.  Consumers wait in s.consumers: the first thread, and coroutines before it, are timers for the open batch.
-# flush and shutdown wait in s.drainers.  A call from inside tempo (handler, iterable, signal) never waits: its own
-# thread could be the one that makes room.
+# flush and shutdown wait in s.drainers.  A call from inside tempo never waits: its thread may be the one to make room.
 #
-# States.  running -> shutting_down -> stopped, or running -> stopped; never back.
+# States.  running -> shutting_down -> stopped, or running -> stopped; never back.  A fork by a signal handler in a wait
+# for the lock gets the lock first, or the child could not free it.  At exit, daemon threads that stand still lose it.
 
 
 class Error(Exception):
@@ -435,8 +436,8 @@ class _State:
     """Everything that a fork replaces."""
 
     __slots__ = (  # noqa: RUF023 - in the order of __init__
-        "inbox", "places", "covers", "owner", "phase", "outbox", "left", "mixed", "flush_asked", "shutdown_asked",
-        "leavers", "refused", "heights", "orphans", "lock", "calm", "runs", "storing", "taken", "small", "granted_at",
+        "inbox", "places", "covers", "owner", "phase", "outbox", "orphans", "leavers", "left", "mixed", "flush_asked",
+        "shutdown_asked", "refused", "heights", "lock", "calm", "runs", "storing", "taken", "small", "granted_at",
         "pace", "flight_first", "flight", "rejected", "peak", "producers", "resting", "turn", "sentinel", "away",
         "consumers", "drainers", "announced", "halted", "undelivered", "thread",
     )  # fmt: skip
@@ -449,14 +450,14 @@ class _State:
         self.owner = 0  # identity of the thread in a locked section; only that thread compares equal
         self.phase = _RUNNING  # changed under the lock
         self.outbox: deque[Callable[[], object]] = deque()  # wake-ups of coroutines, made after the lock is released
+        self.orphans: list[bytes] = []  # late payloads that their owners could not take out: the next count does
+        self.leavers: deque[_Parker] = deque()  # no longer waiting; it needs no memory for one more
         # What nested calls leave to the lock's holder, which is their own thread.
         self.left = False  # anything
         self.mixed = False  # entries in the inbox
         self.flush_asked = self.shutdown_asked = False
-        self.leavers: deque[_Parker] = deque()  # no longer waiting; it needs no memory for one more
         self.refused: list[int] = []  # charges
         self.heights: list[int] = []  # of the buffer, when an entry was accepted
-        self.orphans: list[bytes] = []  # late payloads that their owners could not take out
 
         # Guarded by the lock.
         self.lock = rlock
@@ -531,7 +532,7 @@ class _AsyncBatches:
                     s = d._state
                     parker = _AsyncParker(d._new_lock(), loop, s.outbox)
                 # From a batch being taken to its being returned there is no await, so a cancellation loses none.
-                batch, delay = d._locked(s, d._poll_locked, parker, False, [None])
+                batch, delay = d._poll(s, parker, False)
                 if s is not d._state:  # forked, by a signal handler: the batch is the parent's
                     continue
                 if batch is not None:
@@ -546,6 +547,9 @@ class _AsyncBatches:
         except Stopped:
             self.thread = 0
             raise StopAsyncIteration from None
+        except BaseException:  # cancelled: the loop is left, though the iterator may live on
+            self.thread = 0
+            raise
         finally:
             try:
                 d._leave(s, parker)
@@ -645,7 +649,7 @@ class Dispatcher:
                     except RecursionError:  # no stack is left for that
                         s.orphans.extend(late)
                         raise
-                    if not (accepted and isinstance(exc, MemoryError)):  # else only others were not told
+                    if not (accepted and isinstance(exc, (MemoryError, RecursionError))):  # else it came after that
                         raise
             else:
                 self.enqueue(self._own(payload), timeout=timeout)
@@ -826,6 +830,8 @@ class Dispatcher:
                         self._disown_locked(s, me)
                     except MemoryError:  # perhaps for a moment: to do it again makes it good
                         self._disown_locked(s, me)
+                    except RecursionError:  # the caller has used up the stack; but the work is done
+                        _with_more_stack(s, self._disown_locked, s, me)
                     except BaseException:  # KeyboardInterrupt: what is left undone would wake nobody
                         self._disown_locked(s, me)
                         raise
@@ -1027,7 +1033,12 @@ class Dispatcher:
         if late and s is self._state:
             try:
                 nested = self._nested(s)
-                found = self._withdraw_nested(s, late) if nested else self._locked(s, self._abandon_locked, late)
+                try:
+                    found = self._withdraw_nested(s, late) if nested else self._locked(s, self._abandon_locked, late)
+                except RecursionError:
+                    if nested:
+                        raise
+                    found = _with_more_stack(s, self._locked, s, self._abandon_locked, late)
             except BaseException:  # interrupted again: the next count takes it out
                 s.orphans.extend(late)
                 late.clear()
@@ -1158,7 +1169,8 @@ class Dispatcher:
             deadline = self._clock() + _timeout(timeout)
             parker = waiting[0]
             while pause is not None:
-                over = parker.park(pause, deadline - self._clock())
+                # Forked in the section, by a signal handler, it is in a queue that nobody looks at.
+                over = s is self._state and parker.park(pause, deadline - self._clock())
                 if parker.roused:
                     return
                 if s is not self._state:  # forked by a signal handler: the child's queue is another
@@ -1239,7 +1251,7 @@ class Dispatcher:
                 continue
             try:  # noqa: SIM105 - suppress needs memory itself
                 self._stored_locked(s)
-            except MemoryError:  # they are accepted; the next count does it again
+            except MemoryError:  # they are accepted; the next count does it again (I2)
                 pass
             return True
 
@@ -1520,19 +1532,13 @@ class Dispatcher:
         if self._nested(s):
             raise queue.Empty
         over = self._clock() >= deadline
-        held: list[Batch | None] = [None]  # what was taken, though an exception came then
         try:
             while True:
                 if s is not self._state:  # forked by a signal handler: the child's queue is another
                     if push:  # or a greenlet that the fork copied: the child has a handler of its own
                         raise Stopped("forked")
                     s, parker = self._state, None
-                try:
-                    batch, delay = self._locked(s, self._poll_locked, parker, push, held)
-                except MemoryError:
-                    if held[0] is None:
-                        raise
-                    return held[0]  # only others were not told
+                batch, delay = self._poll(s, parker, push)
                 if batch is not None and s is self._state:  # else forked, by a signal handler: it is the parent's
                     parker = None  # it has left the queue with the batch
                     return batch
@@ -1540,7 +1546,7 @@ class Dispatcher:
                     raise queue.Empty
                 if parker is None:
                     parker = _Parker(self._new_lock())
-                else:
+                elif s is self._state:  # else forked in the section: nobody would wake it
                     over = parker.park(delay, deadline - self._clock())
         finally:
             try:
@@ -1548,6 +1554,17 @@ class Dispatcher:
             except BaseException:
                 self._leave(s, parker)
                 raise
+
+    def _poll(self, s: _State, parker: _Parker | None, push: bool) -> tuple[Batch | None, float]:
+        """As _poll_locked; a batch that was taken is returned also when memory was lacking after that."""
+        held: list[Batch | None] = [None]
+        try:
+            return self._locked(s, self._poll_locked, parker, push, held)
+        except MemoryError:
+            if held[0] is None:
+                raise
+            self._leave(s, parker)
+            return held[0], 0.0  # only others were not told
 
     def _poll_locked(
         self, s: _State, parker: _Parker | None, push: bool, held: list[Batch | None]
@@ -1577,11 +1594,15 @@ class Dispatcher:
         return None, delay
 
     def _take_locked(
-        self, s: _State, push: bool, held: list[Batch | None], discard: list[tuple[int, Batch]] | None = None
+        self,
+        s: _State,
+        push: bool,
+        held: list[Batch | None] | None = None,
+        discard: list[tuple[int, Batch]] | None = None,
     ) -> Batch | None:
         """Lock held, after a count. Build the front batch if it is closed or due, and release its bytes.
 
-        held[0]: where to put it as well, for a caller that an exception keeps from getting it.
+        held: where to put it as well, for a caller that an exception keeps from getting it.
         """
         items, _, _, _, _, first, _, born = s.inbox[0]
         t = s.taken
@@ -1605,8 +1626,9 @@ class Dispatcher:
             discard.append((t.items, batch))
         else:
             now = _Taken(*taken, *t[3:9], t.batches + 1)
-        s.taken = now  # from here to the store nothing can fail
-        held[0] = batch
+        s.taken = now  # from the discard or flight on, nothing could fail
+        if held is not None:
+            held[0] = batch
         while s.runs and s.runs[0].start + len(s.runs[0].sizes) <= after:
             s.runs.popleft()
         s.away = False
@@ -1834,7 +1856,7 @@ class Dispatcher:
                 if parker is None:
                     parker = _Parker(self._new_lock())
                     parker.target = target
-                else:
+                elif s is self._state:  # else forked in the section: nobody would wake it
                     over = parker.park(_FOREVER, deadline - self._clock())
             return True  # forked by a signal handler: what was accepted is the parent's
         finally:
@@ -1889,7 +1911,7 @@ class Dispatcher:
         batches = s.undelivered[0]
         while batches and batches[-1][0] >= s.taken.items:
             batches.pop()
-        while self._take_locked(s, False, [None], batches) is not None:
+        while self._take_locked(s, False, discard=batches) is not None:
             pass
 
     # -- Looking at it -----------------------------------------------------------------------------------------------
@@ -2037,6 +2059,22 @@ def _place(inbox: list[Any], data: bytes) -> int:
     return 0
 
 
+def _with_more_stack(s: _State, work: Callable[..., _T], *args: Any) -> _T:
+    """Call work(*args) for a caller who has used up the stack. The limit is everybody's: one thread at a time."""
+    with s.lock:
+        limit = sys.getrecursionlimit()
+        _one_frame()  # or the limit could not be put back: it is not set below the frames there are
+        sys.setrecursionlimit(limit + 100)
+        try:
+            return work(*args)
+        finally:
+            sys.setrecursionlimit(limit)
+
+
+def _one_frame() -> None:
+    """Raise RecursionError when the stack has no room for one more."""
+
+
 def _note_accepted(exc: Any, dispatcher: Dispatcher) -> None:
     """Tell enqueue_many that the payload was accepted, though the call ended by an exception."""
     with contextlib.suppress(Exception):  # foreign exceptions may have slots
@@ -2084,6 +2122,8 @@ _HANDLE_CODE = Dispatcher._handle.__code__
 _DISPATCHERS: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
 # The lock of all dispatchers, by what made it: that may be monkey-patched meanwhile.
 _LOCKS: dict[Any, Any] = {}
+# By thread: of each fork under way, one in another's hooks last, the locks that it has taken.
+_FORKS: dict[int, list[list[Any]]] = {}
 
 
 def _dispatchers() -> list[Dispatcher]:
@@ -2094,8 +2134,36 @@ def _dispatchers() -> list[Dispatcher]:
             continue
 
 
+def _before_fork() -> None:
+    """Where a signal handler forks in a wait for the lock, get it first: that wait must end in the child too.
+
+    There RLock cannot be freed of a thread that has just got it and not yet the GIL: it says that nobody holds it.
+    """
+    taken = []
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not _LOCKED_CODE:
+        frame = frame.f_back
+    if frame is not None and not sys.is_finalizing():
+        for lock in list(_LOCKS.values()):
+            if lock.acquire(True, _FORK_PATIENCE):  # its holder may wait for what another hook has taken
+                taken.append(lock)
+    _FORKS.setdefault(threading.get_ident(), []).append(taken)
+
+
+def _after_fork() -> None:
+    """Give back what _before_fork has taken."""
+    me = threading.get_ident()
+    forks = _FORKS.get(me)
+    if forks:
+        for lock in forks.pop():
+            lock.release()
+        if not forks:
+            del _FORKS[me]
+
+
 def _after_fork_in_child() -> None:
     """Give every dispatcher a fresh, empty state; what was accepted is the parent's."""
+    _after_fork()
     for lock in list(_LOCKS.values()):  # a signal handler may have forked in a wait for one whose holder is not here
         with contextlib.suppress(AttributeError):  # a patched one may have other names
             if not lock._is_owned():
@@ -2128,5 +2196,5 @@ def _at_exit() -> None:
 
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch - not on Windows
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 atexit.register(_at_exit)

@@ -14,6 +14,7 @@ import copy
 import ctypes
 import doctest
 import gc
+import inspect
 import json
 import logging
 import os
@@ -2500,6 +2501,24 @@ def test_a_waiting_task_does_not_poll() -> None:
     run_async(main())
 
 
+def test_a_thread_is_in_no_loops_body_when_the_wait_of_its_async_for_was_cancelled() -> None:
+    d = make()
+
+    async def cancelled() -> Any:
+        iterator = d.__aiter__()
+        task = asyncio.ensure_future(iterator.__anext__())
+        while not d.stats().waiting_consumers:
+            await asyncio.sleep(0)
+        assert d._inside()
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        return iterator
+
+    iterator = run_async(cancelled())
+    assert not d._inside(), iterator  # which is alive
+
+
 @pytest.mark.parametrize("method", ["shutdown", "flush"])
 def test_waiting_methods_in_the_body_of_async_for_do_not_block_the_loop(method: str) -> None:
     d = make(max_batch_bytes=1)
@@ -3480,6 +3499,92 @@ def test_the_hooks_keep_no_dispatcher_alive_that_was_started() -> None:
     del d
     gc.collect()
     assert seen() is None
+
+
+@needs_fork
+def test_a_fork_in_a_wait_for_a_lock_that_another_thread_has_just_got_leaves_the_child_going() -> None:
+    lines = forking(
+        """
+        d = tempo.Dispatcher(interval=60, max_buffered_bytes=1024)
+        held = threading.Event()
+        pids = []
+
+        def hold(s):
+            held.set()
+            threading.Event().wait()
+
+        def handler(*_):
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            sys.setswitchinterval(100)
+            d._state.lock._release_save()  # as the holder does at the end of its section
+            end = time.monotonic() + 0.3
+            while time.monotonic() < end:  # the other thread gets the lock, and waits for the GIL
+                pass
+            pids.append(os.fork())
+            sys.setswitchinterval(0.005)
+            if pids == [0]:
+                signal.alarm(15)
+
+        threading.Thread(target=d._locked, args=(d._state, hold), daemon=True).start()
+        held.wait()
+        threading.Thread(target=d.stats, daemon=True).start()
+        time.sleep(0.1)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        state = d.stats().state
+        if pids == [0]:
+            print("child", state, flush=True)
+            os._exit(0)
+        print("parent", state, os.waitpid(pids[0], 0)[1], flush=True)
+        os._exit(0)
+        """
+    )
+    assert sorted(lines) == ["child running", "parent running 0"]
+
+
+def fork_in_reset(d: tempo.Dispatcher) -> Any:
+    """A fork once, in the locked section in which a parker is put into its queue."""
+    real = tempo._Parker.reset
+    calls: list[tempo._Parker] = []
+
+    def reset(self: tempo._Parker) -> None:
+        calls.append(self)
+        if len(calls) == 1:
+            fork_here(d)
+        real(self)
+
+    return mock.patch.object(tempo._Parker, "reset", reset)
+
+
+def test_a_producer_that_is_queued_as_a_signal_handler_forks_goes_on_in_the_child() -> None:
+    d = make(max_buffered_bytes=5)
+    d.enqueue(b"12345")
+
+    def new_lock() -> Any:  # for the parker, with the lock held
+        d._new_lock = threading.Lock
+        fork_here(d)
+        return threading.Lock()
+
+    d._new_lock = new_lock  # type: ignore[assignment]
+    Worker(d.enqueue, b"child", timeout=None).result()
+    assert payloads(d.stop()) == [b"child"]
+
+
+def test_a_consumer_that_is_queued_as_a_signal_handler_forks_waits_in_the_child() -> None:
+    d = make(max_batch_bytes=5)
+    with fork_in_reset(d):
+        consumer = Worker(d.get)
+        wait_until(lambda: d.stats().waiting_consumers)
+        d.enqueue(b"child")
+        assert consumer.result().tolist() == [b"child"]
+
+
+def test_a_flush_that_is_queued_as_a_signal_handler_forks_returns_in_the_child() -> None:
+    d = make()
+    d.enqueue(b"parent")
+    with fork_in_reset(d):
+        assert Worker(d.flush).result() is True
+    assert d.stats().accepted == 0
 
 
 # Exit of the interpreter
@@ -6906,6 +7011,55 @@ def test_a_child_forked_by_a_signal_handler_in_a_wait_for_the_lock_goes_on() -> 
     )
 
     assert sorted(lines) == ["child 1", "parent 1"]
+
+
+# The end of the stack
+
+AT_THE_END = {
+    "enqueue": lambda d: d.enqueue(bytes(600)),  # larger than credit covers
+    "enqueue in turn": lambda d: d.enqueue(b"x"),
+    "get": lambda d: d.get(0),
+}
+
+
+def with_little_stack(spare: int, call: Callable[[], object]) -> None:
+    """Make a call that has room for so many frames, and a few."""
+
+    def descend(n: int) -> None:
+        if n:
+            descend(n - 1)
+        else:
+            call()
+
+    limit = sys.getrecursionlimit()
+    depth = len(inspect.stack(0))
+    sys.setrecursionlimit(depth + 52 + spare)
+    try:
+        descend(50)
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+@pytest.mark.parametrize("name", list(AT_THE_END))
+def test_a_call_at_the_end_of_the_stack_is_made_or_not_made(name: str) -> None:
+    limit = sys.getrecursionlimit()
+    for spare in range(80):
+        d = make(max_buffered_bytes=LARGE, max_batch_bytes=2048)
+        d.enqueue_many([bytes(10)] * 700)
+        before = d.stats()
+        try:
+            with_little_stack(spare, partial(AT_THE_END[name], d))
+        except RecursionError:
+            after = conserved(d)
+            assert (after.accepted, after.delivered) == (before.accepted, before.delivered)
+        else:
+            break
+        finally:
+            assert sys.getrecursionlimit() == limit
+    assert spare < 79
+    after = conserved(d)
+    assert (after.accepted, after.delivered) != (before.accepted, before.delivered)
+    assert sum(map(len, d.stop())) == after.buffered
 
 
 # Interleavings: calls stopped at a bytecode while others run (`make interleave` walks all of them)

@@ -477,7 +477,7 @@ def one_signal_that_wakes_the_call_it_interrupts(scale: float) -> int:
                 return False
             return True
 
-        for _ in rounds(1500, scale):
+        for _ in rounds(800, scale):
             once(rng, give, lambda d=d, came=came: came.append(d.get(timeout=LIMIT)))  # type: ignore[misc]
             expect(came.pop().tolist() == [b"from the handler"])
             once(rng, give, lambda ask=ask, came=came: came.append(loop.run_until_complete(ask())))  # type: ignore[misc]
@@ -580,7 +580,7 @@ def any_call(load: Load, sender: Sender, receiver: Receiver) -> None:
 def finalizing(name: str, scale: float, weak: bool, shape: Shape, consumers: int, dispatchers: int = 1) -> int:
     """Make calls in this thread and in another, and garbage all the time, until so many ends came inside of tempo."""
     rng = dice(name)
-    goal = times(2000, scale)
+    goal = times(1000, scale)
     give_up = time.monotonic() + ENOUGH * max(1.0, scale)
     loads = [Load(rng, shape, producers=0, consumers=consumers) for _ in range(dispatchers)]
     ends = Ends(loads)
@@ -908,7 +908,7 @@ def a_handler_that_hangs(scale: float) -> int:
             raise push.reported[0]
         return 1
 
-    return total("a handler that hangs", scale, 300, attempt)
+    return total("a handler that hangs", scale, 200, attempt)
 
 
 # -- Payload classes ---------------------------------------------------------------------------------------------------
@@ -920,25 +920,14 @@ def foreign(*_: object, **__: object) -> Any:
     raise Own("foreign code")
 
 
-LIES = {
-    f"__{name}__": foreign
-    for name in (
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-        "hash",
-        "iter",
-        "getitem",
-        "contains",
-        "add",
-        "bytes",
-        "repr",
-        "str",
-    )
-}
+def unshown(_: object) -> str:
+    """What `repr` does, which an error message may ask."""
+    outside()
+    raise ValueError("not to be shown")
+
+
+NAMES = ("eq", "ne", "lt", "le", "gt", "ge", "hash", "iter", "getitem", "contains", "add", "bytes", "str")
+LIES: dict[str, Callable[..., Any]] = {"__repr__": unshown, **{f"__{name}__": foreign for name in NAMES}}
 
 
 def sly(base: type, **methods: object) -> Any:
@@ -1039,14 +1028,10 @@ def raiser(kind: type[BaseException]) -> Callable[[object], Any]:
 @case()
 def payloads_that_are_none(scale: float) -> int:
     """What is not bytes-like, or raises, ends the call; what came before it is accepted, and nothing else."""
-
-    def shy(base: type) -> Any:
-        return sly(base, repr=raiser(ValueError))()
-
     released = memoryview(b"released")
     released.release()
     bad: list[tuple[Any, type[BaseException]]] = [
-        *((item, TypeError) for item in ("text", None, 5, [b"list"], shy(object), shy(str), bytes)),
+        *((item, TypeError) for item in ("text", None, 5, [b"list"], sly(object)(), sly(str)(), bytes)),
         (memoryview(b"not contiguous")[::2], TypeError),
         (memoryview(b"not contiguous")[::-1], TypeError),
         (memoryview(bytes(12)).cast("B", (3, 4))[::2], TypeError),
@@ -1304,6 +1289,12 @@ def lists_that_lie(scale: float) -> int:
 # -- KeyboardInterrupt in every wait -----------------------------------------------------------------------------------
 
 
+def safe_blocks() -> None:
+    """Leave the case out where an interrupt may come between any two bytecodes, as that of a block and of its exit."""
+    if sys.version_info < (3, 10):
+        raise LeftOut("CPython 3.9 leaves a with block without its exit when an interrupt comes between (bpo-29988)")
+
+
 def interrupted(
     rng: random.Random, work: Callable[[], object], where: Callable[[FrameType | None], bool] = lambda _: True
 ) -> bool:
@@ -1314,6 +1305,7 @@ def interrupted(
     """
     if not hasattr(signal, "setitimer"):
         raise LeftOut("no interval timer here")
+    safe_blocks()
     came = over = False
 
     def handler(signum: int, frame: FrameType | None) -> None:
@@ -1363,7 +1355,7 @@ def interrupting(
         load.end()
         return tried
 
-    return total_uncollected(name, scale, 60, attempt)
+    return total_uncollected(name, scale, 40, attempt)
 
 
 @case()
@@ -1431,7 +1423,7 @@ def closing(name: str, scale: float, act: Callable[[Load], object]) -> int:
         load.end()
         return tried
 
-    return total_uncollected(name, scale, 50, lambda rng, _: sum(one(rng) for _ in range(20)))
+    return total_uncollected(name, scale, 40, lambda rng, _: sum(one(rng) for _ in range(20)))
 
 
 @case()
@@ -1506,6 +1498,7 @@ def killable() -> None:
     """Leave the case out where no exception can be raised in another thread."""
     if sys.implementation.name != "cpython":
         raise LeftOut("needs PyThreadState_SetAsyncExc")
+    safe_blocks()
 
 
 def ended(worker: Worker, kind: type[BaseException] = Killed) -> None:
@@ -1542,7 +1535,7 @@ def producers_killed_at_any_point(scale: float) -> int:
         load.end()
         return 22
 
-    return total_uncollected("producers killed", scale, 60, attempt)
+    return total_uncollected("producers killed", scale, 40, attempt)
 
 
 @case()
@@ -1572,7 +1565,7 @@ def resting_producers_interrupted(scale: float) -> int:
         load.end()
         return 24
 
-    return total_uncollected("resting producers", scale, 60, attempt)
+    return total_uncollected("resting producers", scale, 40, attempt)
 
 
 @case()
@@ -1613,7 +1606,7 @@ def consumers_killed_at_any_point(scale: float) -> int:
         load.end()
         return 22
 
-    return total_uncollected("consumers killed", scale, 60, attempt)
+    return total_uncollected("consumers killed", scale, 40, attempt)
 
 
 # -- No memory ---------------------------------------------------------------------------------------------------------
@@ -1718,6 +1711,8 @@ def calls_without_memory(scale: float) -> int:
         fail, heal = testing.set_nomemory, testing.remove_mem_hooks
     except (ImportError, AttributeError):
         raise LeftOut("needs _testcapi.set_nomemory") from None
+    if sys.version_info >= (3, 12):
+        raise LeftOut("CPython itself crashes without memory from 3.12 on, in generators for one")
 
     tempo_functions = {name for name in vars(tempo.Dispatcher) if name != "enqueue"}
 
@@ -1756,9 +1751,12 @@ def calls_without_memory(scale: float) -> int:
             expect(new == subject.new, "refused, and not told", where)
         elif width == 1 and not isinstance(raised, SystemError) and innermost(raised) in tempo_functions:
             # In enqueue itself it may come between the append and the try. Elsewhere the exception had no memory.
-            told = getattr(raised, "accepted", None if many else 0)
+            told = getattr(raised, "accepted", None) if many else 0
             expect(told in (len(new), None), "accepted, and not told", where, innermost(raised), len(new), told)
-        return int(isinstance(raised, MemoryError))
+        if isinstance(raised, MemoryError):  # CPython has one that it uses again, with all that was noted on it
+            vars(raised.with_traceback(None)).clear()
+            return 1
+        return 0
 
     with silence():
         tried = total("calls without memory", scale, 3000, attempt)
@@ -1838,7 +1836,7 @@ def large_batches_without_memory(scale: float) -> int:
         return failed
 
     without_reserves("large_batches_without_memory", scale)
-    tried = total("large batches without memory", scale, 60, attempt)
+    tried = total("large batches without memory", scale, 25, attempt)
     expect(tried or scale < 0.5, "nothing failed")
     return tried
 
@@ -1868,6 +1866,6 @@ def a_handler_without_memory(scale: float) -> int:
         return len(push.hooked)
 
     without_reserves("a_handler_without_memory", scale)
-    tried = total("a handler without memory", scale, 100, attempt)
+    tried = total("a handler without memory", scale, 40, attempt)
     expect(tried or scale < 0.5, "nothing failed")
     return tried

@@ -983,6 +983,24 @@ def scene(name: str) -> tuple[tempo.Dispatcher, Model]:
     return d, m
 
 
+def ended(d: tempo.Dispatcher) -> tuple[bytes, ...]:
+    """End a scene: open its gate, stop, and wait for the handler's thread; return what was handed back."""
+    d_handler(d).gate.set()
+    back = payloads_of(d.stop())
+    thread = d._state.thread
+    if thread is not None:
+        thread.join(LIMIT)
+        expect(not thread.is_alive(), "the handler's thread is left")
+    return back
+
+
+def model_of(name: str) -> Model:
+    """The model of a scene, without the scene."""
+    d, m = scene(name)
+    ended(d)
+    return m
+
+
 def possible(m: Model, callers: list[list[Call]]) -> set[tuple[Any, ...]]:
     """All outcomes of callers who make their calls one after the other, all at the same time; stop is called last."""
     scripts = [*callers, [Call("handle", _handle, print)], [] if m.gate else [Call("open", _open_gate, print)]]
@@ -1094,11 +1112,7 @@ def at_once(crew: Callers, name: str, scripts: list[list[Call]], share: float = 
         outcomes[i] = tuple([real(d, call) for call in scripts[i]])
 
     crew.all(work, handler.gate.set, share)
-    back = payloads_of(d.stop())
-    thread = d._state.thread
-    if thread is not None:
-        thread.join(LIMIT)
-        expect(not thread.is_alive(), "the handler's thread is left")
+    back = ended(d)
     return (*outcomes, tuple(handler.got), back, facts_of(at_rest(d)))
 
 
@@ -1112,7 +1126,7 @@ def calls_one_after_another(scale: float) -> int:
         waits = name in ("pushed", "handling")
         for script in itertools.product(*(calls(0, place, waits) for place in range(3))):
             if rng.random() < scale:
-                wanted = possible(scene(name)[1], [list(script)])
+                wanted = possible(model_of(name), [list(script)])
                 outcome = at_once(crew, name, [list(script)])
                 expect(outcome in wanted, name, [call.name for call in script], outcome, wanted)
                 tried += 1
@@ -1199,7 +1213,7 @@ def iterators_shared(scale: float) -> int:
 
 def interleaved(crew: Callers, where: str, scripts: list[list[Call]], rounds: int) -> int:
     """Make the same calls at once again and again: every outcome must be possible. Return how often."""
-    wanted = possible(scene(where)[1], scripts)
+    wanted = possible(model_of(where), scripts)
     for n in range(rounds):
         outcome = at_once(crew, where, scripts, (0, 0.01, 0.05, 0.2)[n % 4])
         names = [[call.name for call in script] for script in scripts]

@@ -829,6 +829,45 @@ def asyncio_loops_that_end_while_a_task_waits(scale: float) -> int:
     return n
 
 
+@case(limit=120)
+def asyncio_waits_that_were_cancelled(scale: float) -> int:
+    """flush and shutdown wait again in a thread whose coroutine was cancelled, whoever keeps what it raised."""
+
+    def take_when_waited_for(d: tempo.Dispatcher, receiver: Receiver) -> None:
+        wait_until(lambda: d._state.drainers)
+        receiver.take_all(drained(d))
+
+    async def keep(d: tempo.Dispatcher, receiver: Receiver, kept: list[BaseException]) -> None:
+        try:
+            await receive(d, receiver)
+        except CANCELLED as exc:
+            kept.append(exc)  # its traceback holds the frames, and these the iterator
+
+    async def cancelled(d: tempo.Dispatcher, receiver: Receiver) -> list[BaseException]:
+        kept: list[BaseException] = []
+        tasks = [asyncio.ensure_future(keep(d, receiver, kept)) for _ in range(2)]
+        while d.stats().waiting_consumers < 2:
+            await asyncio.sleep(0)
+        await end(tasks)
+        return kept
+
+    n = times(100, scale)
+    for _ in range(n):
+        census = Census()
+        sender, receiver = census.sender(), census.receiver()
+        d = tempo.Dispatcher(interval=LONG, max_buffered_bytes=1000)
+        kept = run_loop(cancelled(d, receiver))
+        expect(len(kept) == 2, kept)
+        for wait in (lambda d=d: expect(d.flush(LIMIT), "flush"), lambda d=d: d.shutdown(LIMIT)):
+            sender.try_one(d)
+            taking = Worker(take_when_waited_for, d, receiver)
+            wait()
+            expect(d.stats().buffered == 0, "it did not wait")
+            taking.result()
+        census.verify(d)
+    return n
+
+
 # -- Sub-interpreters --------------------------------------------------------------------------------------------------
 
 
@@ -1269,8 +1308,11 @@ def interpreter_options(scale: float) -> int:
         ["-X", "dev", "-O", "-I"],
         ["-X", "tracemalloc=5"],
     ]
-    tried = sum(int(in_child(script, *way, arguments=(str(scale),)).split()[-1]) for way in ways)
-    return tried + int(in_child(script, arguments=(str(scale),), PYTHONMALLOC="debug").split()[-1])
+    chosen = dice("interpreter_options").sample(ways, times(len(ways), min(1.0, max(5 * scale, 0.25))))
+    tried = sum(int(in_child(script, *way, arguments=(str(scale),)).split()[-1]) for way in chosen)
+    if scale >= 0.05:
+        tried += int(in_child(script, arguments=(str(scale),), PYTHONMALLOC="debug").split()[-1])
+    return tried
 
 
 @case(limit=120)

@@ -14,7 +14,6 @@ import copy
 import ctypes
 import doctest
 import gc
-import inspect
 import json
 import logging
 import os
@@ -57,7 +56,10 @@ from soak import units, verdict
 from soak import worker as soak_worker
 from soak.config import Config
 from soak.hostile import CASES as HOSTILE
+from soak.hostile import Case
 from soak.hostile import command as soak_hostile
+from soak.hostile.checks import LIMIT, LONG, Cycle, Worker, wait_until
+from soak.hostile.worlds import with_little_stack
 from soak.interleave import schedule as soak_schedule
 from soak.interleave import twins as soak_twins
 from soak.interleave import walk as soak_walk
@@ -68,45 +70,11 @@ except ImportError:  # PyPy has none
     tracemalloc = None  # type: ignore[assignment]
 
 ROOT = Path(__file__).resolve().parent
-LONG = 60.0  # seconds: an interval that never ends within a test
-LIMIT = 20.0  # seconds a test waits for something that must come
 
 
 def make(**kwargs: Any) -> tempo.Dispatcher:
     """A dispatcher with roomy defaults."""
     return tempo.Dispatcher(**{"interval": LONG, "max_buffered_bytes": tempo.MiB, **kwargs})
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    """Return when condition() is true; fail when that takes longer than LIMIT."""
-    end = time.monotonic() + LIMIT
-    while not condition():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.001)
-
-
-class Worker(threading.Thread):
-    """A thread whose outcome is looked at: `.result()` joins it, and returns or raises what its function did."""
-
-    def __init__(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        super().__init__(daemon=True)
-        self._work, self._args, self._kwargs = work, args, kwargs
-        self._value: Any = None
-        self._error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._value = self._work(*self._args, **self._kwargs)
-        except BaseException as exc:
-            self._error = exc
-
-    def result(self) -> Any:
-        self.join(LIMIT)
-        assert not self.is_alive(), f"{self._work} is stuck"
-        if self._error is not None:
-            raise self._error
-        return self._value
 
 
 class Clock:
@@ -5360,18 +5328,6 @@ def test_a_signal_handler_that_enqueues_is_accepted_or_refused_like_any_other(
     seen_once(d, accepted, came)
 
 
-class Cycle:
-    """Garbage that only the collector finds."""
-
-    def __init__(self, at_end: Callable[[], object] | None = None) -> None:
-        self.me = self
-        self.at_end = at_end
-
-    def __del__(self) -> None:
-        if self.at_end is not None:
-            self.at_end()
-
-
 @pytest.mark.skipif(not CPYTHON, reason="needs a collector that runs at every allocation")
 @pytest.mark.parametrize("by", ["__del__", "weakref"])
 @pytest.mark.parametrize(("limit", "batch_limit"), [(300, 100), (128 * tempo.KiB, 9000)])
@@ -7022,24 +6978,6 @@ AT_THE_END = {
 }
 
 
-def with_little_stack(spare: int, call: Callable[[], object]) -> None:
-    """Make a call that has room for so many frames, and a few."""
-
-    def descend(n: int) -> None:
-        if n:
-            descend(n - 1)
-        else:
-            call()
-
-    limit = sys.getrecursionlimit()
-    depth = len(inspect.stack(0))
-    sys.setrecursionlimit(depth + 52 + spare)
-    try:
-        descend(50)
-    finally:
-        sys.setrecursionlimit(limit)
-
-
 @pytest.mark.parametrize("name", list(AT_THE_END))
 def test_a_call_at_the_end_of_the_stack_is_made_or_not_made(name: str) -> None:
     limit = sys.getrecursionlimit()
@@ -7132,3 +7070,23 @@ def test_nothing_hostile_breaks_it(name: str) -> None:
     if outcome.status == "left out":
         pytest.skip(outcome.note)
     assert outcome.status == "pass", outcome.note
+
+
+@pytest.mark.parametrize(
+    ("program", "why"),
+    [
+        ("print('tried: 1'); raise SystemExit(3)", "exit code 3"),
+        ("import sys; print('tried: 1'); print('a word', file=sys.stderr)", "a word"),
+        ("print('no word of the outcome')", "exit code 0"),
+        ("import threading; threading.Event().wait()", "hung"),
+    ],
+    ids=["exit-code", "stderr", "no-outcome", "hung"],
+)
+def test_a_hostile_case_that_goes_wrong_is_told(program: str, why: str) -> None:
+    wrong = Case("callers", "wrong", lambda scale: 0, limit=0.1)
+    runs = mock.patch.object(soak_hostile, "command", return_value=[sys.executable, "-c", program])
+    with runs, mock.patch.object(soak_hostile, "GRACE", 3.0):
+        outcome = soak_hostile.attempt(wrong, 1.0)
+    assert outcome.status == "fail"
+    assert why in outcome.note
+    assert soak_hostile.table([outcome])[1].split()[:6] == ["hostile", "callers", "1", "0", "1", "0"]

@@ -33,6 +33,7 @@ from soak.hostile.checks import (
     LIMIT,
     LONG,
     Census,
+    Cycle,
     Receiver,
     Sender,
     Worker,
@@ -493,18 +494,6 @@ def one_signal_that_wakes_the_call_it_interrupts(scale: float) -> int:
 
 
 # -- Finalizers and weakref callbacks that enqueue ---------------------------------------------------------------------
-
-
-class Cycle:
-    """Garbage that only the collector finds."""
-
-    def __init__(self, at_end: Callable[[], object] | None = None) -> None:
-        self.me = self
-        self.at_end = at_end
-
-    def __del__(self) -> None:
-        if self.at_end is not None:
-            self.at_end()
 
 
 @contextlib.contextmanager

@@ -70,6 +70,18 @@ class Worker(threading.Thread):
         return self._value
 
 
+class Cycle:
+    """Garbage that only the collector finds."""
+
+    def __init__(self, at_end: Callable[[], object] | None = None) -> None:
+        self.me = self
+        self.at_end = at_end
+
+    def __del__(self) -> None:
+        if self.at_end is not None:
+            self.at_end()
+
+
 def balanced(d: tempo.Dispatcher) -> tempo.Stats:
     """The stats, which balance in payloads and in bytes. May be called from anywhere, as stats may."""
     s = d.stats()

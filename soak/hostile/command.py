@@ -115,11 +115,16 @@ def here(found: Case, scale: float) -> int:
     return 0
 
 
-def attempt(found: Case, scale: float, python: str = sys.executable) -> Outcome:
+def command(found: Case, scale: float) -> list[str]:
+    """What runs one case."""
+    return [sys.executable, "-X", "utf8", "-m", "soak", "hostile", "--case", found.name, "--scale", str(scale)]
+
+
+def attempt(found: Case, scale: float) -> Outcome:
     """Run one case in a process of its own, and end all that it left behind."""
     begin = time.monotonic()
     process = subprocess.Popen(
-        [python, "-X", "utf8", "-m", "soak", "hostile", "--case", found.name, "--scale", str(scale)],
+        command(found, scale),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

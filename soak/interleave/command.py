@@ -10,13 +10,13 @@ import random
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from itertools import islice
+from functools import partial
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 from soak.interleave import twins, walk
 from soak.options import complain, converter
-from soak.units import parse_duration
+from soak.units import parse_count, parse_duration
 
 SHOWN = 3
 """Failures of one plan that are told; the walk of a plan ends with them."""
@@ -52,7 +52,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seed", type=int, help="of the sample (else a random one, which is printed)")
     parser.add_argument("--replay", metavar="PLACE", help="one run, at a place as a failure tells it")
     parser.add_argument("--twins", choices=["yes", "no"], default="yes", help="look for the broken twins (%(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
+    parser.add_argument(
+        "--workers",
+        type=converter(partial(parse_count, most=999)),
+        default=os.cpu_count() or 1,
+        help="processes (%(default)s)",
+    )
     parser.add_argument("--json", metavar="PATH", help="write the figures there too")
 
 
@@ -156,7 +161,7 @@ def _sample(options: argparse.Namespace) -> int:
     print(f"seed {seed}", flush=True)
     end = time.monotonic() + options.sample
     runs = 0
-    for outcome in islice(walk.sample(tempo, seed), None):
+    for outcome in walk.sample(tempo, seed):
         runs += 1
         if isinstance(outcome, walk.Failure):
             print(f"BROKEN  {outcome}", flush=True)

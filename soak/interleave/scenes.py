@@ -46,37 +46,34 @@ class Scene:
         self.closed = False  # one of them has come so far that nothing is accepted any more
         self.numbers: dict[str, int] = {}
         self.calls: list[tuple[str, Actor]] = []
-        self.limit = self.batch = 0  # bytes
-        self.size = SMALL
         self.took = False  # something has left since the state was set up
-        STATES[state](self)
-        self.d: Any
+        settings = STATES[state]
+        self.size: int = settings.size
+        self.limit = settings.payloads * self.size
+        self.batch = self.limit + 1 if settings.batch is None else settings.batch * self.size
+        self.d = module.Dispatcher(
+            interval=INTERVAL,
+            max_buffered_bytes=self.limit,
+            max_batch_bytes=None if settings.batch is None else self.batch,
+        )
+        self.schedule.adopt(self.d)
+        if settings.primed:
+            self.fill(2)
+            self.call_flush(0)
+            self.call_get()
         self.consumer = consumer
         if consumer:
             self.begin("consumer")
             self.schedule.settle(time_passes=False)
-        FILLS[state](self)
-        if state != "shutting down":
+        self.fill(settings.fill)
+        for call in settings.calls:
+            self.schedule.run(self.begin(call))
+        if not self.closing:  # a consumer would make an end of it
             self.schedule.settle(time_passes=False)
         self.took = False
         self.closed = bool(self.closing)
 
     # -- Setting up --------------------------------------------------------------------------------------------------
-
-    def make(self, payloads: int, batch: int | None = None, primed: bool = True) -> None:
-        """Make the dispatcher, with room for so many payloads. primed: it has seen how large they are."""
-        self.limit = payloads * self.size
-        self.batch = self.limit + 1 if batch is None else batch * self.size
-        self.d = self.module.Dispatcher(
-            interval=INTERVAL,
-            max_buffered_bytes=self.limit,
-            max_batch_bytes=None if batch is None else batch * self.size,
-        )
-        self.schedule.adopt(self.d)
-        if primed:
-            self.fill(2)
-            self.call_flush(0)
-            self.call_get()
 
     def fill(self, n: int) -> None:
         for _ in range(n):
@@ -300,44 +297,30 @@ CALLS: dict[str, Callable[[Scene, str], object]] = {
 """What an actor does, by name."""
 
 
-def _large(scene: Scene) -> None:
-    scene.size = LARGE
-    scene.make(8, primed=False)  # larger than credit covers: each call takes the exact way
+class State(NamedTuple):
+    """A dispatcher to interleave calls on: how large it is, and what has happened to it."""
+
+    payloads: int  # that it has room for
+    fill: int  # payloads that are in it, put there when the consumer has begun to wait, if there is one
+    batch: int | None = None  # payloads of a full one
+    primed: bool = True  # it has seen how large payloads are
+    size: int = SMALL
+    calls: Sequence[str] = ()  # that are under way then
 
 
-STATES: dict[str, Callable[[Scene], None]] = {
-    "empty": lambda scene: scene.make(100, primed=False),
-    "plenty of room": lambda scene: scene.make(100),
-    "one short of a batch": lambda scene: scene.make(100, batch=5),
-    "one short of the buffer": lambda scene: scene.make(6),
-    "full, one waits": lambda scene: scene.make(6),
-    "full batch, two wait": lambda scene: scene.make(6, batch=6),
-    "shutting down": lambda scene: scene.make(100, batch=2),
-    "half full, producers rest": _large,
+STATES = {
+    "empty": State(100, 0, primed=False),
+    "plenty of room": State(100, 3),
+    "one short of a batch": State(100, 4, batch=5),
+    "one short of the buffer": State(6, 5),
+    "full, one waits": State(6, 6, calls=("enqueue more",)),
+    "full batch, two wait": State(6, 6, batch=6, calls=("enqueue more", "enqueue more")),
+    "shutting down": State(100, 3, batch=2, calls=("shutdown",)),
+    # Not primed, so that the payloads are larger than credit covers: each call takes the exact way.
+    "half full, producers rest": State(8, 4, primed=False, size=LARGE),
 }
-"""Dispatchers to interleave calls on, as they are made."""
-
-
-def _fill_and_begin(n: int, *calls: str) -> Callable[[Scene], None]:
-    def fill(scene: Scene) -> None:
-        scene.fill(n)
-        for call in calls:
-            scene.schedule.run(scene.begin(call))
-
-    return fill
-
-
-FILLS: dict[str, Callable[[Scene], None]] = {
-    "empty": lambda scene: None,
-    "plenty of room": lambda scene: scene.fill(3),
-    "one short of a batch": lambda scene: scene.fill(4),
-    "one short of the buffer": lambda scene: scene.fill(5),
-    "full, one waits": _fill_and_begin(6, "enqueue more"),
-    "full batch, two wait": _fill_and_begin(6, "enqueue more", "enqueue more"),
-    "shutting down": _fill_and_begin(3, "shutdown"),
-    "half full, producers rest": lambda scene: scene.fill(4),
-}
-"""What is done then, after a consumer has begun to wait, if there is one."""
+DEEP_STATES = ("empty", "plenty of room", "one short of a batch", "one short of the buffer", "full, one waits")
+"""Those in which three calls are interleaved."""
 
 PRODUCERS = ("enqueue", "enqueue waiting", "enqueue_many")
 OTHERS = ("get", "flush", "shutdown", "stop", "wait")
@@ -351,5 +334,3 @@ TRIPLES: Sequence[tuple[str, str, str]] = (
     ("enqueue", "shutdown", "wait"),
     ("shutdown", "enqueue", "wait"),
 )
-DEEP_STATES = ("empty", "plenty of room", "one short of a batch", "one short of the buffer", "full, one waits")
-"""Those in which three calls are interleaved; the others only add more of the same lock."""

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from soak.interleave.scenes import DEEP_STATES, PAIRS, STATES, TRIPLES, Scene
+from soak.interleave.schedule import Actor
 
 
 class Plan(NamedTuple):
@@ -54,11 +55,8 @@ def play(module: ModuleType, plan: Plan, stops: Sequence[int], order: int = 0) -
         for call, steps in itertools.zip_longest(plan.calls, stops, fillvalue=0):
             actor = scene.begin(str(call), counts=bool(steps))
             actors.append(actor)
-            state = scene.schedule.run(actor, int(steps))
-            if steps and state == "blocked" and len(stops) == 1:  # what comes after a wait is walked too
-                scene.schedule.run(scene.begin("nudge"))
-                if scene.schedule.ready(actor):
-                    state = scene.schedule.run(actor, int(steps) - actor.steps)
+            alone = bool(steps) and len(stops) == 1
+            state = past_a_wait(scene, actor, int(steps)) if alone else scene.schedule.run(actor, int(steps))
             stopped.append(state == "stopped")
         for actor in actors[: len(stops)] if order == 0 else reversed(actors[: len(stops)]):
             if scene.schedule.ready(actor):
@@ -67,6 +65,16 @@ def play(module: ModuleType, plan: Plan, stops: Sequence[int], order: int = 0) -
         return stopped.index(False)  # the last one never is
     finally:
         scene.schedule.close()
+
+
+def past_a_wait(scene: Scene, actor: Actor, steps: int = 0) -> str:
+    """As Schedule.run; what comes after a wait is run too."""
+    state = scene.schedule.run(actor, steps)
+    if state == "blocked":
+        scene.schedule.run(scene.begin("nudge"))
+        if scene.schedule.ready(actor):
+            state = scene.schedule.run(actor, steps and steps - actor.steps)
+    return state
 
 
 def attempt(module: ModuleType, plan: Plan, stops: tuple[int, ...], order: int = 0) -> int | Failure:
@@ -101,10 +109,7 @@ def length(module: ModuleType, plan: Plan, which: int = 0) -> int:
     scene = Scene(module, plan.state, plan.consumer, private=len(plan.calls) < 3)
     try:
         actor = scene.begin(plan.calls[which], counts=True)
-        if scene.schedule.run(actor) == "blocked":
-            scene.schedule.run(scene.begin("nudge"))
-            if scene.schedule.ready(actor):
-                scene.schedule.run(actor)
+        past_a_wait(scene, actor)
         return actor.steps
     finally:
         scene.schedule.close()

@@ -15,7 +15,7 @@ options = $(foreach variable,$(SOAK_VARIABLES),$(if $($(variable)),--$(call lowe
 with = py=$$($(PYTHON) .ci/prepare.py $(1))
 
 .DEFAULT_GOAL := help
-.PHONY: help soak test bench compare instructions hostile interleave test-all coverage lint clean
+.PHONY: help soak test bench compare instructions hostile interleave mutants test-all coverage lint clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -49,6 +49,9 @@ test-all: ## the tests on every interpreter found, and which were not
 
 interleave: ## stop calls at each of their bytecodes while others run: all pairs, and the broken twins
 	@exec $(PYTHON) -m soak interleave $(ARGS)
+
+mutants: ## change tempo.py in a thousand ways: does a test fail each time?
+	@$(call with,test mutants) && exec "$$py" -m soak mutants $(ARGS)
 
 hostile: ## try to break it: hostile callers, fork and exit, other worlds, misuse (ARGS="--family forks")
 	@$(call with,--optional hostile) && exec "$$py" -m soak hostile $(ARGS)

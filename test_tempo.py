@@ -50,6 +50,7 @@ from soak import handover as soak_handover
 from soak import heap as soak_heap
 from soak import instructions as soak_instructions
 from soak import micro as soak_micro
+from soak import mutants as soak_mutants
 from soak import payloads as soak_payloads
 from soak import rows as soak_rows
 from soak import units, verdict
@@ -619,6 +620,53 @@ def test_a_payload_as_large_as_the_buffer_fits() -> None:
     assert payloads(d.stop()) == [b"x"]
 
 
+def test_a_payload_as_large_as_a_full_buffer_may_fit_later() -> None:
+    d = full(SMALL)
+
+    assert refusal(d.enqueue, bytes(SMALL)) is tempo.QueueFull
+    assert refusal(d.enqueue, bytes(SMALL + 1)) is tempo.PayloadTooLarge
+
+
+def test_enqueue_many_accepts_as_many_empty_payloads_as_there_are_bytes() -> None:
+    d = make(max_buffered_bytes=SMALL)
+
+    with pytest.raises(tempo.QueueFull) as caught:
+        d.enqueue_many([b""] * (SMALL + 50))
+
+    assert caught.value.accepted == SMALL
+
+
+def test_a_payload_that_comes_at_the_commit_of_another_keeps_neither_out() -> None:
+    d = make(max_buffered_bytes=SMALL)
+    others: list[Worker] = []
+
+    class Growing(list):  # type: ignore[type-arg]
+        def __setitem__(self, key: Any, value: Any) -> None:
+            if not others:
+                others.append(pending(d, b"b"))
+            super().__setitem__(key, value)
+
+    d._state.inbox = Growing(d._state.inbox)
+    d.enqueue(b"a")
+
+    assert others[0].result() is None
+    assert payloads(d.stop()) == [b"a", b"b"]
+
+
+def test_each_payload_of_a_call_may_wait_for_what_is_left_of_its_time() -> None:
+    d, clock = with_clock()
+    timeouts = []
+
+    def enqueue(self: tempo.Dispatcher, data: bytes, timeout: float) -> None:
+        timeouts.append(timeout)
+
+    with mock.patch.object(tempo.Dispatcher, "enqueue", enqueue):
+        for deadline in (clock.now + 0.25, clock.now, clock.now - 5.0, 0.0):
+            d._put(b"x", deadline)
+
+    assert timeouts == [0.25, 0.0, 0.0, 0.0]
+
+
 # Bad input
 
 NAN = float("nan")
@@ -843,6 +891,23 @@ def test_a_second_start_is_a_runtime_error_and_the_first_goes_on() -> None:
 
         d.enqueue(b"a")
     assert received == [b"a"]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: make(interval=0), f"interval must be > 0 and at most {threading.TIMEOUT_MAX} seconds, not 0"),
+        (lambda: make(interval=-1), "interval must be >= 0 seconds, not -1"),
+        (lambda: make(max_buffered_bytes=0), "max_buffered_bytes must be > 0 bytes, not 0"),
+        (lambda: make().start(1), "handler must be callable, not 1"),  # type: ignore[arg-type]
+        (lambda: make().start(print, on_error=2), "on_error must be callable or None, not 2"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_refused_is_told_by_its_value(call: Callable[[], object], message: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call()
+
+    assert str(caught.value) == message
 
 
 # Payload types
@@ -1292,6 +1357,32 @@ def test_many_producers_that_rest_and_wait_lose_nothing_and_none_starves(consume
     d._check()
 
 
+def test_a_producer_that_would_not_wait_does_not_rest() -> None:
+    d = half_full()
+    with forever():
+        Worker(send, d, b"", 3000, 0.0).result()
+
+    assert not d._state.resting
+    d.stop()
+
+
+def test_all_who_rest_go_on_when_no_consumer_came_and_rest_no_more() -> None:
+    with forever():
+        d = half_full()
+        producers = []
+        for i in range(3):
+            producers.append(Worker(send, d, b"%d" % i, 2000, LONG))
+            resting(d, i + 1)
+
+        d._locked(d._state, d._queue_locked, d._state.sentinel, False)  # as it does when its patience is over
+
+        assert d._state.away
+        for producer in producers:
+            producer.result()
+    assert not d._state.resting
+    d.stop()
+
+
 # Credit: payloads accepted unseen
 
 
@@ -1434,6 +1525,54 @@ def test_an_interrupt_before_the_lock_takes_the_payload_out_again_in_a_nested_ca
     section(None)
 
     assert payloads(d.stop()) == []
+
+
+def test_a_payload_as_large_as_the_credit_covers_is_accepted_unseen() -> None:
+    d = make()
+    d.enqueue(bytes(512))
+
+    d.enqueue(bytes(512))
+
+    assert d._state.covers == 512
+    assert len(d._state.inbox) == 2  # the header, and the payload that nobody has counted yet
+    d._check()
+
+
+def test_at_a_slow_pace_each_batch_has_its_whole_interval() -> None:
+    d, clock = with_clock(max_batch_bytes=1000, interval=8.0)
+    for _ in range(205):
+        d.enqueue(bytes(100))
+        clock.now += 0.1
+    clock.now += 6.5
+    for _ in range(20):
+        assert d.get(timeout=0).nbytes == 1000
+
+    with pytest.raises(queue.Empty):
+        d.get(timeout=0)  # its first payload came 7 s ago
+    clock.now += 1.0
+
+    assert d.get(timeout=0).nbytes == 500
+
+
+def test_payloads_that_come_as_the_credit_is_withdrawn_are_accepted_as_far_as_it_went() -> None:
+    d = make()
+    d.enqueue(b"a")
+    places = d._state.places
+
+    class Growing(list):  # type: ignore[type-arg]
+        def __setitem__(self, key: Any, value: Any) -> None:
+            while grows and len(self) < places:
+                self.append(b"b")  # as producers that had looked at s.places before it was withdrawn
+            grows.clear()
+            super().__setitem__(key, value)
+
+    grows = [True]
+    assert places > 2
+    d._state.inbox = Growing(d._state.inbox)
+    d._locked(d._state, d._count_locked)
+
+    assert conserved(d).accepted == places
+    assert payloads(d.stop()) == [b"a", *[b"b"] * (places - 1)]
 
 
 # Many payloads in one call
@@ -1687,6 +1826,21 @@ def test_enqueue_many_takes_nothing_out_of_an_iterator_that_it_does_not_offer() 
     assert next(source) == b"5"
 
 
+def test_enqueue_many_admits_a_list_512_at_a_time() -> None:
+    d = make()
+    real = tempo.Dispatcher._enqueue_chunk
+    admitted = []
+
+    def watched(self: tempo.Dispatcher, chunk: Sequence[bytes], *args: Any) -> int:
+        admitted.append(len(chunk))
+        return real(self, chunk, *args)
+
+    with mock.patch.object(tempo.Dispatcher, "_enqueue_chunk", watched):
+        assert d.enqueue_many([b"x"] * 1200) == 1200
+
+    assert admitted == [512, 512, 176]
+
+
 # Batch
 
 
@@ -1906,6 +2060,22 @@ def test_batches_are_right_where_sizes_take_eight_bytes(limit: int, max_batch_by
             received += [bytes(view) for view in batch]
 
     assert received == sent * 6
+
+
+def test_four_bytes_hold_each_size_below_the_first_that_takes_eight() -> None:
+    array("I", [tempo._UINT - 1])
+    with pytest.raises(OverflowError):
+        array("I", [tempo._UINT])
+
+
+@pytest.mark.parametrize(("size", "typecode"), [(999, "I"), (1000, "Q")])
+def test_the_ends_of_payloads_take_eight_bytes_where_four_do_not_hold_them(size: int, typecode: str) -> None:
+    with mock.patch.object(tempo, "_UINT", 1000):
+        batch = batch_of(b"a", b"x" * (size - 1))
+
+        assert bytes(batch[1]) == b"x" * (size - 1)
+    assert batch._ends is not None
+    assert batch._ends.typecode == typecode
 
 
 # Stats
@@ -2291,6 +2461,55 @@ def test_pull_mode_starts_no_thread() -> None:
     assert threading.active_count() == before
     d.shutdown()
     assert threading.active_count() == before
+
+
+def test_of_several_waiting_consumers_the_first_alone_sees_to_the_open_batch() -> None:
+    d = make()
+    consumers = []
+    for n in (1, 2):
+        consumers.append(Worker(d.get))
+        wait_until(lambda n=n: d.stats().waiting_consumers == n)  # type: ignore[misc]
+    first, second = d._state.consumers
+
+    d.enqueue(b"a")
+
+    wait_until(lambda: first.armed and not first.woken)
+    assert not (second.armed or second.woken)
+    d.stop()
+    for consumer in consumers:
+        with pytest.raises(tempo.Stopped):
+            consumer.result()
+
+
+def test_a_wait_without_a_limit_is_one_for_the_lock() -> None:
+    waits = []
+
+    class Lock:
+        def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+            waits.append((blocking, timeout))
+            return True
+
+    parker = tempo._Parker(Lock())
+
+    assert not parker.park(float("inf"), float("inf"))
+    assert waits[1:] == [(True, -1)]
+
+
+def test_a_waiting_task_is_woken_once_for_several_batches() -> None:
+    async def main() -> list[bytes]:
+        loop = asyncio.get_running_loop()
+        d = make(max_batch_bytes=1)
+        task = asyncio.ensure_future(collect(d))
+        while not d.stats().waiting_consumers:
+            await asyncio.sleep(0)
+        with mock.patch.object(loop, "call_soon_threadsafe", wraps=loop.call_soon_threadsafe) as wake:
+            d.enqueue(b"a")
+            d.enqueue(b"b")
+            assert wake.call_count == 1
+        d.shutdown()
+        return await task
+
+    assert run_async(main()) == [b"a", b"b"]
 
 
 # Asyncio: the same without a thread
@@ -2791,6 +3010,70 @@ def test_stats_from_the_handler_shows_its_batch_in_flight() -> None:
     with make(max_batch_bytes=1) as d:
         stats = handled(d, d.stats)
     assert (stats.in_flight, stats.buffered) == (1, 1)
+
+
+def test_the_exit_waits_for_a_handler_5_seconds_unless_told_otherwise() -> None:
+    starts: list[tuple[Callable[[tempo.Dispatcher], None], float]] = [
+        (lambda d: d.start(lambda batch: None), 5.0),
+        (lambda d: d.start(lambda batch: None, exit_timeout=1), 1.0),
+    ]
+    for start, expected in starts:
+        with make() as d:
+            start(d)
+            assert d._push is not None
+            assert d._push[2] == expected
+
+
+def test_a_handlers_thread_goes_on_when_there_was_no_memory_to_take_a_batch() -> None:
+    d = make(interval=0.001)
+    came: list[bytes] = []
+    with around("_next", before=out_of_memory), mock.patch.object(threading, "excepthook") as told:
+        d.start(lambda batch: came.extend(batch.tolist()))
+        d.enqueue(b"a")
+        assert d.flush(LIMIT)
+
+    assert came == [b"a"]
+    assert [call.args[0].exc_type for call in told.call_args_list] == [MemoryError]
+    d.shutdown(LIMIT)
+
+
+def test_a_handler_gets_the_batch_that_was_taken_as_memory_ran_out() -> None:
+    d = make()
+    d.enqueue(b"a")
+    d.flush(timeout=0)
+    came: list[bytes] = []
+    with around("_next", after=out_of_memory):
+        d.start(lambda batch: came.extend(batch.tolist()))
+        assert d.flush(LIMIT)
+
+    assert came == [b"a"]
+    d.shutdown(LIMIT)
+    assert conserved(d).batches == 1
+
+
+def test_batches_are_not_begun_when_the_time_at_exit_is_over() -> None:
+    d = make()
+    d._push = (lambda batch: None, None, 5.0)  # as in a child that could not start the thread
+    with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("at exit")):
+        d.enqueue(b"a")
+
+    d._consume(d._clock() - 1.0)
+
+    assert conserved(d).buffered == 1
+    d._push = None
+    assert payloads(d.stop()) == [b"a"]
+
+
+def test_at_exit_a_started_dispatcher_is_drained_and_stopped() -> None:
+    d = make()
+    came: list[bytes] = []
+    d.start(lambda batch: came.extend(batch.tolist()))
+    d.enqueue(b"a")
+    with mock.patch.object(tempo, "_DISPATCHERS", [d]):
+        tempo._at_exit()
+
+    assert came == [b"a"]
+    assert d.stats().state == "stopped"
 
 
 # Flush
@@ -3836,7 +4119,7 @@ def test_every_import_is_of_the_standard_library() -> None:
 README = re.findall(r"(?ms)^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("module", [tempo, units, soak_instructions], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [tempo, units, soak_instructions, soak_mutants], ids=lambda module: module.__name__)
 def test_the_doctests_run(module: Any) -> None:
     outcome = doctest.testmod(module)
     assert outcome.failed == 0
@@ -6969,6 +7252,240 @@ def test_a_child_forked_by_a_signal_handler_in_a_wait_for_the_lock_goes_on() -> 
     assert sorted(lines) == ["child 1", "parent 1"]
 
 
+def test_nested_refusals_are_added_to_those_before_and_let_go_of() -> None:
+    d = make(max_buffered_bytes=SMALL)
+    d.enqueue(bytes(95))
+    for size in (6, 7, 8):
+        assert refusal(d.enqueue, bytes(size)) is tempo.QueueFull
+
+    def section(s: Any) -> None:
+        assert refusal(d.enqueue, bytes(9)) is tempo.QueueFull
+        assert refusal(d.enqueue, bytes(10)) is tempo.QueueFull
+
+    d._locked(d._state, section)
+
+    assert (d.stats().rejected, d.stats().rejected_bytes) == (5, 6 + 7 + 8 + 9 + 10)
+    assert not d._state.refused
+
+
+def test_a_nested_flush_closes_one_batch_and_not_the_next() -> None:
+    d = make()
+    d.enqueue(b"a")
+    d._locked(d._state, lambda s: d.flush())
+
+    d.enqueue(b"b")
+    d._locked(d._state, lambda s: None)
+    d.enqueue(b"c")
+
+    assert [batch.tolist() for batch in d.stop()] == [[b"a"], [b"b", b"c"]]
+
+
+def test_coroutines_collected_in_one_section_all_leave_the_queue() -> None:
+    loop = asyncio.new_event_loop()
+    d = make()
+    coroutines = [d.__aiter__().__anext__() for _ in range(3)]
+
+    async def park() -> None:
+        for coroutine in coroutines:
+            coroutine.send(None)
+
+    loop.run_until_complete(park())
+    assert d.stats().waiting_consumers == 3
+
+    def section(s: Any) -> None:
+        for coroutine in coroutines:
+            coroutine.close()
+
+    d._locked(d._state, section)
+    loop.close()
+
+    assert d.stats().waiting_consumers == 0
+
+
+def test_what_a_nested_call_leaves_to_an_enqueue_that_changes_nothing_else_is_done() -> None:
+    loop = asyncio.new_event_loop()
+    d = make(max_buffered_bytes=2000)
+    coroutine = d.__aiter__().__anext__()
+
+    async def park() -> None:
+        coroutine.send(None)
+
+    loop.run_until_complete(park())
+    d.enqueue(b"x")
+    while len(d._state.inbox) < d._state.places:
+        d.enqueue(b"x")
+
+    with around("_grant_locked", after=coroutine.close):
+        d.enqueue(b"y")  # beyond the credit: it gives another one, and need not settle
+    loop.close()
+
+    assert not d._state.consumers
+    d.stop()
+
+
+def test_a_nested_payload_that_is_taken_out_is_not_counted_and_leaves_no_hole() -> None:
+    d = make()
+
+    def section(s: Any) -> None:
+        interrupted = mock.patch.object(tempo.Dispatcher, "_enqueue", side_effect=KeyboardInterrupt)
+        with interrupted, pytest.raises(KeyboardInterrupt) as caught:
+            d.enqueue_many(iter([b"interrupted"]))
+        assert caught.value.accepted == 0  # type: ignore[attr-defined]
+
+    d._locked(d._state, section)
+
+    assert len(d._state.inbox) == 1
+    for payload in (b"a", b"b", b"c"):
+        d.enqueue(payload)
+    assert payloads(d.stop()) == [b"a", b"b", b"c"]
+
+
+def test_a_nested_payload_as_large_as_the_buffer_fits() -> None:
+    d = make(max_buffered_bytes=SMALL)
+
+    d._locked(d._state, lambda s: d.enqueue(bytes(SMALL)))
+
+    assert payloads(d.stop()) == [bytes(SMALL)]
+
+
+def test_a_nested_payload_that_never_fits_is_refused_and_counted() -> None:
+    d = make(max_buffered_bytes=SMALL)
+
+    refused: list[Any] = []
+
+    d._locked(d._state, lambda s: refused.append(refusal(d.enqueue, bytearray(SMALL + 1))))
+
+    assert refused == [tempo.PayloadTooLarge]
+    assert (d.stats().rejected, d.stats().rejected_bytes) == (1, SMALL + 1)
+
+
+def test_a_nested_call_at_the_end_of_the_stack_accepts_nothing() -> None:
+    d = make()
+
+    def deep() -> None:
+        raise RecursionError
+
+    def section(s: Any) -> None:
+        interrupted = mock.patch.object(tempo.Dispatcher, "_enqueue", side_effect=KeyboardInterrupt)
+        with interrupted, around("_withdraw_nested", before=deep), pytest.raises(RecursionError):
+            d.enqueue_many(iter([b"interrupted"]))
+
+    d._locked(d._state, section)
+
+    assert conserved(d).accepted == 0
+    assert d.stop() == []
+
+
+def test_a_nested_payload_that_was_counted_as_its_call_was_interrupted_is_told_as_accepted() -> None:
+    d = make(max_buffered_bytes=LARGE)
+    d.enqueue(b"a")
+
+    def interrupt(self: tempo.Dispatcher, s: Any, late: list[bytes], timeout: Any) -> None:
+        self._count_locked(s)
+        raise KeyboardInterrupt
+
+    def section(s: Any) -> None:
+        s.places = 0  # so that the call takes the exact way
+        with mock.patch.object(tempo.Dispatcher, "_enqueue", interrupt), pytest.raises(KeyboardInterrupt) as caught:
+            d.enqueue_many(iter([b"b"]))
+        assert caught.value.accepted == 1  # type: ignore[attr-defined]
+
+    d._locked(d._state, section)
+
+    assert payloads(d.stop()) == [b"a", b"b"]
+
+
+# Neither memory nor stack
+
+
+def test_an_append_that_finds_no_stack_accepts_nothing() -> None:
+    d = make()
+
+    class Deep(list):  # type: ignore[type-arg]
+        def append(self, item: object) -> None:
+            raise RecursionError
+
+    d._state.inbox = Deep(d._state.inbox)
+    with pytest.raises(RecursionError):
+        d.enqueue(b"a")
+
+    assert conserved(d).accepted == 0
+
+
+@pytest.mark.parametrize("step", ["_locked", "_late_locked"])
+def test_a_call_that_finds_no_memory_after_it_was_accepted_returns(step: str) -> None:
+    d = make(max_buffered_bytes=SMALL)
+    with around(step, after=out_of_memory):
+        d.enqueue(b"a")
+
+    assert payloads(d.stop()) == [b"a"]
+
+
+def test_a_payload_is_accepted_where_there_is_no_memory_to_note_that_it_was() -> None:
+    d = make(max_buffered_bytes=SMALL)
+
+    class Late(list):  # type: ignore[type-arg]
+        def append(self, item: object) -> None:
+            raise MemoryError
+
+    d._state.inbox.append(b"a")
+    d._locked(d._state, d._late_locked, Late([b"a"]), None)
+
+    assert payloads(d.stop()) == [b"a"]
+
+
+def test_a_payload_is_accepted_where_there_is_no_memory_for_what_follows_the_commit() -> None:
+    d = make(max_buffered_bytes=SMALL)
+    with around("_stored_locked", before=out_of_memory):
+        d.enqueue(b"a")
+
+    assert conserved(d).accepted == 1
+    assert payloads(d.stop()) == [b"a"]
+
+
+def test_a_consumer_that_finds_no_memory_to_leave_the_queue_is_taken_out_by_the_next_section() -> None:
+    d = make()
+    interrupted = mock.patch.object(tempo._Parker, "park", side_effect=KeyboardInterrupt)
+    with around("_leave_locked", before=out_of_memory), interrupted, pytest.raises(KeyboardInterrupt):
+        d.get()
+    assert len(d._state.leavers) == 1
+
+    d.flush(timeout=0)
+    assert d.stats().waiting_consumers == 0
+    assert not d._state.leavers
+
+
+def test_while_the_interpreter_ends_no_call_waits_for_room_or_for_a_lock() -> None:
+    d = make(max_buffered_bytes=SMALL)
+    d.enqueue(bytes(SMALL))
+    Worker(d._state.lock.acquire).result()  # a daemon thread that is frozen with it
+    with mock.patch.object(sys, "is_finalizing", return_value=True):
+        refused = refusal(d.enqueue, b"a", timeout=None)
+
+    assert refused is tempo.QueueFull
+    assert conserved(d).rejected == 1
+
+
+def test_a_signal_handler_that_forks_in_a_wait_for_the_lock_has_it_over_the_fork() -> None:
+    d = make()
+    real = d._ident
+    held: list[bool] = []
+
+    def fork() -> int:  # where _locked is called and has no lock yet
+        if not held and sys._getframe(1).f_code is tempo._LOCKED_CODE:
+            tempo._before_fork()
+            held.append(Worker(d._state.lock.acquire, False).result())
+            tempo._after_fork()
+        return real()
+
+    d._ident = fork
+    d.stats()
+
+    assert held == [False]
+    assert not tempo._FORKS
+    assert Worker(d.stats).result().state == "running"
+
+
 # The end of the stack
 
 AT_THE_END = {
@@ -7090,3 +7607,39 @@ def test_a_hostile_case_that_goes_wrong_is_told(program: str, why: str) -> None:
     assert outcome.status == "fail"
     assert why in outcome.note
     assert soak_hostile.table([outcome])[1].split()[:6] == ["hostile", "callers", "1", "0", "1", "0"]
+
+
+# Mutants: tempo.py changed in a thousand ways (`make mutants` tries the tests on each)
+
+
+def test_each_mutant_listed_as_changing_nothing_is_a_line_of_tempo_and_has_a_reason() -> None:
+    lines = {line.strip() for line in (ROOT / "tempo.py").read_text(encoding="utf-8").splitlines()}
+    listed = soak_mutants.read_list(soak_mutants.LISTED)
+
+    assert listed
+    assert [key for key in listed if key[2] not in lines or key[2] == key[3]] == []
+    assert [key for key, reason in listed.items() if len(reason) < 20] == []
+
+
+def test_mutants_are_the_changes_that_cosmic_ray_finds_outside_of_annotations() -> None:
+    pytest.importorskip("cosmic_ray")
+    found = list(soak_mutants.mutants("def f(a: int, b: int = 2) -> bool:\n    return a < b\n"))
+
+    assert {m.after for m in found} == {"def f(a: int, b: int = 3) -> bool:", "return a <= b"}
+    assert all(m.function == "f" and m.source.count("\n") == 2 for m in found)
+
+
+def test_a_test_that_hangs_with_a_mutant_is_ended_and_named(tmp_path: Path) -> None:
+    (tmp_path / "soak").mkdir()
+    shutil.copy(ROOT / "soak" / "mutants.py", tmp_path / "soak")
+    (tmp_path / "soak" / "__init__.py").touch()
+    (tmp_path / "tempo.py").touch()
+    (tmp_path / "test_tempo.py").write_text(
+        "import threading\ndef test_passes(): pass\ndef test_hangs(): threading.Event().wait()\n"
+    )
+    took = {"test_tempo.py::test_passes": 0.0, "test_tempo.py::test_hangs": 0.0}
+    with mock.patch.object(soak_mutants, "HANG", 1.0):
+        report = soak_mutants.run_tests(tmp_path, list(took), took)
+
+    assert report["code"]
+    assert (report["at"], report["failed"]) == ("test_tempo.py::test_hangs", [])

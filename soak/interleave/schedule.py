@@ -104,6 +104,7 @@ class Schedule:
         self._globals = module.__dict__
         self._private = private
         self._by_thread: dict[int, Actor] = {}
+        self._made: list[Callable[[], RLock]] = []  # what tempo keeps locks by
 
     # -- What the dispatcher gets ------------------------------------------------------------------------------------
 
@@ -115,6 +116,7 @@ class Schedule:
         dispatcher._clock = self.clock
         dispatcher._new_lock = lambda: Lock(self)
         dispatcher._new_rlock = lambda: RLock(self)
+        self._made.append(dispatcher._new_rlock)
         dispatcher._renew()
 
     # -- Actors ------------------------------------------------------------------------------------------------------
@@ -167,6 +169,8 @@ class Schedule:
                 with contextlib.suppress(Stuck):
                     self.run(actor)
         self.actors.clear()
+        for made in self._made:  # nobody else makes locks by it again
+            self._globals["_LOCKS"].pop(made, None)
 
     # -- In an actor's thread ----------------------------------------------------------------------------------------
 

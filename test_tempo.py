@@ -982,6 +982,14 @@ def test_a_python_object_with_a_buffer_is_a_payload() -> None:
     assert payloads(d.stop()) == [b"record"] * 3
 
 
+@pytest.mark.parametrize("kind", [bytearray, memoryview])
+def test_a_payload_that_is_no_bytes_may_be_as_large_as_the_buffer(kind: Any) -> None:
+    d = make(max_buffered_bytes=SMALL)
+    d.enqueue(kind(bytes(SMALL)))
+
+    assert payloads(d.stop()) == [bytes(SMALL)]
+
+
 # Producers that wait for room
 
 
@@ -1383,6 +1391,44 @@ def test_all_who_rest_go_on_when_no_consumer_came_and_rest_no_more() -> None:
     d.stop()
 
 
+@pytest.mark.parametrize(("held", "rests"), [(512, True), (511, False)])
+def test_producers_rest_from_half_full_on(held: int, rests: bool) -> None:
+    d = make(max_batch_bytes=64 * tempo.KiB)
+    d.enqueue(bytes(held * tempo.KiB))
+    waiting: list[tempo._Parker] = []
+
+    Worker(d._locked, d._state, d._rest_locked, waiting).result()
+
+    assert bool(waiting) is rests
+    d.stop()
+
+
+def test_the_sentinel_lets_one_more_producer_go_on_when_a_consumer_came() -> None:
+    with forever():
+        d = half_full()
+        producers = []
+        for i in range(4):
+            producers.append(Worker(send, d, b"%d" % i, 2000, LONG))
+            resting(d, i + 1)
+        sentinel = d._state.sentinel
+        assert sentinel is not None
+        sentinel.target = -1  # bytes taken as it looked last
+        d._state.resting.rotate(-1)  # it is not the first
+        left = set(d._state.resting)
+
+        def section(s: Any) -> None:
+            d._queue_locked(s, sentinel, False)
+            left.difference_update(s.resting)
+
+        d._locked(d._state, section)
+
+        assert len(left) == 1
+        d.stop()
+        for producer in producers:
+            with contextlib.suppress(tempo.Stopped):
+                producer.result()
+
+
 # Credit: payloads accepted unseen
 
 
@@ -1573,6 +1619,36 @@ def test_payloads_that_come_as_the_credit_is_withdrawn_are_accepted_as_far_as_it
 
     assert conserved(d).accepted == places
     assert payloads(d.stop()) == [b"a", *[b"b"] * (places - 1)]
+
+
+def test_credit_covers_the_largest_payload_that_it_may() -> None:
+    d = make()
+    most = d._most_small
+    assert most > d._state.small
+
+    d.enqueue(bytes(most))
+
+    assert d._state.small == most
+
+
+@pytest.mark.parametrize("size", [511, 512, 513])
+def test_credit_behind_a_nested_payload_goes_as_far_as_there_is_room(size: int) -> None:
+    d = make(max_buffered_bytes=LARGE)
+    d.enqueue_many([bytes(512)] * (LARGE // 512 - 3))
+    d._locked(d._state, lambda s: None)
+    assert d._state.places == 1 + 3  # credit for all that there is room for
+
+    def section(s: Any) -> None:
+        d.enqueue(bytes(size))
+        while len(s.inbox) < 1 + 3:
+            s.inbox.append(bytes(512))  # of producers that had seen the places before
+
+    d._locked(d._state, section)
+
+    if size <= 512:
+        assert d.stats().buffered_bytes == LARGE - 512 + size
+    assert d.stats().buffered_bytes <= LARGE
+    d._check()
 
 
 # Many payloads in one call
@@ -1839,6 +1915,41 @@ def test_enqueue_many_admits_a_list_512_at_a_time() -> None:
         assert d.enqueue_many([b"x"] * 1200) == 1200
 
     assert admitted == [512, 512, 176]
+
+
+@contextlib.contextmanager
+def chunks_admitted() -> Iterator[list[int]]:
+    """How many payloads each locked section of enqueue_many admits."""
+    real = tempo.Dispatcher._enqueue_chunk
+    admitted: list[int] = []
+
+    def watched(self: tempo.Dispatcher, *args: Any) -> int:
+        admitted.append(real(self, *args))
+        return admitted[-1]
+
+    with mock.patch.object(tempo.Dispatcher, "_enqueue_chunk", watched):
+        yield admitted
+
+
+def test_enqueue_many_that_would_not_wait_goes_past_those_who_do_in_one_section() -> None:
+    d = make(max_buffered_bytes=SMALL)
+    d.enqueue(bytes(60))
+    producer = waiter(d, bytes(50))
+    with chunks_admitted() as admitted:
+        d.enqueue_many([b"0123456789"] * 2)
+
+    assert admitted == [2]
+    d.stop()
+    with pytest.raises(tempo.Stopped):
+        producer.result()
+
+
+def test_enqueue_many_admits_what_fits_in_one_section() -> None:
+    d = make(max_buffered_bytes=SMALL)
+    with chunks_admitted() as admitted, pytest.raises(tempo.QueueFull):
+        d.enqueue_many([b""] * (SMALL - 10) + [b"12345"] * 5)
+
+    assert admitted[0] == SMALL - 10 + 2
 
 
 # Batch
@@ -7484,6 +7595,110 @@ def test_a_signal_handler_that_forks_in_a_wait_for_the_lock_has_it_over_the_fork
     assert held == [False]
     assert not tempo._FORKS
     assert Worker(d.stats).result().state == "running"
+
+
+def test_a_finalizer_without_a_frame_of_its_own_is_nested_too() -> None:
+    d = make()
+
+    class Last:
+        __del__ = partial(d.flush, timeout=0)  # called by the interpreter, right from the frame that lets go of it
+
+    d.enqueue(b"a")
+    d._state.calm = Last()  # type: ignore[assignment]
+    del Last
+    d.stats()  # its section sets calm anew
+    d.enqueue(b"b")
+
+    assert [batch.tolist() for batch in d.stop()] == [[b"a"], [b"b"]]
+
+
+def test_a_parker_of_before_a_fork_is_left_alone() -> None:
+    d = make()
+    old = d._state
+    parker = tempo._Parker(threading.Lock())
+    old.consumers.append(parker)
+    fork_here(d)
+    Worker(old.lock.acquire).result()  # of a thread that the child has not
+
+    Worker(d._leave, old, parker).result()
+
+    assert list(old.consumers) == [parker]
+
+
+def test_a_fork_waits_for_the_lock_for_a_time() -> None:
+    d = make()
+    real, waits = d._ident, []
+
+    class Held:
+        def acquire(self, blocking: bool, timeout: float) -> bool:
+            waits.append((blocking, timeout))
+            return False
+
+    def fork() -> int:
+        if sys._getframe(1).f_code is tempo._LOCKED_CODE:
+            d._ident = real
+            tempo._before_fork()
+            tempo._after_fork()
+        return real()
+
+    d._ident = fork
+    with mock.patch.object(tempo, "_LOCKS", {"held": Held()}):
+        d.stats()
+
+    assert waits == [(True, tempo._FORK_PATIENCE)]
+    assert tempo._FORK_PATIENCE > 0
+
+
+def test_nested_calls_see_what_was_accepted_before_them() -> None:
+    d = make(max_buffered_bytes=LARGE)
+    for payload in (b"first", b"", b"xyz", bytes(512)):
+        d.enqueue(payload)
+    assert len(d._state.inbox) > 3  # accepted unseen
+
+    seen = d._locked(d._state, lambda s: d.stats())
+
+    assert (seen.accepted, seen.accepted_bytes) == (4, 5 + 1 + 3 + 512)
+    assert seen == d.stats()
+
+
+@pytest.mark.parametrize(("first", "fits"), [(30, 10), (50, 20), (30, 11)])
+def test_a_call_nested_in_a_nested_one_counts_it_as_accepted_if_it_will_be(first: int, fits: int) -> None:
+    d = make(max_buffered_bytes=SMALL)
+    d.enqueue(bytes(60))
+    d.flush(timeout=0)
+    d.get()
+    d.enqueue(bytes(60))
+    deeper: list[Any] = []
+
+    def section(s: Any) -> None:
+        with around("_accepted_before", before=lambda: deeper.append(refusal(d.enqueue, bytes(fits)))):
+            deeper.append(refusal(d.enqueue, bytes(first)))
+
+    d._locked(d._state, section)
+
+    goes = 60 + first <= SMALL
+    then = 60 + (first if goes else 0) + fits <= SMALL
+    assert deeper == [None if then else tempo.QueueFull, None if goes else tempo.QueueFull]
+    assert conserved(d).buffered_bytes == 60 + goes * first + then * fits
+
+
+@pytest.mark.parametrize("call", ["enqueue", "refused", "never fits"])
+def test_what_is_nested_in_a_section_that_need_not_settle_is_settled(call: str) -> None:
+    d = make(max_buffered_bytes=LARGE, max_batch_bytes=LARGE)
+    d.enqueue(b"x")
+    while len(d._state.inbox) < d._state.places:
+        d.enqueue(b"x")
+    nested: dict[str, Callable[[], object]] = {
+        "enqueue": lambda: d.enqueue(b"nested"),
+        "refused": lambda: refusal(d.enqueue, bytes(LARGE)),
+        "never fits": lambda: refusal(d.enqueue, bytearray(LARGE + 1)),
+    }
+    with around("_grant_locked", after=nested[call]):
+        d.enqueue(b"y")  # beyond the credit: it gives another one, and need not settle
+
+    assert not (d._state.mixed or d._state.refused or d._state.left)
+    assert d.stats().rejected == (call != "enqueue")
+    d.stop()
 
 
 # The end of the stack

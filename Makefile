@@ -15,7 +15,7 @@ options = $(foreach variable,$(SOAK_VARIABLES),$(if $($(variable)),--$(call lowe
 with = py=$$($(PYTHON) .ci/prepare.py $(1))
 
 .DEFAULT_GOAL := help
-.PHONY: help soak test bench compare instructions hostile interleave mutants test-all coverage lint clean
+.PHONY: help soak tune stress test bench compare instructions hostile interleave mutants test-all coverage lint clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,12 @@ help: ## show this
 
 soak: ## sustained load on this machine: is every event delivered once, how fast, in how much memory
 	@$(call with,--optional soak) && exec "$$py" -m soak run --duration '$(DURATION)' $(options) $(ARGS)
+
+tune: ## which limits fit this machine: make tune PAYLOAD=10KiB; make soak then uses them
+	@$(call with,--optional soak) && exec "$$py" -m soak tune $(if $(PAYLOAD),--payload '$(PAYLOAD)') $(ARGS)
+
+stress: ## 256 producers, 2,000 payloads each: are all of them delivered
+	@$(call with,--optional soak) && exec "$$py" -m soak stress $(ARGS)
 
 test: ## the tests
 	@$(call with,test) && exec "$$py" -m pytest $(ARGS)

@@ -5,7 +5,7 @@ DURATION ?= 5m
 
 # Given to `soak run` only when set; what it does else is told by: python3 -m soak run --help
 SOAK_VARIABLES := PRODUCERS CONSUMERS PAYLOAD INTERVAL MAX_BATCH_BYTES MAX_BUFFERED_BYTES CONSUMER_DELAY \
-                  ON_FULL BULK SINK OUT JSON BASELINE
+                  ON_FULL BULK SINK OUT JSON BASELINE SETTINGS DISPLAY
 
 # MAX_BATCH_BYTES=1MiB becomes --max-batch-bytes '1MiB'
 lower   = $(shell echo '$(1)' | tr 'A-Z_' 'a-z-')

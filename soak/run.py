@@ -21,7 +21,7 @@ from soak.drive import Outcome, drive
 from soak.load import Load
 from soak.options import complain, converter
 from soak.payloads import PROBED_SIZE, STRIDE
-from soak.progress import Monitor, say
+from soak.progress import DISPLAYS, open_monitor, say
 from soak.sinks import Sink, open_sink, parse_sink
 from soak.units import format_seconds, format_size, parse_duration
 
@@ -73,6 +73,12 @@ def add_parser(commands: Any) -> None:
     )
     add("--json", type=converter(settings.parse_path), metavar="PATH", help="the result's file (a new one in --out)")
     add(
+        "--display",
+        choices=DISPLAYS,
+        default="auto",
+        help="live on a terminal, a plain line every five seconds, or none (%(default)s: live where it can be)",
+    )
+    add(
         "--baseline",
         type=converter(baseline.parse_baseline),
         default="auto",
@@ -95,7 +101,7 @@ def main(options: argparse.Namespace) -> int:
 
     files = results.Files(options.out, options.json)
     try:
-        result = run(config, sink, files, options.baseline, place)
+        result = run(config, sink, files, options.baseline, place, options.display)
     except KeyboardInterrupt:
         complain("interrupted again: there is no result")
         return 130
@@ -131,9 +137,14 @@ def _tuned(options: argparse.Namespace, place: dict[str, object]) -> tuple[dict[
 
 
 def run(
-    config: Config, sink: Sink | None, files: results.Files, baseline_option: str, place: dict[str, object]
+    config: Config,
+    sink: Sink | None,
+    files: results.Files,
+    baseline_option: str,
+    place: dict[str, object],
+    display: str = "plain",
 ) -> dict[str, Any]:
-    """Run all passes and return the result, ready for JSON; place: of environment.describe.
+    """Run all passes and return the result, ready for JSON; place: of environment.describe, display: of DISPLAYS.
 
     A KeyboardInterrupt ends the pass that it comes in, and cuts short those after it: the result stays complete. Raises
     it only when it comes while a pass drains; RuntimeError when the machine cannot run the threads.
@@ -156,11 +167,11 @@ def run(
     interrupted |= counting.interrupted
     say(f"census: {counted.accepted:,} events accepted, {counted.delivered:,} delivered, each looked at")
 
-    monitor = Monitor(config, stream)
     load = Load(config, None if sink is None else sink.deliver)
     duration = min(HURRY, config.duration) if interrupted else config.duration
     say(f"load: {format_seconds(duration)}, {config.producers} producers, {config.consumers} consumers")
-    outcome = drive(config, duration, load, monitor.sample, monitor.every)
+    with open_monitor(display, config, stream, duration, traced.peak) as monitor:
+        outcome = drive(config, duration, load, monitor.sample, monitor.every)
     interrupted |= outcome.interrupted
     peak_rss = environment.peak_rss()
 

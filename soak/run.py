@@ -21,7 +21,7 @@ from soak.drive import Outcome, drive
 from soak.load import Load
 from soak.options import complain, converter
 from soak.payloads import PROBED_SIZE, STRIDE
-from soak.progress import DISPLAYS, open_monitor, say
+from soak.progress import DISPLAYS, Stream, open_monitor, say
 from soak.sinks import Sink, open_sink, parse_sink
 from soak.units import format_seconds, format_size, parse_duration
 
@@ -101,7 +101,7 @@ def main(options: argparse.Namespace) -> int:
 
     files = results.Files(options.out, options.json)
     try:
-        result = run(config, sink, files, options.baseline, place, options.display)
+        result = run(config, sink, files.stream, options.baseline, place, options.display)
     except KeyboardInterrupt:
         complain("interrupted again: there is no result")
         return 130
@@ -139,7 +139,7 @@ def _tuned(options: argparse.Namespace, place: dict[str, object]) -> tuple[dict[
 def run(
     config: Config,
     sink: Sink | None,
-    files: results.Files,
+    stream: Stream | None,
     baseline_option: str,
     place: dict[str, object],
     display: str = "plain",
@@ -149,7 +149,6 @@ def run(
     A KeyboardInterrupt ends the pass that it comes in, and cuts short those after it: the result stays complete. Raises
     it only when it comes while a pass drains; RuntimeError when the machine cannot run the threads.
     """
-    stream = files.stream
     if stream is not None:
         head = {"type": "header", "schema": SCHEMA, "started": _now(), "config": config.as_json(), "environment": place}
         stream.write(head)
@@ -196,11 +195,15 @@ def run(
     calibration = (before.events_per_second + after.events_per_second) / 2
     ratio = figures["delivered_per_second"] / calibration if calibration else None
     choice = baseline.choose(baseline_option, config.as_json(), place)
+
+    def expected(key: str) -> tuple[str, float, float] | None:
+        return None if choice.baseline is None else choice.baseline.expected(key)
+
     bound, allowance = heap.bound(config), heap.allowance(config)
     throughput = verdict.judge_throughput(
         figures["delivered_per_second"],
         ratio,
-        None if choice.baseline is None else choice.baseline.figures,
+        expected("ratio"),
         choice.note,
     )
     if choice.baseline is not None and choice.note:
@@ -215,8 +218,8 @@ def run(
             remarks=_remarks(config, counted),
         ),
         "throughput": throughput,
-        "memory": verdict.judge_memory(traced.peak, bound, allowance),
-        "drain": verdict.judge_drain(figures["drain_seconds"]),
+        "memory": verdict.judge_memory(traced.peak, bound, allowance, expected("peak_heap_bytes")),
+        "drain": verdict.judge_drain(figures["drain_seconds"], expected("drain_seconds")),
     }
     findings["overall"] = verdict.overall(findings)
     return {

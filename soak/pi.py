@@ -71,7 +71,7 @@ def main(options: argparse.Namespace) -> int:
     try:
         emulator, root = provide()
     except SetupError as error:
-        complain(f"{error} (see {LOG.relative_to(ROOT)})" if LOG.exists() else str(error))
+        complain(str(error))
         return 1
     if not any(word.partition("=")[0] == "--out" for word in words) and options.of != "baseline":
         words += ["--out", OUT]
@@ -149,4 +149,6 @@ def _call(command: Sequence[str]) -> None:
         log.flush()
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False)
     if done.returncode:
-        raise SetupError(f"{command[0]} failed with exit code {done.returncode}: no network?")
+        raise SetupError(
+            f"{command[0]} failed with exit code {done.returncode}: no network? (see {LOG.relative_to(ROOT)})"
+        )

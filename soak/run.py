@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,7 @@ def add_parser(commands: Any) -> None:
 def main(options: argparse.Namespace) -> int:
     """Run all passes, write the result, print the summary; return the exit code."""
     place = environment.describe()
-    tuned, note = _tuned(options, place)
-    config = settings.config_from(options, options.duration, options.sink, tuned)
+    config, note = configure(options, place)
     if note:
         say(note)
     try:
@@ -120,20 +120,20 @@ def main(options: argparse.Namespace) -> int:
     return 0 if overall != verdict.FAIL and files.well else 1
 
 
-def _tuned(options: argparse.Namespace, place: dict[str, object]) -> tuple[dict[str, str], str]:
-    """Return what --settings stands for, and a line about it."""
+def configure(options: argparse.Namespace, place: Mapping[str, object]) -> tuple[Config, str]:
+    """Return the settings: what the options say, then the file that --settings stands for; and a line about that."""
     path: Path = options.settings
-    if str(path) == "none":
-        return {}, ""
+    left = options.out / settings.FILE
     if str(path) == "auto":
-        path = options.out / settings.FILE
-        if not path.exists():
-            return {}, ""
-    try:
-        return settings.read(path, place)
-    except ValueError as error:
-        parser: argparse.ArgumentParser = options.parser
-        parser.error(f"argument --settings: {error}")
+        path = left if left.exists() else Path("none")
+    tuned: dict[str, str] = {}
+    note = ""
+    if str(path) != "none":
+        try:
+            tuned, note = settings.read(path, place)
+        except ValueError as error:
+            options.parser.error(f"argument --settings: {error}")
+    return settings.config_from(options, options.duration, options.sink, tuned), note
 
 
 def run(

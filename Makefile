@@ -5,7 +5,7 @@ DURATION ?= 5m
 
 # Given to `soak run` only when set; what it does else is told by: python3 -m soak run --help
 SOAK_VARIABLES := PRODUCERS CONSUMERS PAYLOAD INTERVAL MAX_BATCH_BYTES MAX_BUFFERED_BYTES CONSUMER_DELAY \
-                  ON_FULL BULK SINK OUT JSON BASELINE
+                  ON_FULL BULK SINK OUT JSON BASELINE SETTINGS DISPLAY
 
 # MAX_BATCH_BYTES=1MiB becomes --max-batch-bytes '1MiB'
 lower   = $(shell echo '$(1)' | tr 'A-Z_' 'a-z-')
@@ -15,7 +15,7 @@ options = $(foreach variable,$(SOAK_VARIABLES),$(if $($(variable)),--$(call lowe
 with = py=$$($(PYTHON) .ci/prepare.py $(1))
 
 .DEFAULT_GOAL := help
-.PHONY: help soak test bench compare instructions hostile interleave mutants test-all coverage lint clean
+.PHONY: help soak soak-pi tune stress baseline test bench compare instructions hostile interleave mutants test-all coverage lint clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,18 @@ help: ## show this
 
 soak: ## sustained load on this machine: is every event delivered once, how fast, in how much memory
 	@$(call with,--optional soak) && exec "$$py" -m soak run --duration '$(DURATION)' $(options) $(ARGS)
+
+soak-pi: ## the same on a Raspberry Pi's processor: here if this is one, else emulated (Debian's arm64 packages, qemu)
+	@exec $(PYTHON) -m soak pi run --duration '$(DURATION)' $(options) $(ARGS)
+
+tune: ## which limits fit this machine: make tune PAYLOAD=10KiB; make soak then uses them
+	@$(call with,--optional soak) && exec "$$py" -m soak tune $(if $(PAYLOAD),--payload '$(PAYLOAD)') $(ARGS)
+
+stress: ## 256 producers, 2,000 payloads each: are all of them delivered
+	@$(call with,--optional soak) && exec "$$py" -m soak stress $(ARGS)
+
+baseline: ## record this machine's figures, for make soak to compare with (ARGS="--runs 9 --duration 30s")
+	@exec $(PYTHON) -m soak baseline $(ARGS)
 
 test: ## the tests
 	@$(call with,test) && exec "$$py" -m pytest $(ARGS)
@@ -78,5 +90,5 @@ lint: ## ruff and mypy
 	@$(call with,test lint soak) && "$$py" -m ruff check . && "$$py" -m mypy
 
 clean: ## remove environments, caches and builds (not the results in soak/out)
-	rm -rf .venv build dist *.egg-info .coverage .coverage.* htmlcov .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .cache build dist *.egg-info .coverage .coverage.* htmlcov .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -7,6 +7,7 @@ Nothing here sleeps to wait: a test waits for a state that `stats()` shows, or f
 
 from __future__ import annotations
 
+import argparse
 import ast
 import asyncio
 import contextlib
@@ -14,6 +15,7 @@ import copy
 import ctypes
 import doctest
 import gc
+import io
 import json
 import logging
 import os
@@ -32,6 +34,7 @@ import weakref
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -45,14 +48,24 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import tempo
 from soak import __main__ as soak_main
+from soak import baseline as soak_baseline
 from soak import bench as soak_bench
+from soak import census as soak_census
+from soak import environment as soak_environment
 from soak import handover as soak_handover
 from soak import heap as soak_heap
 from soak import instructions as soak_instructions
 from soak import micro as soak_micro
 from soak import mutants as soak_mutants
 from soak import payloads as soak_payloads
+from soak import pi as soak_pi
+from soak import progress as soak_progress
+from soak import record as soak_record
 from soak import rows as soak_rows
+from soak import run as soak_run
+from soak import settings as soak_settings
+from soak import stress as soak_stress
+from soak import tune as soak_tune
 from soak import units, verdict
 from soak import worker as soak_worker
 from soak.config import Config
@@ -4230,7 +4243,11 @@ def test_every_import_is_of_the_standard_library() -> None:
 README = re.findall(r"(?ms)^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("module", [tempo, units, soak_instructions, soak_mutants], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module",
+    [tempo, units, soak_instructions, soak_mutants, soak_record, soak_tune],
+    ids=lambda module: module.__name__,
+)
 def test_the_doctests_run(module: Any) -> None:
     outcome = doctest.testmod(module)
     assert outcome.failed == 0
@@ -4322,6 +4339,196 @@ def test_a_bad_option_of_the_benchmark_is_one_line_that_names_it(option: str, va
     assert (done.returncode, done.stdout) == (2, "")
     assert f"argument {option}: " in line
     assert value.partition(",")[2] or value in line
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("run", "--settings", "nowhere.json"),
+        ("run", "--display", "hologram"),
+        ("tune", "--probe", "soon"),
+        ("tune", "--payload", "heavy"),
+        ("stress", "--each", "0"),
+        ("stress", "--limit", "0"),
+        ("baseline", "--runs", "0"),
+        ("baseline", "--name", "auto"),
+    ],
+)
+def test_a_bad_option_of_another_command_is_one_line_that_names_it(command: str, option: str, value: str) -> None:
+    done = run_python("-m", "soak", command, option, value, cwd=ROOT)
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"argument {option}: " in line
+    assert value in line
+
+
+@pytest.mark.parametrize("command", ["run", "tune", "stress", "baseline", "pi", "bench", "hostile", "interleave"])
+def test_each_command_of_soak_has_help_with_an_example(command: str) -> None:
+    with pytest.raises(SystemExit) as caught, contextlib.redirect_stdout(io.StringIO()) as out:
+        soak_main.main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"python3 -m soak {command}" in " ".join(out.getvalue().split("example", 1)[1].split())
+
+
+def test_a_soak_stress_delivers_each_payload_of_each_producer(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    done = run_python(
+        *("-m", "soak", "stress", "--producers", "8", "--each", "301", "--bulk", "4"),
+        *("--out", str(tmp_path), "--json", str(path)),
+        cwd=ROOT,
+    )
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert result["accepted"] == result["delivered"] == result["wanted"] == 8 * 301
+    assert result["verdict"]["overall"]["status"] == "pass"
+
+
+def test_a_soak_stress_that_is_not_done_in_time_fails() -> None:
+    options = argparse.Namespace(producers=2)
+    config = soak_settings.config_from(options, 1.0)
+    counted, outcome = soak_census.take(config, 5.0, each=10, every=0.001)
+    assert soak_stress.judge(config, counted, outcome, 20).status == "pass"
+    late = soak_stress.judge(config, counted, outcome, 21)
+    assert (late.status, late.note.partition(";")[0]) == ("fail", "not done within 1.00 s: 20 of 21 payloads sent")
+    outcome.interrupted = True
+    assert soak_stress.judge(config, counted, outcome, 21).status == "warn"
+
+
+def test_what_soak_tune_finds_is_what_a_run_uses_unless_an_option_says_else(tmp_path: Path) -> None:
+    done = run_python("-m", "soak", "tune", "--probe", "10ms", "--payload", "64", "--out", str(tmp_path), cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(("CALIBRATED: ", "PROVISIONAL: "))
+    tuned = json.loads((tmp_path / "settings.json").read_text(encoding="utf-8"))["settings"]
+    assert tuned["payload"] == "64"
+    parser = soak_main.parser()
+    options = parser.parse_args(["run", "--out", str(tmp_path), "--producers", "3"])
+    config, note = soak_run.configure(options, soak_environment.describe())
+    assert (config.payload, config.producers) == (64, 3)
+    assert config.max_buffered_bytes == int(tuned["max_buffered_bytes"])
+    assert config.max_batch_bytes == (None if tuned["max_batch_bytes"] == "none" else int(tuned["max_batch_bytes"]))
+    assert str(tmp_path / "settings.json") in note
+    options = parser.parse_args(["run", "--out", str(tmp_path), "--settings", "none"])
+    assert soak_run.configure(options, {})[0].payload == "telemetry"
+
+
+def test_a_soak_does_not_use_the_settings_of_another_machine(tmp_path: Path) -> None:
+    place = {"machine": "a board", "cores": 4, "interpreter": "CPython 3.11"}
+    path = soak_settings.write(tmp_path, {"producers": "7"}, place, True, "today")
+    assert soak_settings.read(path, place)[0] == {"producers": "7"}
+    found, note = soak_settings.read(path, {**place, "cores": 2})
+    assert found == {}
+    assert "another cores" in note
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"settings": {}}', '{"settings": {"nobody": "1"}, "environment": {}}'])
+def test_a_file_that_holds_no_soak_settings_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        soak_settings.read(path, {})
+
+
+@given(memory=st.one_of(st.none(), st.integers(1 << 20, 1 << 50)), size=st.integers(0, 1 << 20))
+def test_soak_tune_never_recommends_more_than_an_eighth_of_the_memory(memory: int | None, size: int) -> None:
+    config = soak_settings.config_from(argparse.Namespace(payload=size, max_buffered_bytes=1 << 20), 1.0)
+    most = soak_tune.largest_buffer(config, memory)
+    within = soak_heap.bound(replace(config, producers=32, max_buffered_bytes=most)) <= (memory or 512 << 20) // 8
+    assert within or most == 1  # not even one byte: then it recommends nothing
+
+
+def test_soak_tune_asks_until_the_answer_is_a_payload_size(capsys: Any) -> None:
+    answers = iter(["heavy\n", "10KiB\n"])
+    assert soak_tune.ask(lambda: next(answers)) == 10 * 1024
+    assert "'heavy' is not a size" in capsys.readouterr().err
+    assert soak_tune.ask(lambda: "") == "telemetry"
+    assert soak_tune.ask(lambda: "heavy") == "telemetry"
+
+
+def test_a_soak_baseline_is_worse_when_ratio_heap_or_drain_is_beyond_its_spread() -> None:
+    known = ("board", 0.5, 0.1)
+    assert verdict.judge_throughput(1.0, 0.41, known).status == "pass"
+    assert verdict.judge_throughput(1.0, 0.39, known).status == "fail"
+    heap = ("board", 1000.0, 100.0)
+    assert verdict.judge_memory(1100, 5000, 0, heap).status == "pass"
+    assert verdict.judge_memory(1101, 5000, 0, heap).status == "fail"
+    assert verdict.judge_memory(1101, 5000, 0).status == "pass"
+    drain = ("board", 0.01, 0.05)
+    assert verdict.judge_drain(0.06, drain).status == "pass"
+    assert verdict.judge_drain(0.07, drain) == verdict.Finding(
+        "fail", "drained in 70.0 ms: above the baseline board: 10.0 ms +- 50.0 ms"
+    )
+
+
+def test_a_recorded_soak_baseline_is_found_by_machine_interpreter_and_settings(tmp_path: Path) -> None:
+    place = soak_environment.describe()
+    config = soak_settings.config_from(argparse.Namespace(producers=2), 0.1)
+    result = {
+        "ratio": 0.5,
+        "peak_heap_bytes": 1000,
+        "drain_seconds": 0.001,
+        "delivered_per_second": 1.0,
+        "calibration": 2.0,
+        "config": config.as_json(),
+        "interrupted": False,
+        "verdict": {"overall": {"status": "pass", "note": ""}},
+    }
+    with mock.patch.object(soak_run, "run", return_value=result), contextlib.redirect_stdout(io.StringIO()):
+        code = soak_main.main(["baseline", "--runs", "2", "--producers", "2", "--out", str(tmp_path)])
+    assert code == 0
+    choice = soak_baseline.choose("auto", config.as_json(), place, tmp_path)
+    assert choice.baseline is not None
+    assert choice.baseline.expected("ratio") == (choice.baseline.name, 0.5, 0.025)
+    for other in ({**config.as_json(), "producers": 3}, {**config.as_json(), "interval": 1.0}):
+        assert soak_baseline.choose("auto", other, place, tmp_path).baseline is None
+
+
+def test_a_soak_run_that_fails_is_not_recorded(tmp_path: Path, capsys: Any) -> None:
+    result = {"interrupted": False, "verdict": {"overall": {"status": "fail", "note": "correctness fail"}}}
+    with mock.patch.object(soak_run, "run", return_value=result):
+        assert soak_main.main(["baseline", "--runs", "2", "--out", str(tmp_path)]) == 1
+    assert "correctness fail: not recorded" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_soak_pi_on_a_raspberry_pi_runs_there(tmp_path: Path, capsys: Any) -> None:
+    with mock.patch.object(soak_environment, "machine", return_value="Raspberry Pi 4 Model B Rev 1.4"):
+        code = soak_main.main(["pi", "stress", "--producers", "2", "--each", "5", "--out", str(tmp_path)])
+    told = capsys.readouterr()
+    assert code == 0
+    assert "not emulated" in told.err
+    assert "10 delivered" in told.out
+
+
+def test_soak_pi_without_debians_tools_says_so_in_a_line(tmp_path: Path, capsys: Any) -> None:
+    with mock.patch.object(soak_pi, "CACHE", tmp_path), mock.patch.object(shutil, "which", return_value=None):
+        assert soak_main.main(["pi"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "soak: no apt-get here: the emulated Pi is made of Debian's packages"
+
+
+def monitored(display: str) -> None:
+    """What a run shows of two snapshots."""
+    config = soak_settings.config_from(argparse.Namespace(), 1.0)
+    with make() as d, soak_progress.open_monitor(display, config, None, 1.0, 1024) as monitor:
+        d.enqueue(b"x")
+        monitor.sample(0.5, d.stats())
+        monitor.sample(1.0, d.stats())
+        d.stop()
+
+
+def test_a_soak_shows_a_live_display_with_rich(capsys: Any) -> None:
+    pytest.importorskip("rich")
+    monitored("live")
+    shown = capsys.readouterr().err
+    assert "events/s" in shown
+    assert "time left" in shown
+
+
+@pytest.mark.parametrize(("display", "lines"), [("live", 3), ("plain", 2), ("auto", 2), ("none", 0)])
+def test_a_soak_without_rich_shows_plain_lines(display: str, lines: int, capsys: Any) -> None:
+    with mock.patch.dict(sys.modules, {"rich.console": None, "rich.progress_bar": None}):
+        monitored(display)
+    assert len(capsys.readouterr().err.splitlines()) == lines
 
 
 def test_every_row_of_the_benchmark_is_measured_by_its_group() -> None:

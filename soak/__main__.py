@@ -10,25 +10,30 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from soak import bench, instructions, mutants, run
+from soak import bench, instructions, mutants, pi, record, run, stress, tune
 from soak.hostile import command as hostile
 from soak.interleave import command as interleave
 from soak.options import OneLineParser, attach_values
 
-COMMANDS = (run, bench, instructions, hostile, interleave, mutants)
+COMMANDS = (run, tune, stress, record, pi, bench, instructions, hostile, interleave, mutants)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command; return its exit code (0 well, 1 a failed verdict or an unwritten file, 2 a bad option)."""
-    parser = OneLineParser(
+def parser() -> OneLineParser:
+    """Return what parses all commands' options."""
+    whole = OneLineParser(
         prog="python3 -m soak",
         description="Soak harness of tempo, the in-process batching dispatcher.",
         epilog="example: python3 -m soak run --duration 30s",
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = whole.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_parser(commands)
-    options = parser.parse_args(attach_values(sys.argv[1:] if argv is None else argv))
+    return whole
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return its exit code (0 well, 1 a failed verdict or an unwritten file, 2 a bad option)."""
+    options = parser().parse_args(attach_values(sys.argv[1:] if argv is None else argv))
     command_main: Callable[..., int] = options.main
     return command_main(options)
 

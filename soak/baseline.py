@@ -2,7 +2,8 @@
 """Recorded figures under ``soak/baselines/``, and which of them a run may be compared with.
 
 A file with ``ratio`` and ``ratio_spread`` is a baseline: what a run of this harness reached in events/s over the
-calibration of the same run. A file without them is a record: shown beside a result, never compared with it.
+calibration of the same run, and how far from that another may be; likewise its peak heap and its drain. A file without
+them is a record: shown beside a result, never compared with it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ SETTING_KEYS = (
 """What must be equal in the settings: all but the duration."""
 
 
+COMPARED = ("ratio", "peak_heap_bytes", "drain_seconds")
+"""What is compared, where a baseline has it and its spread."""
+
+
 @dataclass(frozen=True)
 class Baseline:
     """One recorded file."""
@@ -38,17 +43,16 @@ class Baseline:
     name: str
     content: Mapping[str, object]
 
-    @property
-    def figures(self) -> tuple[str, float, float] | None:
-        """The name, the ratio and its spread; None for a record."""
-        ratio, spread = self.content.get("ratio"), self.content.get("ratio_spread")
-        if isinstance(ratio, (int, float)) and isinstance(spread, (int, float)):
-            return self.name, float(ratio), float(spread)
+    def expected(self, key: str) -> tuple[str, float, float] | None:
+        """Return the name, the figure of this key and its spread; None when it is not recorded."""
+        figure, spread = self.content.get(key), self.content.get(f"{key}_spread")
+        if isinstance(figure, (int, float)) and isinstance(spread, (int, float)):
+            return self.name, float(figure), float(spread)
         return None
 
     def fits(self, config: Mapping[str, object], environment: Mapping[str, object]) -> bool:
         """Return whether this is a baseline of the same machine, interpreter and settings."""
-        return self.figures is not None and not self.differences(config, environment)
+        return self.expected("ratio") is not None and not self.differences(config, environment)
 
     def differences(self, config: Mapping[str, object], environment: Mapping[str, object]) -> list[str]:
         """Return which of the keys above differ."""
@@ -109,7 +113,7 @@ def choose(
         return Choice(None, "no baseline: none was asked for")
     if option != "auto":
         named = load(option, folder)
-        if named.figures is None:
+        if named.expected("ratio") is None:
             return Choice(None, f"no baseline: {option} records no ratio, so it is only shown")
         different = named.differences(config, environment)
         return Choice(named, f"{option} differs in {', '.join(different)}" if different else "")

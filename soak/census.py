@@ -37,8 +37,10 @@ class Account:
 class Census:
     """The work of the census pass."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, each: int | None = None) -> None:
+        """each: how many events a producer sends; None: until it is halted."""
         self._config = config
+        self._each = each
         self._identity = config.payload_size is None or config.payload_size >= IDENTITY_SIZE
         self.accepted = [Account() for _ in range(config.producers)]
         self.refused = [0] * config.producers
@@ -49,12 +51,14 @@ class Census:
     def produce(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
         """Send as the load does, and account for each event that was accepted."""
         config = self._config
-        source = events(config.payload_size, index, Sent(config.payload_size))
+        source = islice(events(config.payload_size, index, Sent(config.payload_size)), self._each)
         timeout = None if config.on_full == "block" else 0.0
         account = self.accepted[index]
         while not halt:
+            payloads = list(islice(source, config.bulk))
+            if not payloads:
+                return
             if config.bulk > 1:
-                payloads = list(islice(source, config.bulk))
                 taken = len(payloads)
                 try:
                     dispatcher.enqueue_many(payloads, timeout=timeout)
@@ -65,7 +69,7 @@ class Census:
                 for payload in payloads[:taken]:
                     account.add(payload)
             else:
-                payload = next(source)
+                payload = payloads[0]
                 try:
                     dispatcher.enqueue(payload, timeout=timeout)
                 except tempo.QueueFull:
@@ -154,8 +158,11 @@ class CensusResult:
         return max(0, self.delivered - self.accepted)
 
 
-def take(config: Config, seconds: float) -> tuple[CensusResult, Outcome]:
-    """Run the census on a new dispatcher, into no sink."""
-    census = Census(config)
-    outcome = drive(config, seconds, census)
+def take(config: Config, seconds: float, each: int | None = None, every: float = 1.0) -> tuple[CensusResult, Outcome]:
+    """Run the census on a new dispatcher, into no sink, until the time is over or each producer has sent ``each``.
+
+    every: after how many seconds to look whether that is so.
+    """
+    census = Census(config, each)
+    outcome = drive(config, seconds, census, every=every)
     return census.result(outcome), outcome

@@ -18,7 +18,7 @@ class Work(Protocol):
     """What the threads of a pass do. ``halt`` is empty until producers shall stop; they look at it now and then."""
 
     def produce(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
-        """Send until ``halt`` holds something."""
+        """Send until ``halt`` holds something, or until all is sent: when no producer is left, the load is over."""
 
     def consume(self, index: int, dispatcher: tempo.Dispatcher) -> None:
         """Receive until the dispatcher is drained."""
@@ -70,7 +70,7 @@ def drive(config: Config, seconds: float, work: Work, sample: Sampler | None = N
     started = time.perf_counter()
     crew.go.set()
     try:
-        _wait(crew, dispatcher, started, seconds, patience, sample, every)
+        _wait(crew, producers, dispatcher, started, seconds, patience, sample, every)
     except KeyboardInterrupt:
         outcome.interrupted = True
     halt.append(True)
@@ -115,6 +115,7 @@ def drive(config: Config, seconds: float, work: Work, sample: Sampler | None = N
 
 def _wait(
     crew: Crew,
+    producers: list[threading.Thread],
     dispatcher: tempo.Dispatcher,
     started: float,
     seconds: float,
@@ -122,7 +123,7 @@ def _wait(
     sample: Sampler | None,
     every: float,
 ) -> None:
-    """Wait until the load's end, sampling; return early when a thread failed or nothing moves any more."""
+    """Wait until the load's end, sampling; return early when a thread failed, all is sent, or nothing moves."""
     deadline = started + seconds
     now = moved = started
     delivered = 0
@@ -131,6 +132,8 @@ def _wait(
         now = time.perf_counter()
         if now >= due:
             due = max(due + every, now)
+            if not any(producer.is_alive() for producer in producers):
+                return
             snapshot = Call("stats", dispatcher.stats, PATIENCE)
             now = time.perf_counter()
             if snapshot.value is None:

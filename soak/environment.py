@@ -20,6 +20,9 @@ else:
 
 ROOT = Path(__file__).resolve().parent.parent
 
+EMULATED = "SOAK_EMULATED_MACHINE"
+"""The environment variable in which ``pi`` says what is emulated: the files of /proc and /sys are the host's."""
+
 
 def describe() -> dict[str, object]:
     """Return what a reader must know beside a figure; None where the machine does not tell."""
@@ -54,6 +57,8 @@ def cores() -> int:
 
 def machine() -> str:
     """Return the machine's model: from the device tree (Raspberry Pi), else from DMI (PC), else what is known."""
+    if EMULATED in os.environ:
+        return os.environ[EMULATED]
     model = _read("/proc/device-tree/model")
     if model:
         return model

@@ -120,6 +120,13 @@ class Load:
         self.sent = [Sent(config.payload_size) for _ in range(config.producers)]
         self.taken = [Taken(config.producers) for _ in range(config.consumers)]
 
+    def latencies(self) -> Latencies:
+        """Return what all consumers' probes tell, once the threads have ended."""
+        merged = Latencies()
+        for taken in self.taken:
+            merged.merge(taken.latencies)
+        return merged
+
     def produce(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
         """Format and send until ``halt`` holds something. A thread that raises leaves its count a round behind."""
         if self._config.bulk > 1:

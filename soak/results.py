@@ -6,6 +6,7 @@ A result is never lost to a full disk or a folder that cannot be written: it is 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -21,27 +22,34 @@ from soak.units import format_seconds, format_size
 class Files:
     """Where one run's results go: ``out/soak-TIME.jsonl``, ``out/latest.json``, and the result itself.
 
+    Of another command than ``run``, named ``kind``, the result alone: it has no stream, and is not the latest run.
+
     Each trouble is told once, in one line on stderr; ``well`` is then False.
     """
 
-    def __init__(self, out: Path, path: Path | None) -> None:
+    def __init__(self, out: Path, path: Path | None, kind: str = "soak") -> None:
         self.well = True
         self.written: list[Path] = []
         self.stream: Stream | None = None
         self._path = path
         self._out: Path | None = out
-        self._stem = "soak-" + time.strftime("%Y%m%d-%H%M%S")
+        self._stem = f"{kind}-" + time.strftime("%Y%m%d-%H%M%S")
+        self._latest = kind == "soak"
         try:
             out.mkdir(parents=True, exist_ok=True)
-            for attempt in range(2, 1000):
-                try:
-                    self.stream = Stream(out / f"{self._stem}.jsonl")
-                    break
-                except FileExistsError:
-                    self._stem = f"{self._stem.partition('_')[0]}_{attempt}"
+            if self._latest:
+                self.stream = self._new_stream(out)
         except OSError as error:
             self._trouble(f"cannot write to --out {str(out)!r}", error)
             self._out = None
+
+    def _new_stream(self, out: Path) -> Stream:
+        stem, attempt = self._stem, 1
+        while True:
+            with contextlib.suppress(FileExistsError):
+                return Stream(out / f"{self._stem}.jsonl")
+            attempt += 1
+            self._stem = f"{stem}_{attempt}"
 
     def finish(self, result: Mapping[str, object]) -> str | None:
         """Close the stream and write the result; return its text when it has to be printed instead."""
@@ -57,7 +65,8 @@ class Files:
         if self._out is not None:
             own = [] if self._path is not None else [self._out / f"{self._stem}.json"]
             # Whatever keeps one file from being written keeps the next: told once.
-            all(self._write(path, text, "") for path in (*own, self._out / "latest.json"))
+            latest = [self._out / "latest.json"] if self._latest else []
+            all(self._write(path, text, "") for path in (*own, *latest))
         return None if self.well else text
 
     def _write(self, path: Path, text: str, option: str) -> bool:

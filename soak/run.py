@@ -10,31 +10,27 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from soak import baseline, census, environment, heap, results, verdict
+from soak import baseline, census, environment, heap, results, settings, verdict
 from soak.calibration import calibrate
-from soak.config import TELEMETRY, Config
+from soak.config import Config
 from soak.crew import describe
 from soak.drive import Outcome, drive
-from soak.load import Latencies, Load
+from soak.load import Load
 from soak.options import complain, converter
 from soak.payloads import PROBED_SIZE, STRIDE
-from soak.progress import Monitor, say
+from soak.progress import DISPLAYS, Stream, open_monitor, say
 from soak.sinks import Sink, open_sink, parse_sink
-from soak.units import format_seconds, format_size, parse_count, parse_duration, parse_size
+from soak.units import format_seconds, format_size, parse_duration
 
 SCHEMA = 1
 """Raised when a key of the result changes its meaning."""
 
 HURRY = 0.1
 """Seconds that each pass still takes after an interrupt."""
-
-MOST_THREADS = 9999
-"""An identity has four digits for its producer."""
-MOST_BULK = 1_000_000
 
 EXAMPLE = """\
 examples:
@@ -57,46 +53,32 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
     parser.set_defaults(main=main, parser=parser)
-    time_, size = converter(parse_duration), converter(parse_size)
     add = parser.add_argument
+    time_ = converter(parse_duration)
     add("--duration", type=time_, default="5m", metavar="TIME", help="how long the load lasts (%(default)s)")
-    threads = converter(partial(parse_count, most=MOST_THREADS))
-    add("--producers", type=threads, default="32", metavar="N", help="producer threads (%(default)s)")
-    add("--consumers", type=threads, default="1", metavar="N", help="consumer threads (%(default)s)")
+    settings.add_settings(parser)
     add(
-        "--payload",
-        type=converter(_parse_payload),
-        default=TELEMETRY,
-        metavar="telemetry|SIZE",
-        help="a mix of web events, 163 bytes on average, or payloads of one size, 0 too (%(default)s)",
+        "--settings",
+        type=converter(settings.parse_path),
+        default="auto",
+        metavar="auto|none|PATH",
+        help="what is not said is as in this file (%(default)s: what tune left in --out)",
     )
-    add("--interval", type=time_, default="10ms", metavar="TIME", help="the oldest event's wait (%(default)s)")
-    add(
-        "--max-batch-bytes",
-        type=converter(_parse_batch_limit),
-        default="320KiB",
-        metavar="SIZE|none",
-        help="at which a batch closes, none for the interval alone (%(default)s)",
-    )
-    add("--max-buffered-bytes", type=size, default="2MiB", metavar="SIZE", help="the buffer's limit (%(default)s)")
-    add(
-        "--consumer-delay",
-        type=converter(partial(parse_duration, zero=True)),
-        default="10us",
-        metavar="TIME",
-        help="what a consumer sleeps after each batch, 0 for nothing (%(default)s)",
-    )
-    add(
-        "--on-full",
-        choices=("block", "raise"),
-        default="block",
-        help="whether producers wait for room or drop what is refused (%(default)s)",
-    )
-    bulk = converter(partial(parse_count, most=MOST_BULK))
-    add("--bulk", type=bulk, default="1", metavar="N", help="events in one call (%(default)s: enqueue, singly)")
     add("--sink", type=converter(parse_sink), default="null", metavar="null|file:PATH", help="null or a file (null)")
-    add("--out", type=converter(_parse_path), default="soak/out", metavar="DIR", help="folder of results (%(default)s)")
-    add("--json", type=converter(_parse_path), metavar="PATH", help="the result's file (a new one in --out)")
+    add(
+        "--out",
+        type=converter(settings.parse_path),
+        default="soak/out",
+        metavar="DIR",
+        help="folder of results (%(default)s)",
+    )
+    add("--json", type=converter(settings.parse_path), metavar="PATH", help="the result's file (a new one in --out)")
+    add(
+        "--display",
+        choices=DISPLAYS,
+        default="auto",
+        help="live on a terminal, a plain line every five seconds, or none (%(default)s: live where it can be)",
+    )
     add(
         "--baseline",
         type=converter(baseline.parse_baseline),
@@ -106,45 +88,12 @@ def add_parser(commands: Any) -> None:
     )
 
 
-def _parse_payload(text: str) -> str | int:
-    if text == TELEMETRY:
-        return text
-    try:
-        return parse_size(text, least=0)
-    except ValueError as error:
-        raise ValueError(f"{error}, or {TELEMETRY}") from None
-
-
-def _parse_batch_limit(text: str) -> int | None:
-    return None if text == "none" else parse_size(text)
-
-
-def _parse_path(text: str) -> Path:
-    if not text or "\0" in text:
-        raise ValueError(f"{text!r} is not a path")
-    return Path(text)
-
-
 def main(options: argparse.Namespace) -> int:
     """Run all passes, write the result, print the summary; return the exit code."""
-    config = Config(
-        duration=options.duration,
-        producers=options.producers,
-        consumers=options.consumers,
-        payload=options.payload,
-        interval=options.interval,
-        max_batch_bytes=options.max_batch_bytes,
-        max_buffered_bytes=options.max_buffered_bytes,
-        consumer_delay=options.consumer_delay,
-        on_full=options.on_full,
-        bulk=options.bulk,
-        sink=options.sink,
-    )
-    if config.largest_payload > config.max_buffered_bytes:
-        options.parser.error(
-            f"argument --payload: {config.payload!r} has payloads of {format_size(config.largest_payload)}, more than"
-            f" --max-buffered-bytes {config.max_buffered_bytes} ever has room for"
-        )
+    place = environment.describe()
+    config, note = configure(options, place)
+    if note:
+        say(note)
     try:
         sink = open_sink(config.sink)
     except OSError as error:
@@ -152,7 +101,7 @@ def main(options: argparse.Namespace) -> int:
 
     files = results.Files(options.out, options.json)
     try:
-        result = run(config, sink, files, options.baseline)
+        result = run(config, sink, files.stream, options.baseline, place, options.display)
     except KeyboardInterrupt:
         complain("interrupted again: there is no result")
         return 130
@@ -171,14 +120,35 @@ def main(options: argparse.Namespace) -> int:
     return 0 if overall != verdict.FAIL and files.well else 1
 
 
-def run(config: Config, sink: Sink | None, files: results.Files, baseline_option: str) -> dict[str, Any]:
-    """Run all passes and return the result, ready for JSON.
+def configure(options: argparse.Namespace, place: Mapping[str, object]) -> tuple[Config, str]:
+    """Return the settings: what the options say, then the file that --settings stands for; and a line about that."""
+    path: Path = options.settings
+    left = options.out / settings.FILE
+    if str(path) == "auto":
+        path = left if left.exists() else Path("none")
+    tuned: dict[str, str] = {}
+    note = ""
+    if str(path) != "none":
+        try:
+            tuned, note = settings.read(path, place)
+        except ValueError as error:
+            options.parser.error(f"argument --settings: {error}")
+    return settings.config_from(options, options.duration, options.sink, tuned), note
+
+
+def run(
+    config: Config,
+    sink: Sink | None,
+    stream: Stream | None,
+    baseline_option: str,
+    place: dict[str, object],
+    display: str = "plain",
+) -> dict[str, Any]:
+    """Run all passes and return the result, ready for JSON; place: of environment.describe, display: of DISPLAYS.
 
     A KeyboardInterrupt ends the pass that it comes in, and cuts short those after it: the result stays complete. Raises
     it only when it comes while a pass drains; RuntimeError when the machine cannot run the threads.
     """
-    place = environment.describe()
-    stream = files.stream
     if stream is not None:
         head = {"type": "header", "schema": SCHEMA, "started": _now(), "config": config.as_json(), "environment": place}
         stream.write(head)
@@ -196,11 +166,11 @@ def run(config: Config, sink: Sink | None, files: results.Files, baseline_option
     interrupted |= counting.interrupted
     say(f"census: {counted.accepted:,} events accepted, {counted.delivered:,} delivered, each looked at")
 
-    monitor = Monitor(config, stream)
     load = Load(config, None if sink is None else sink.deliver)
     duration = min(HURRY, config.duration) if interrupted else config.duration
     say(f"load: {format_seconds(duration)}, {config.producers} producers, {config.consumers} consumers")
-    outcome = drive(config, duration, load, monitor.sample, monitor.every)
+    with open_monitor(display, config, stream, duration, traced.peak) as monitor:
+        outcome = drive(config, duration, load, monitor.sample, monitor.every)
     interrupted |= outcome.interrupted
     peak_rss = environment.peak_rss()
 
@@ -225,11 +195,15 @@ def run(config: Config, sink: Sink | None, files: results.Files, baseline_option
     calibration = (before.events_per_second + after.events_per_second) / 2
     ratio = figures["delivered_per_second"] / calibration if calibration else None
     choice = baseline.choose(baseline_option, config.as_json(), place)
+
+    def expected(key: str) -> tuple[str, float, float] | None:
+        return None if choice.baseline is None else choice.baseline.expected(key)
+
     bound, allowance = heap.bound(config), heap.allowance(config)
     throughput = verdict.judge_throughput(
         figures["delivered_per_second"],
         ratio,
-        None if choice.baseline is None else choice.baseline.figures,
+        expected("ratio"),
         choice.note,
     )
     if choice.baseline is not None and choice.note:
@@ -244,8 +218,8 @@ def run(config: Config, sink: Sink | None, files: results.Files, baseline_option
             remarks=_remarks(config, counted),
         ),
         "throughput": throughput,
-        "memory": verdict.judge_memory(traced.peak, bound, allowance),
-        "drain": verdict.judge_drain(figures["drain_seconds"]),
+        "memory": verdict.judge_memory(traced.peak, bound, allowance, expected("peak_heap_bytes")),
+        "drain": verdict.judge_drain(figures["drain_seconds"], expected("drain_seconds")),
     }
     findings["overall"] = verdict.overall(findings)
     return {
@@ -310,9 +284,6 @@ def _figures(config: Config, load: Load, outcome: Outcome, counted: census.Censu
     probes = sum(taken.probes for taken in load.taken)
     missing = sum(sent.probes for sent in load.sent) - probes
     disordered = sum(taken.out_of_order for taken in load.taken)
-    latencies = Latencies()
-    for taken in load.taken:
-        latencies.merge(taken.latencies)
     if not outcome.problems:
         if missing:
             problems.append(f"{abs(missing)} probes {'lost' if missing > 0 else 'too many'}")
@@ -338,7 +309,7 @@ def _figures(config: Config, load: Load, outcome: Outcome, counted: census.Censu
         "load_seconds": outcome.load_seconds,
         "drain_seconds": outcome.drain_seconds,
         "shutdown_seconds": outcome.shutdown_seconds,
-        "latency_seconds": latencies.as_json(),
+        "latency_seconds": load.latencies().as_json(),
         "slowest_producer_share": min(load.accepted) / mean if mean else None,
         "stats": None if stats is None else stats._asdict(),
         "problems": problems,

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from soak.units import format_seconds, format_size
@@ -70,20 +70,23 @@ def judge_throughput(
     return Finding(PASS, f"ratio {ratio:.3f} is {better} the baseline {against}")
 
 
-def judge_memory(peak: int | None, bound: int, allowance: int) -> Finding:
-    """Hold the traced peak against the bound (bytes) and what the harness itself may take on top."""
+def judge_memory(
+    peak: int | None, bound: int, allowance: int, baseline: tuple[str, float, float] | None = None
+) -> Finding:
+    """Hold the traced peak against the bound (bytes) and what the harness itself may take on top; and a baseline."""
     if peak is None:
         return Finding(WARN, "not measured: this interpreter has no tracemalloc")
     measured = f"peak heap {format_size(peak)}"
     if peak <= bound:
-        return Finding(PASS, f"{measured}, bound {format_size(bound)}")
+        return _against(Finding(PASS, f"{measured}, bound {format_size(bound)}"), peak, baseline, format_size)
     limit = f"bound {format_size(bound)} and {format_size(allowance)} for the harness"
     if peak <= bound + allowance:
-        return Finding(WARN, f"{measured} is within {limit}, but only with that")
+        finding = Finding(WARN, f"{measured} is within {limit}, but only with that")
+        return _against(finding, peak, baseline, format_size)
     return Finding(FAIL, f"{measured} is over {limit}")
 
 
-def judge_drain(seconds: float | None) -> Finding:
+def judge_drain(seconds: float | None, baseline: tuple[str, float, float] | None = None) -> Finding:
     """Judge the time from "all producers stopped" to "all delivered"; None is a drain that did not come to its end."""
     if seconds is None:
         return Finding(FAIL, "not drained")
@@ -91,8 +94,18 @@ def judge_drain(seconds: float | None) -> Finding:
     if seconds > DRAIN_FAIL:
         return Finding(FAIL, f"{note}, over {DRAIN_FAIL:.0f} s")
     if seconds > DRAIN_WARN:
-        return Finding(WARN, f"{note}, over {DRAIN_WARN} s")
-    return Finding(PASS, note)
+        return _against(Finding(WARN, f"{note}, over {DRAIN_WARN} s"), seconds, baseline, format_seconds)
+    return _against(Finding(PASS, note), seconds, baseline, format_seconds)
+
+
+def _against(
+    finding: Finding, value: float, baseline: tuple[str, float, float] | None, text: Callable[[float], str]
+) -> Finding:
+    """Fail when the value is above what the baseline, its (name, figure, spread), allows."""
+    if baseline is None or value <= baseline[1] + baseline[2]:
+        return finding
+    name, expected, spread = baseline
+    return Finding(FAIL, f"{finding.note}: above the baseline {name}: {text(expected)} +- {text(spread)}")
 
 
 def overall(findings: Mapping[str, Finding]) -> Finding:

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: MIT
+"""The ``pi`` command: another command on a Raspberry Pi's processor.
+
+On a Raspberry Pi it runs there. Elsewhere apt fetches Debian's arm64 Python into a cache within the project, its
+signatures checked, and it runs under ``qemu-aarch64 -cpu cortex-a72``, the Pi 4's core. That is emulation: about ten
+times slower than this machine, slower than a real Pi, and named so in every result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from soak import environment
+from soak.options import complain
+from soak.progress import say
+
+ROOT = environment.ROOT
+CACHE = ROOT / ".cache" / "pi"
+"""Removed by ``make clean``."""
+LOG = CACHE / "setup.log"
+OUT = "soak/out/pi"
+EMULATOR = "qemu-aarch64-static"
+CPU = "cortex-a72"
+COMMANDS = ("run", "tune", "stress", "baseline")
+
+EXAMPLE = """\
+examples:
+  python3 -m soak pi
+  python3 -m soak pi tune --payload 1KiB
+  python3 -m soak pi run --duration 30s --producers 8
+
+What follows the command are its options; its results go to soak/out/pi unless --out says else.
+exit code: that of the command, or 1 when there is no Pi and no emulation
+"""
+
+
+class SetupError(Exception):
+    """Why nothing can be emulated, in a line."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add this command to the subparsers of ``python3 -m soak``."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "pi",
+        help="the same on a Raspberry Pi's processor: on one, or emulated",
+        description="Run a command here when this is a Raspberry Pi, else under an emulated Cortex-A72.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(main=main, parser=parser)
+    parser.add_argument("of", nargs="?", choices=COMMANDS, default="run", help="which command (%(default)s)")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its options")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run the command where it belongs; return its exit code."""
+    words = [options.of, *options.rest]
+    machine = environment.machine()
+    if machine.startswith("Raspberry Pi"):
+        say(f"pi: this is one, {machine}: not emulated")
+        from soak.__main__ import main as here  # noqa: PLC0415 - it imports this module
+
+        return here(words)
+    try:
+        emulator, root = provide()
+    except SetupError as error:
+        complain(str(error))
+        return 1
+    if not any(word.partition("=")[0] == "--out" for word in words) and options.of != "baseline":
+        words += ["--out", OUT]
+    python = interpreter(root)
+    say(f"pi: this is {machine}; emulated: {EMULATOR} -cpu {CPU}, Debian's arm64 {python.name}")
+    return subprocess.run(
+        [str(emulator), "-cpu", CPU, "-L", str(root), str(python), "-m", "soak", *words],
+        cwd=ROOT,
+        env={**os.environ, environment.EMULATED: f"Cortex-A72, emulated by qemu-user on {machine}"},
+        check=False,
+    ).returncode
+
+
+def provide() -> tuple[Path, Path]:
+    """Return the emulator and the folder with arm64's Python, fetched when they are not there yet.
+
+    Raises: SetupError.
+    """
+    root, done = CACHE / "root", CACHE / "done"
+    found = shutil.which(EMULATOR) or shutil.which(EMULATOR, path=str(CACHE / "host" / "usr" / "bin"))
+    if found and done.exists():
+        return Path(found), root
+    for tool in ("apt-get", "dpkg-deb"):
+        if shutil.which(tool) is None:
+            raise SetupError(f"no {tool} here: the emulated Pi is made of Debian's packages")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    LOG.write_text("", encoding="utf-8")
+    if not found:
+        say(f"pi: fetching {EMULATOR}")
+        fetch("qemu-user-static", CACHE / "host", [])
+        found = str(CACHE / "host" / "usr" / "bin" / EMULATOR)
+    if not done.exists():
+        say("pi: fetching Debian's arm64 python3")
+        shutil.rmtree(root, ignore_errors=True)
+        fetch("python3", root, ["-o", "APT::Architecture=arm64", "-o", "APT::Architectures=arm64"])
+        # Debian 12's packages still know /lib and /bin as folders of their own; their loader is looked for there.
+        interpreter(root)
+        done.touch()
+    return Path(found), root
+
+
+def interpreter(root: Path) -> Path:
+    """Return the Python in a folder. Raises SetupError when there is none."""
+    found = sorted((root / "usr" / "bin").glob("python3.[0-9]*[0-9]"))
+    if not found:
+        raise SetupError(f"no python3 in {root}")
+    return found[-1]
+
+
+def fetch(package: str, into: Path, options: Sequence[str]) -> None:
+    """Fetch a package and all that it depends on, and unpack them, as any user. Raises SetupError.
+
+    apt keeps its state in the cache, and knows of no package that is installed: so it fetches all of them.
+    """
+    state = CACHE / f"apt-{package}"
+    for folder in ("lists/partial", "archives/partial"):
+        (state / folder).mkdir(parents=True, exist_ok=True)
+    (state / "status").touch()
+    own = ["-o", f"Dir::State={state}", "-o", f"Dir::State::status={state / 'status'}", "-o", f"Dir::Cache={state}"]
+    own += ["-o", f"Dir::Cache::archives={state / 'archives'}", *options]
+    _call(["apt-get", "-q", *own, "update"])
+    _call(["apt-get", "-q", "-y", *own, "--no-install-recommends", "--download-only", "install", package])
+    archives = sorted((state / "archives").glob("*.deb"))
+    if not archives:
+        raise SetupError(f"apt-get fetched nothing for {package}")
+    into.mkdir(parents=True, exist_ok=True)
+    for archive in archives:
+        _call(["dpkg-deb", "-x", str(archive), str(into)])
+    shutil.rmtree(state)
+
+
+def _call(command: Sequence[str]) -> None:
+    with open(LOG, "a", encoding="utf-8") as log:
+        log.write(f"$ {' '.join(command)}\n")
+        log.flush()
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False)
+    if done.returncode:
+        raise SetupError(
+            f"{command[0]} failed with exit code {done.returncode}: no network? (see {LOG.relative_to(ROOT)})"
+        )

@@ -11,7 +11,6 @@ import argparse
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from soak import baseline, census, environment, heap, results, verdict
@@ -20,7 +19,7 @@ from soak.config import TELEMETRY, Config
 from soak.crew import describe
 from soak.drive import Outcome, drive
 from soak.load import Latencies, Load
-from soak.options import complain, converter
+from soak.options import complain, converter, parse_path
 from soak.payloads import PROBED_SIZE, STRIDE
 from soak.progress import Monitor, say
 from soak.sinks import Sink, open_sink, parse_sink
@@ -95,8 +94,8 @@ def add_parser(commands: Any) -> None:
     bulk = converter(partial(parse_count, most=MOST_BULK))
     add("--bulk", type=bulk, default="1", metavar="N", help="events in one call (%(default)s: enqueue, singly)")
     add("--sink", type=converter(parse_sink), default="null", metavar="null|file:PATH", help="null or a file (null)")
-    add("--out", type=converter(_parse_path), default="soak/out", metavar="DIR", help="folder of results (%(default)s)")
-    add("--json", type=converter(_parse_path), metavar="PATH", help="the result's file (a new one in --out)")
+    add("--out", type=converter(parse_path), default="soak/out", metavar="DIR", help="folder of results (%(default)s)")
+    add("--json", type=converter(parse_path), metavar="PATH", help="the result's file (a new one in --out)")
     add(
         "--baseline",
         type=converter(baseline.parse_baseline),
@@ -117,12 +116,6 @@ def _parse_payload(text: str) -> str | int:
 
 def _parse_batch_limit(text: str) -> int | None:
     return None if text == "none" else parse_size(text)
-
-
-def _parse_path(text: str) -> Path:
-    if not text or "\0" in text:
-        raise ValueError(f"{text!r} is not a path")
-    return Path(text)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -179,11 +172,17 @@ def run(config: Config, sink: Sink | None, files: results.Files, baseline_option
     """
     place = environment.describe()
     stream = files.stream
+    started = _now()
     if stream is not None:
-        head = {"type": "header", "schema": SCHEMA, "started": _now(), "config": config.as_json(), "environment": place}
+        head = {
+            "type": "header",
+            "schema": SCHEMA,
+            "started": started,
+            "config": config.as_json(),
+            "environment": place,
+        }
         stream.write(head)
 
-    started = _now()
     before = calibrate(config, config.pass_seconds(1.0, 3.0))
     interrupted = before.interrupted
     say(f"calibration: {before.events_per_second:,.0f} events/s with no dispatcher")
@@ -275,6 +274,7 @@ def run(config: Config, sink: Sink | None, files: results.Files, baseline_option
         "problems": problems,
         "config": config.as_json(),
         "environment": place,
+        "samples": None if stream is None else stream.path.name,
     }
 
 

@@ -15,7 +15,7 @@ options = $(foreach variable,$(SOAK_VARIABLES),$(if $($(variable)),--$(call lowe
 with = py=$$($(PYTHON) .ci/prepare.py $(1))
 
 .DEFAULT_GOAL := help
-.PHONY: help soak test bench compare instructions hostile interleave mutants test-all coverage lint clean
+.PHONY: help soak report test bench compare instructions hostile interleave mutants test-all coverage lint clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,9 @@ help: ## show this
 
 soak: ## sustained load on this machine: is every event delivered once, how fast, in how much memory
 	@$(call with,--optional soak) && exec "$$py" -m soak run --duration '$(DURATION)' $(options) $(ARGS)
+
+report: ## one HTML page and one picture of the last soak (ARGS="--run soak/out/latest.json")
+	@$(call with,--optional soak) && exec "$$py" -m soak report $(ARGS)
 
 test: ## the tests
 	@$(call with,test) && exec "$$py" -m pytest $(ARGS)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from soak import bench, instructions, mutants, run
+from soak import bench, instructions, mutants, report, run
 from soak.hostile import command as hostile
 from soak.interleave import command as interleave
 from soak.options import OneLineParser, attach_values
 
-COMMANDS = (run, bench, instructions, hostile, interleave, mutants)
+COMMANDS = (run, report, bench, instructions, hostile, interleave, mutants)
 
 
 def main(argv: list[str] | None = None) -> int:

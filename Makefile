@@ -15,7 +15,7 @@ options = $(foreach variable,$(SOAK_VARIABLES),$(if $($(variable)),--$(call lowe
 with = py=$$($(PYTHON) .ci/prepare.py $(1))
 
 .DEFAULT_GOAL := help
-.PHONY: help soak soak-pi tune stress baseline test bench compare instructions hostile interleave mutants test-all coverage lint clean
+.PHONY: help soak soak-pi tune stress baseline report test bench compare instructions hostile interleave mutants test-all coverage lint clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,9 @@ stress: ## 256 producers, 2,000 payloads each: are all of them delivered
 
 baseline: ## record this machine's figures, for make soak to compare with (ARGS="--runs 9 --duration 30s")
 	@exec $(PYTHON) -m soak baseline $(ARGS)
+
+report: ## one HTML page and one picture of the last soak (ARGS="--run soak/out/latest.json")
+	@$(call with,--optional soak) && exec "$$py" -m soak report $(ARGS)
 
 test: ## the tests
 	@$(call with,test) && exec "$$py" -m pytest $(ARGS)

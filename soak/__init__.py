@@ -22,6 +22,8 @@ it runs on a Raspberry Pi as it comes. One file a subject:
 ``baseline``       recorded figures, and which of them a run may be compared with
 ``verdict``        pass, warn or fail, from plain figures
 ``results``        the result's files and the summary for people
+``report``         the command: one HTML page and one picture of a run, from its result and its samples
+``charts``         the pictures of a report, drawn by matplotlib
 ``bench``          the command: rounds of workers, the table, pyperf's JSON, the comparison with a baseline
 ``rows``           what the benchmark compares with what, and what is aimed at
 ``worker``         one round of one group of the benchmark, in a process of its own

@@ -35,6 +35,8 @@ def next_round(events_before: int, seconds: float) -> int:
 
 _BITS = 6
 """A latency's bucket keeps its leading 6 bits: a bucket is at most 1/32 of its value wide."""
+MOST_BUCKETS = 200
+"""So many are shown; neighbours are added up until it is so."""
 
 
 class Latencies:
@@ -75,9 +77,32 @@ class Latencies:
         return None
 
     def as_json(self) -> dict[str, object]:
-        """Return the quantiles in seconds, null where nothing was measured."""
-        most = self.most / 1e9 if self.count else None
-        return {"p50": self.quantile(0.5), "p99": self.quantile(0.99), "max": most, "samples": self.count}
+        """Return the quantiles in seconds, null where nothing was measured, and the distribution."""
+        return {
+            "p50": self.quantile(0.5),
+            "p99": self.quantile(0.99),
+            "max": self.most / 1e9 if self.count else None,
+            "samples": self.count,
+            "buckets": self.buckets(),
+        }
+
+    def buckets(self) -> list[tuple[float, int]]:
+        """Return pairs (from seconds, count), rising: each bucket ends where the next begins, the last at the maximum.
+
+        Empty ones between the first and the last are among them. There are MOST_BUCKETS at most.
+        """
+        counts, coarse = self._buckets, 0
+        while counts and max(counts) - min(counts) >= MOST_BUCKETS:
+            coarse += 1
+            counts = {}
+            for bucket, count in self._buckets.items():
+                counts[bucket >> coarse] = counts.get(bucket >> coarse, 0) + count
+        pairs = []
+        for bucket in range(min(counts), max(counts) + 1) if counts else ():
+            shift, value = bucket << coarse >> _BITS, bucket << coarse & (1 << _BITS) - 1
+            if not shift or value >> _BITS - 1:  # without its leading bit, a value has a smaller shift
+                pairs.append(((value << shift) / 1e9, counts.get(bucket, 0)))
+        return pairs
 
 
 class Taken:

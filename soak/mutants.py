@@ -3,7 +3,7 @@
 
 cosmic-ray says where tempo.py can be changed and what it reads then; the changed file is tested in a copy of the tree,
 never in the tree itself. A mutant is killed when a test fails or hangs. One that survives is a test that is missing,
-or a change that changes nothing: those are listed in ``baselines/mutants.json``, each with its reason.
+or a change that changes nothing: those are listed in ``baselines/mutants/survivors.json``, each with its reason.
 
 The tests go in stages, the short ones first, so that most mutants are killed within seconds; how long each takes,
 and which functions of tempo.py it calls, two runs without a change tell. A mutant is tried by the tests that call the
@@ -46,7 +46,7 @@ else:
     HAS_RESOURCE = True
 
 ROOT = Path(__file__).resolve().parent.parent
-LISTED = ROOT / "soak" / "baselines" / "mutants.json"
+LISTED = ROOT / "soak" / "baselines" / "mutants" / "survivors.json"
 STATE = ROOT / "soak" / "out" / "mutants.jsonl"
 """What an interrupted run has found out."""
 TARGET = 95.0

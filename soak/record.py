@@ -15,7 +15,7 @@ from typing import Any
 
 from soak import baseline, environment, run, settings, verdict
 from soak.config import Config
-from soak.options import complain, converter
+from soak.options import complain, converter, parse_path
 from soak.progress import say
 from soak.units import format_seconds, format_size, parse_count, parse_duration
 
@@ -62,7 +62,7 @@ def add_parser(commands: Any) -> None:
     add("--name", type=converter(_parse_name), metavar="NAME", help="of the file (machine, interpreter and settings)")
     add(
         "--out",
-        type=converter(settings.parse_path),
+        type=converter(parse_path),
         default=baseline.FOLDER,
         metavar="DIR",
         help="folder of the file (soak/baselines)",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,26 @@ from typing import Any
 from soak.options import complain
 from soak.progress import Stream
 from soak.units import format_seconds, format_size
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a whole file; what stood there stays whole until the new one is. Raises OSError."""
+    if path.exists() and not path.is_file():  # a device or a pipe: not to be replaced
+        path.write_bytes(content)
+        return
+    beside = path.with_name(path.name + ".part")
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def as_text(result: Mapping[str, object]) -> str:
+    """Return the result as JSON that people can read: an item a line, a pair of numbers on one."""
+    text = json.dumps(result, indent=2) + "\n"
+    # A string holds no line break in JSON, so this finds lists alone.
+    return re.sub(r"\[\s*\n\s*([-+.\de]+),\s+([-+.\de]+)\s+\]", r"[\1, \2]", text)
 
 
 class Files:
@@ -59,7 +80,7 @@ class Files:
                 self._trouble(f"cannot write {str(self.stream.path)!r}", self.stream.error)
             else:
                 self.written.append(self.stream.path)
-        text = json.dumps(result, indent=2) + "\n"
+        text = as_text(result)
         if self._path is not None:
             self._write(self._path, text, "--json ")
         if self._out is not None:
@@ -70,17 +91,8 @@ class Files:
         return None if self.well else text
 
     def _write(self, path: Path, text: str, option: str) -> bool:
-        """Write one file; what stood there stays whole until the new one is."""
         try:
-            if path.exists() and not path.is_file():  # a device or a pipe: not to be replaced
-                path.write_text(text, encoding="utf-8")
-            else:
-                beside = path.with_name(path.name + ".part")
-                try:
-                    beside.write_text(text, encoding="utf-8")
-                    os.replace(beside, path)
-                finally:
-                    beside.unlink(missing_ok=True)
+            replace(path, text.encode())
         except OSError as error:
             self._trouble(f"cannot write {option}{str(path)!r}", error)
             return False

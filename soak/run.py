@@ -20,7 +20,7 @@ from soak.config import Config
 from soak.crew import describe
 from soak.drive import Outcome, drive
 from soak.load import Load
-from soak.options import complain, converter
+from soak.options import complain, converter, parse_path
 from soak.payloads import PROBED_SIZE, STRIDE
 from soak.progress import DISPLAYS, Stream, open_monitor, say
 from soak.sinks import Sink, open_sink, parse_sink
@@ -59,7 +59,7 @@ def add_parser(commands: Any) -> None:
     settings.add_settings(parser)
     add(
         "--settings",
-        type=converter(settings.parse_path),
+        type=converter(parse_path),
         default="auto",
         metavar="auto|none|PATH",
         help="what is not said is as in this file (%(default)s: what tune left in --out)",
@@ -67,12 +67,12 @@ def add_parser(commands: Any) -> None:
     add("--sink", type=converter(parse_sink), default="null", metavar="null|file:PATH", help="null or a file (null)")
     add(
         "--out",
-        type=converter(settings.parse_path),
+        type=converter(parse_path),
         default="soak/out",
         metavar="DIR",
         help="folder of results (%(default)s)",
     )
-    add("--json", type=converter(settings.parse_path), metavar="PATH", help="the result's file (a new one in --out)")
+    add("--json", type=converter(parse_path), metavar="PATH", help="the result's file (a new one in --out)")
     add(
         "--display",
         choices=DISPLAYS,
@@ -149,11 +149,17 @@ def run(
     A KeyboardInterrupt ends the pass that it comes in, and cuts short those after it: the result stays complete. Raises
     it only when it comes while a pass drains; RuntimeError when the machine cannot run the threads.
     """
+    started = _now()
     if stream is not None:
-        head = {"type": "header", "schema": SCHEMA, "started": _now(), "config": config.as_json(), "environment": place}
+        head = {
+            "type": "header",
+            "schema": SCHEMA,
+            "started": started,
+            "config": config.as_json(),
+            "environment": place,
+        }
         stream.write(head)
 
-    started = _now()
     before = calibrate(config, config.pass_seconds(1.0, 3.0))
     interrupted = before.interrupted
     say(f"calibration: {before.events_per_second:,.0f} events/s with no dispatcher")
@@ -249,6 +255,7 @@ def run(
         "problems": problems,
         "config": config.as_json(),
         "environment": place,
+        "samples": None if stream is None else stream.path.name,
     }
 
 

@@ -60,13 +60,6 @@ def _parse_on_full(text: str) -> str:
     return text
 
 
-def parse_path(text: str) -> Path:
-    """Return a path; raise ValueError when there can be none of that name."""
-    if not text or "\0" in text:
-        raise ValueError(f"{text!r} is not a path")
-    return Path(text)
-
-
 def _threads(text: str) -> int:
     return parse_count(text, most=MOST_THREADS)
 

@@ -12,7 +12,7 @@ from soak import census, environment, results, settings, verdict
 from soak.census import CensusResult
 from soak.config import Config
 from soak.drive import Outcome
-from soak.options import complain, converter
+from soak.options import complain, converter, parse_path
 from soak.progress import say
 from soak.units import format_seconds, parse_count, parse_duration
 
@@ -55,12 +55,12 @@ def add_parser(commands: Any) -> None:
     )
     add(
         "--out",
-        type=converter(settings.parse_path),
+        type=converter(parse_path),
         default="soak/out",
         metavar="DIR",
         help="folder of results (%(default)s)",
     )
-    add("--json", type=converter(settings.parse_path), metavar="PATH", help="the result's file (a new one in --out)")
+    add("--json", type=converter(parse_path), metavar="PATH", help="the result's file (a new one in --out)")
 
 
 def main(options: argparse.Namespace) -> int:

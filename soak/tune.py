@@ -23,7 +23,7 @@ from soak import environment, heap, settings, units
 from soak.config import TELEMETRY, Config
 from soak.drive import drive
 from soak.load import Load
-from soak.options import complain, converter
+from soak.options import complain, converter, parse_path
 from soak.payloads import events
 from soak.progress import say
 from soak.units import format_seconds, format_size, parse_duration, parse_size
@@ -117,7 +117,7 @@ def add_parser(commands: Any) -> None:
     )
     add(
         "--out",
-        type=converter(settings.parse_path),
+        type=converter(parse_path),
         default="soak/out",
         metavar="DIR",
         help="folder of the settings (%(default)s)",

@@ -1906,9 +1906,11 @@ class Dispatcher:
             s.phase = _STOPPED
             s.halted = True
         self._count_locked(s)  # again: a nested call may have come before it saw the phase
-        if not s.undelivered:
-            s.undelivered.append([])
-        batches = s.undelivered[0]
+        try:
+            batches = s.undelivered[0]
+        except IndexError:  # none yet, or just claimed, without the lock: then nothing is left to take
+            batches = []
+            s.undelivered.append(batches)
         while batches and batches[-1][0] >= s.taken.items:
             batches.pop()
         while self._take_locked(s, False, discard=batches) is not None:

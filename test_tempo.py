@@ -8242,6 +8242,22 @@ def test_a_place_that_is_none_is_one_line_that_names_it(place: str, capsys: pyte
     assert repr(place) in capsys.readouterr().err
 
 
+@walkable
+@pytest.mark.usefixtures("actors")
+def test_a_stop_stopped_anywhere_goes_on_when_another_has_claimed_its_batches() -> None:
+    plan = soak_walk.Plan(("stop", "stop", "stats"), "one short of a batch", False)
+    length = soak_walk.length(tempo, plan)
+    runs = 0
+    for first in range(length - 60, length, 3):  # from the end of its section on
+        for second in range(1, length):
+            outcome = soak_walk.attempt(tempo, plan, (first, second))
+            assert not isinstance(outcome, soak_walk.Failure), outcome
+            runs += 1
+            if outcome < 2:
+                break
+    assert runs > length
+
+
 # Hostile cases, a sample of each in a process of its own (`make hostile` runs the whole)
 
 soak_hostile.load()

@@ -40,6 +40,7 @@ class Failure(NamedTuple):
 
 PLANS = [Plan(pair, state, consumer) for pair in PAIRS for state in STATES for consumer in (False, True)]
 DEEP = [Plan(triple, state, False) for triple in TRIPLES for state in DEEP_STATES]
+DEEP.append(Plan(("stop", "stop", "stats"), "one short of a batch", False))  # one claims what the other looks at
 
 
 def play(module: ModuleType, plan: Plan, stops: Sequence[int], order: int = 0) -> int:

@@ -27,16 +27,16 @@ help: ## show this
 	@echo 'for example: make soak DURATION=30s PRODUCERS=8 PAYLOAD=10KiB JSON=result.json'
 
 soak: ## sustained load on this machine: is every event delivered once, how fast, in how much memory
-	@$(call with,--optional soak) && exec "$$py" -m soak run --duration '$(DURATION)' $(options) $(ARGS)
+	@$(call with,--optional live) && exec "$$py" -m soak run --duration '$(DURATION)' $(options) $(ARGS)
 
 soak-pi: ## the same on a Raspberry Pi's processor: here if this is one, else emulated (Debian's arm64 packages, qemu)
 	@exec $(PYTHON) -m soak pi run --duration '$(DURATION)' $(options) $(ARGS)
 
 tune: ## which limits fit this machine: make tune PAYLOAD=10KiB; make soak then uses them
-	@$(call with,--optional soak) && exec "$$py" -m soak tune $(if $(PAYLOAD),--payload '$(PAYLOAD)') $(ARGS)
+	@$(call with,--optional live) && exec "$$py" -m soak tune $(if $(PAYLOAD),--payload '$(PAYLOAD)') $(ARGS)
 
 stress: ## 256 producers, 2,000 payloads each: are all of them delivered
-	@$(call with,--optional soak) && exec "$$py" -m soak stress $(ARGS)
+	@$(call with,--optional live) && exec "$$py" -m soak stress $(ARGS)
 
 baseline: ## record this machine's figures, for make soak to compare with (ARGS="--runs 9 --duration 30s")
 	@exec $(PYTHON) -m soak baseline $(ARGS)

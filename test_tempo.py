@@ -4367,7 +4367,9 @@ def test_a_bad_option_of_another_command_is_one_line_that_names_it(command: str,
     assert value in line
 
 
-@pytest.mark.parametrize("command", ["run", "tune", "stress", "baseline", "pi", "bench", "hostile", "interleave"])
+@pytest.mark.parametrize(
+    "command", ["run", "tune", "stress", "baseline", "report", "pi", "bench", "hostile", "interleave", "mutants"]
+)
 def test_each_command_of_soak_has_help_with_an_example(command: str) -> None:
     with pytest.raises(SystemExit) as caught, contextlib.redirect_stdout(io.StringIO()) as out:
         soak_main.main([command, "--help"])
@@ -8052,7 +8054,8 @@ def test_a_finalizer_without_a_frame_of_its_own_is_nested_too() -> None:
     d = make()
 
     class Last:
-        __del__ = partial(d.flush, timeout=0)  # called by the interpreter, right from the frame that lets go of it
+        # Called by the interpreter, right from the frame that lets go of it.
+        __del__ = staticmethod(partial(d.flush, timeout=0))
 
     d.enqueue(b"a")
     d._state.calm = Last()  # type: ignore[assignment]

@@ -4390,6 +4390,17 @@ def test_a_soak_stress_delivers_each_payload_of_each_producer(tmp_path: Path) ->
     assert result["verdict"]["overall"]["status"] == "pass"
 
 
+def test_a_soak_result_that_cannot_be_written_goes_to_stdout(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    options = ("--producers", "2", "--each", "5", "--out", str(tmp_path / "file"))
+    done = run_python("-m", "soak", "stress", *options, cwd=ROOT)
+
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["delivered"] == 10
+    assert "the result goes to stdout" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_soak_stress_that_is_not_done_in_time_fails() -> None:
     options = argparse.Namespace(producers=2)
     config = soak_settings.config_from(options, 1.0)

@@ -35,6 +35,7 @@ import types
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +50,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LISTED = ROOT / "soak" / "baselines" / "mutants" / "survivors.json"
 STATE = ROOT / "soak" / "out" / "mutants.jsonl"
 """What an interrupted run has found out."""
+MOST = 100_000
+"""Workers, or mutants of a sample."""
 TARGET = 95.0
 """Percent of the mutants that must be killed."""
 
@@ -153,6 +156,7 @@ def add_parser(commands: Any) -> None:
     """Add this command to the subparsers of ``python3 -m soak``."""
     from soak import environment  # noqa: PLC0415 - not in the plugin: it would import tempo too soon
     from soak.options import converter  # noqa: PLC0415
+    from soak.units import parse_count  # noqa: PLC0415
 
     parser: argparse.ArgumentParser = commands.add_parser(
         "mutants",
@@ -166,7 +170,7 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add(
         "--workers",
-        type=converter(_parse_count),
+        type=converter(partial(parse_count, most=MOST)),
         metavar="N",
         default=environment.cores(),
         help="at a time (%(default)s)",
@@ -177,7 +181,12 @@ def add_parser(commands: Any) -> None:
         metavar="REGEX",
         help="functions whose name has it, such as '_locked$'",
     )
-    add("--limit", type=converter(_parse_count), metavar="N", help="a random sample of so many, the same each time")
+    add(
+        "--limit",
+        type=converter(partial(parse_count, most=MOST)),
+        metavar="N",
+        help="a random sample of so many, the same each time",
+    )
     add(
         "--stages",
         type=int,
@@ -189,12 +198,6 @@ def add_parser(commands: Any) -> None:
         "--resume", choices=("yes", "no"), default="yes", help="go on where a run of the same files ended (%(default)s)"
     )
     add("--json", type=Path, metavar="PATH", help="write all outcomes there too")
-
-
-def _parse_count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"{text!r} is no count: a whole number from 1 up")
-    return int(text)
 
 
 def _parse_pattern(text: str) -> re.Pattern[str]:

@@ -10,13 +10,14 @@ import contextlib
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from soak.options import complain
-from soak.progress import Stream
+from soak.progress import Stream, say
 from soak.units import format_seconds, format_size
 
 
@@ -102,6 +103,16 @@ class Files:
     def _trouble(self, what: str, error: OSError) -> None:
         self.well = False
         complain(f"{what}: {error.strerror or error}; the result goes to stdout")
+
+
+def tell(text: str, unwritten: str | None) -> None:
+    """Print the summary; the result itself when it could not be written, and the summary then on stderr."""
+    if unwritten is None:
+        print(text, flush=True)
+    else:
+        say(text)
+        sys.stdout.write(unwritten)
+        sys.stdout.flush()
 
 
 def summary(result: Mapping[str, Any], records: list[str], written: list[Path]) -> str:

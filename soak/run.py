@@ -8,7 +8,6 @@ itself, a calibration again. The rate over the mean of both calibrations is what
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,14 +64,7 @@ def add_parser(commands: Any) -> None:
         help="what is not said is as in this file (%(default)s: what tune left in --out)",
     )
     add("--sink", type=converter(parse_sink), default="null", metavar="null|file:PATH", help="null or a file (null)")
-    add(
-        "--out",
-        type=converter(parse_path),
-        default="soak/out",
-        metavar="DIR",
-        help="folder of results (%(default)s)",
-    )
-    add("--json", type=converter(parse_path), metavar="PATH", help="the result's file (a new one in --out)")
+    settings.add_outputs(parser)
     add(
         "--display",
         choices=DISPLAYS,
@@ -110,12 +102,7 @@ def main(options: argparse.Namespace) -> int:
         return 1
     unwritten = files.finish(result)
     text = results.summary(result, baseline.records(options.baseline), files.written)
-    if unwritten is None:
-        print(text, flush=True)
-    else:
-        say(text)
-        sys.stdout.write(unwritten)
-        sys.stdout.flush()
+    results.tell(text, unwritten)
     overall = result["verdict"]["overall"]["status"]
     return 0 if overall != verdict.FAIL and files.well else 1
 

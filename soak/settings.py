@@ -15,7 +15,7 @@ from typing import Any
 
 from soak.baseline import MACHINE_KEYS
 from soak.config import TELEMETRY, Config
-from soak.options import converter
+from soak.options import converter, parse_path
 from soak.units import format_size, parse_count, parse_duration, parse_size
 
 FILE = "settings.json"
@@ -101,6 +101,14 @@ def add_settings(parser: argparse.ArgumentParser, defaults: Mapping[str, str] = 
         parser.add_argument(
             flag, type=converter(parse), metavar=metavar, help=f"{text} ({default})", default=argparse.SUPPRESS
         )
+
+
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say where results go."""
+    path = converter(parse_path)
+    add = parser.add_argument
+    add("--out", type=path, default="soak/out", metavar="DIR", help="folder of results (%(default)s)")
+    add("--json", type=path, metavar="PATH", help="the result's file (a new one in --out)")
 
 
 def config_from(

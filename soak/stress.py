@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from typing import Any
 
@@ -12,7 +11,7 @@ from soak import census, environment, results, settings, verdict
 from soak.census import CensusResult
 from soak.config import Config
 from soak.drive import Outcome
-from soak.options import complain, converter, parse_path
+from soak.options import complain, converter
 from soak.progress import say
 from soak.units import format_seconds, parse_count, parse_duration
 
@@ -53,14 +52,7 @@ def add_parser(commands: Any) -> None:
         metavar="TIME",
         help="when all must be sent (%(default)s)",
     )
-    add(
-        "--out",
-        type=converter(parse_path),
-        default="soak/out",
-        metavar="DIR",
-        help="folder of results (%(default)s)",
-    )
-    add("--json", type=converter(parse_path), metavar="PATH", help="the result's file (a new one in --out)")
+    settings.add_outputs(parser)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -108,12 +100,7 @@ def main(options: argparse.Namespace) -> int:
             f"written       {', '.join(map(str, files.written)) or 'nothing'}",
         ]
     )
-    if unwritten is None:
-        print(text, flush=True)
-    else:
-        say(text)
-        sys.stdout.write(unwritten)
-        sys.stdout.flush()
+    results.tell(text, unwritten)
     return 0 if finding.status != verdict.FAIL and files.well else 1
 
 

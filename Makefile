@@ -15,7 +15,7 @@ options = $(foreach variable,$(SOAK_VARIABLES),$(if $($(variable)),--$(call lowe
 with = py=$$($(PYTHON) .ci/prepare.py $(1))
 
 .DEFAULT_GOAL := help
-.PHONY: help soak soak-pi tune stress baseline report test bench compare instructions hostile interleave mutants test-all coverage lint clean
+.PHONY: help soak soak-pi tune stress baseline report test bench compare overhead instructions hostile interleave mutants test-all coverage lint clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -55,6 +55,9 @@ bench: ## tempo beside queues, other batchers and the least that is possible, in
 
 compare: ## the same, and fail when a ratio is worse than recorded by more than its noise
 	@$(call with,bench) && exec "$$py" -m soak bench --compare auto $(ARGS)
+
+overhead: ## what the harness's own looking takes of the rate that it measures (ARGS="--rounds 40")
+	@$(call with,--optional live) && exec "$$py" -m soak overhead $(ARGS)
 
 instructions: ## machine instructions a payload (needs valgrind), and fail when they are more than recorded
 	@exec $(PYTHON) -m soak instructions $(ARGS)

@@ -60,6 +60,7 @@ from soak import heap as soak_heap
 from soak import instructions as soak_instructions
 from soak import micro as soak_micro
 from soak import mutants as soak_mutants
+from soak import overhead as soak_overhead
 from soak import payloads as soak_payloads
 from soak import pi as soak_pi
 from soak import progress as soak_progress
@@ -4250,7 +4251,10 @@ README = re.findall(r"(?ms)^```python\n(.*?)^```", (ROOT / "README.md").read_tex
 
 @pytest.mark.parametrize(
     "module",
-    [tempo, units, soak_charts, soak_report, soak_instructions, soak_mutants, soak_record, soak_tune],
+    [
+        *(tempo, units, soak_bench, soak_charts, soak_report, soak_instructions, soak_mutants, soak_overhead),
+        *(soak_record, soak_tune),
+    ],
     ids=lambda module: module.__name__,
 )
 def test_the_doctests_run(module: Any) -> None:
@@ -4368,7 +4372,8 @@ def test_a_bad_option_of_another_command_is_one_line_that_names_it(command: str,
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "tune", "stress", "baseline", "report", "pi", "bench", "hostile", "interleave", "mutants"]
+    "command",
+    ["run", "tune", "stress", "baseline", "report", "pi", "bench", "overhead", "hostile", "interleave", "mutants"],
 )
 def test_each_command_of_soak_has_help_with_an_example(command: str) -> None:
     with pytest.raises(SystemExit) as caught, contextlib.redirect_stdout(io.StringIO()) as out:
@@ -4570,6 +4575,37 @@ def test_a_soak_of_the_benchmark_gives_a_value_for_each_of_its_rows() -> None:
     values = soak_worker.soak("soak_32", soak_rows.soak_config(producers=3), 0.1, turns=2)
     assert {name.removeprefix("soak_32") for name in values} == {"", "_bare", "_drain", "_shutdown", "_slowest"}
     assert all(len(found) == 1 and found[0] > 0 for found in values.values())
+
+
+def test_the_overhead_of_looking_is_measured_beside_a_load_that_nobody_looks_at(tmp_path: Path) -> None:
+    path = tmp_path / "overhead.json"
+    options = ("--rounds", "1", "--duration", "20ms", "--producers", "2", "--json", str(path))
+    done = run_python("-m", "soak", "overhead", *options, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    ways = json.loads(path.read_text(encoding="utf-8"))["ways"]
+    left_out = {"live"} if "rich is not installed" in done.stderr else set()
+    assert set(ways) == set(soak_overhead.WAYS) - left_out
+    assert all(found["rate"] > 0 and found["cpu_seconds"] > 0 for found in ways.values())
+    assert ways["unwatched"]["cost"] == ways["unwatched"]["cost_spread"] == 0
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:]][: len(ways)] == list(ways)
+
+
+def test_what_looking_costs_is_missed_when_the_load_of_a_run_is_slowed_by_more() -> None:
+    place = {"machine": "m", "cores": 2, "interpreter": "i", "python": "p", "build": "b", "commit": None}
+    for slow, word in ((0.96, "MISSED"), (0.98, "met")):
+        rates = {"unwatched": 1.0, "samples": 0.99, "plain": slow, "census": 0.1}
+        figures = soak_overhead.evaluate([{way: soak_overhead.Measured(rate, 1.0) for way, rate in rates.items()}])
+        assert soak_overhead.table(figures, 1, place)[-2].startswith(f"{word}: ")
+
+
+@pytest.mark.parametrize("size", [None, 35, 10240])
+def test_events_without_probes_are_the_same_but_for_the_probes(size: int | None) -> None:
+    sent = soak_payloads.Sent(size)
+    probed, plain = (list(islice(soak_payloads.events(size, 7, counter), 600)) for counter in (sent, None))
+    identity = slice(*(soak_payloads.identity_start(size) + place for place in (0, soak_payloads.IDENTITY_SIZE)))
+    assert [event[identity] for event in probed] == [event[identity] for event in plain]
+    assert sent.probes == sum(soak_payloads.MARK in event for event in probed) == 2
+    assert not any(soak_payloads.MARK in event for event in plain)
 
 
 ROW = soak_rows.Row("a / b", "", "micro", "a", "b", 2.0)

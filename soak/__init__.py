@@ -29,6 +29,7 @@ it runs on a Raspberry Pi as it comes. One file a subject:
 ``worker``         one round of one group of the benchmark, in a process of its own
 ``micro``          what a call costs on one thread, beside queues and the least that is possible
 ``handover``       from a producer's thread to a consumer's, beside other batchers
+``overhead``       the command: what the harness's own looking takes of the rate
 ``instructions``   the command: machine instructions a payload, counted by valgrind, against the recorded ones
 =================  =====================================================================================
 """

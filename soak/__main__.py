@@ -10,12 +10,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from soak import bench, instructions, mutants, pi, record, report, run, stress, tune
+from soak import bench, instructions, mutants, overhead, pi, record, report, run, stress, tune
 from soak.hostile import command as hostile
 from soak.interleave import command as interleave
 from soak.options import OneLineParser, attach_values
 
-COMMANDS = (run, tune, stress, record, report, pi, bench, instructions, hostile, interleave, mutants)
+COMMANDS = (run, tune, stress, record, report, pi, bench, overhead, instructions, hostile, interleave, mutants)
 
 
 def parser() -> OneLineParser:

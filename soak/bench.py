@@ -14,7 +14,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -197,8 +197,7 @@ def _work(group: str, options: argparse.Namespace, quiet: bool) -> dict[str, lis
 def evaluate(row: Row, rounds: Rounds) -> tuple[float, float, float, float | None] | None:
     """Return the ratio (or figure), its spread, the subject's value and the control's; None when not measured.
 
-    Both are medians over the rounds; the spread is half of the range in which the middle half of the rounds lies, and
-    where there are few, half of their whole range.
+    The ratio and both values are medians over the rounds.
     """
     ratios, subjects, controls = [], [], []
     for values in rounds:
@@ -220,10 +219,18 @@ def evaluate(row: Row, rounds: Rounds) -> tuple[float, float, float, float | Non
         controls.append(theirs)
     if not ratios:
         return None
-    ratios.sort()
-    cut = len(ratios) // 4
-    spread = (ratios[len(ratios) - 1 - cut] - ratios[cut]) / 2
-    return median(ratios), spread, median(subjects), None if row.control is None else median(controls)
+    return median(ratios), spread_of(ratios), median(subjects), None if row.control is None else median(controls)
+
+
+def spread_of(values: Iterable[float]) -> float:
+    """Return half of the range in which the middle half of the values lies; of few, half of their whole range.
+
+    >>> spread_of([5.0, 1.0, 3.0]), spread_of([1.0, 2.0, 3.0, 4.0, 9.0, 9.0, 9.0, 99.0])
+    (2.0, 3.0)
+    """
+    ranked = sorted(values)
+    cut = len(ranked) // 4
+    return (ranked[len(ranked) - 1 - cut] - ranked[cut]) / 2
 
 
 Figures = Mapping[str, tuple[float, float, float, "float | None"]]

@@ -8,7 +8,7 @@ round took is known from its size and from what was refused, so that even counti
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from time import perf_counter, perf_counter_ns, sleep
 
@@ -135,10 +135,14 @@ class Taken:
 class Load:
     """The work of the load pass; the heap pass runs the same. Results may be read once the threads have ended."""
 
-    def __init__(self, config: Config, deliver: Callable[[tempo.Batch], None] | None = None) -> None:
+    def __init__(
+        self, config: Config, deliver: Callable[[tempo.Batch], None] | None = None, probes: bool = True
+    ) -> None:
+        """probes: False to send none and look for none, which is for finding out what they cost."""
         self._config = config
         self._deliver = deliver
-        self._find = probe_finder(config.payload_size)
+        self._probes = probes
+        self._find = probe_finder(config.payload_size) if probes else None
         # A slot a producer, so that no two threads write to the same one.
         self.accepted = [0] * config.producers
         self.refused = [0] * config.producers
@@ -161,8 +165,12 @@ class Load:
         else:
             self._produce_raising(index, dispatcher, halt)
 
+    def _source(self, index: int) -> Iterator[bytes]:
+        size = self._config.payload_size
+        return events(size, index, self.sent[index] if self._probes else None)
+
     def _produce_blocking(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
-        source = events(self._config.payload_size, index, self.sent[index])
+        source = self._source(index)
         enqueue = dispatcher.enqueue
         accepted = self.accepted
         size, then = 1, perf_counter()
@@ -175,7 +183,7 @@ class Load:
 
     def _produce_raising(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
         sent = self.sent[index]
-        source = events(self._config.payload_size, index, sent)
+        source = self._source(index)
         enqueue = dispatcher.enqueue
         accepted = self.accepted
         while not halt:
@@ -193,7 +201,7 @@ class Load:
 
     def _produce_bulk(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
         sent = self.sent[index]
-        source = events(self._config.payload_size, index, sent)
+        source = self._source(index)
         enqueue_many = dispatcher.enqueue_many
         bulk = self._config.bulk
         timeout = None if self._config.on_full == "block" else 0.0

@@ -104,8 +104,10 @@ class Sent:
             self.checksum -= zlib.crc32(payload[self._head])
 
 
-def events(size: int | None, producer: int, sent: Sent) -> Iterator[bytes]:
+def events(size: int | None, producer: int, sent: Sent | None) -> Iterator[bytes]:
     """Return the endless events of one producer: of ``size`` bytes each, or the telemetry mix for None.
+
+    sent: counts the probes; None for a usual event in the place of each.
 
     An iterator, because taking the next event from one costs less than calling a function.
     """
@@ -117,25 +119,29 @@ def events(size: int | None, producer: int, sent: Sent) -> Iterator[bytes]:
     return _small(session, size)
 
 
-def _telemetry(session: str, sent: Sent) -> Iterator[Iterable[bytes]]:
+def _telemetry(session: str, sent: Sent | None) -> Iterator[Iterable[bytes]]:
     """Strides of events. Each event is formatted when it is asked for; map() merely does without a Python loop."""
     templates = cycle(MIX)
+    usual = STRIDE if sent is None else STRIDE - 1
     for first in count(FIRST_SEQUENCE, STRIDE):
-        last = first + STRIDE - 1
+        last = first + usual
         fields = zip(repeat(session), range(first, last), FIGURES)
-        yield map(str.encode, map(mod, islice(templates, STRIDE - 1), fields))
-        yield (sent.add((PROBE % (session, last, perf_counter_ns())).encode()),)
+        yield map(str.encode, map(mod, islice(templates, usual), fields))
+        if sent is not None:
+            yield (sent.add((PROBE % (session, last, perf_counter_ns())).encode()),)
 
 
-def _sized(session: str, size: int, sent: Sent) -> Iterator[bytes]:
+def _sized(session: str, size: int, sent: Sent | None) -> Iterator[bytes]:
     # No template here: % would look at each character of a large filler, where an f-string copies it at once.
     filler = _filler(size - IDENTITY_SIZE)
     probe_filler = _filler(size - PROBED_SIZE)
+    usual = STRIDE if sent is None else STRIDE - 1
     for first in count(FIRST_SEQUENCE, STRIDE):
-        last = first + STRIDE - 1
+        last = first + usual
         for sequence in range(first, last):
             yield f"{session}-{sequence}{filler}".encode()
-        yield sent.add(f"{session}-{last}~{perf_counter_ns():019d}{probe_filler}".encode())
+        if sent is not None:
+            yield sent.add(f"{session}-{last}~{perf_counter_ns():019d}{probe_filler}".encode())
 
 
 def _small(session: str, size: int) -> Iterator[bytes]:

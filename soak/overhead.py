@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: MIT
+"""The ``overhead`` command: what the harness itself takes of the rate that it measures.
+
+Short loads on fresh dispatchers, all with the settings of ``run``, in one process and in turns, each round beginning
+with another: one that nobody looks at, one with the probes, one with all that ``run`` does while it loads, with either
+display, and the census. What a way of looking costs is 1 less its rate over that of the unwatched load of the same
+round, so that a machine whose speed changes from minute to minute changes both. A second unwatched load, which costs
+nothing, says how far off these figures are.
+
+Samples and lines come at least as often as in ``run``: five samples a load, each synced, and a line at its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from soak import census, environment, results, settings
+from soak.bench import spread_of
+from soak.config import Config
+from soak.drive import Outcome, drive
+from soak.load import Load
+from soak.options import complain, converter, parse_path
+from soak.progress import LiveMonitor, Monitor, SilentMonitor, Stream, say
+from soak.units import format_seconds, parse_count, parse_duration
+
+TARGET = 0.03
+"""What the load of ``run`` may lose by being looked at."""
+MOST_ROUNDS = 1000
+
+EXAMPLE = """\
+examples:
+  python3 -m soak overhead
+  python3 -m soak overhead --rounds 40 --duration 2s --producers 8 --json overhead.json
+
+exit code: 0 measured (a missed target is no failure), 1 a load went wrong or a file cannot be written, 2 a bad option
+"""
+
+BARE = "unwatched"
+WAYS: Mapping[str, str] = {
+    BARE: "no probes, no samples, no display",
+    "again": "the same once more: what is not 0 here is noise",
+    "probes": "one event in 256 is a probe, and consumers look for them",
+    "samples": "that, and samples into a synced file: run --display none",
+    "plain": "that, and a line now and then: run --display plain",
+    "live": "the same with the live display: run --display live",
+    "census": "each event checksummed and its order checked: the census pass",
+}
+"""Each way of looking at a load, and what it is."""
+WATCHED = ("samples", "plain", "live")
+"""What ``run`` does while it loads, and so what the target is for."""
+
+
+class Terminal(io.StringIO):
+    """A terminal in memory, so that what is drawn does not depend on where this runs, nor gets in the way."""
+
+    def isatty(self) -> bool:
+        """Return that this is one."""
+        return True
+
+
+class Measured(NamedTuple):
+    """What one load came to."""
+
+    rate: float  # delivered events a second
+    cpu: float  # CPU seconds of this process an event
+
+
+Rounds = Sequence[Mapping[str, Measured]]
+
+
+def add_parser(commands: Any) -> None:
+    """Add this command to the subparsers of ``python3 -m soak``."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "overhead",
+        help="what the harness's own looking costs",
+        description="Load with and without probes, samples and display, in turns, and tell what each takes.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(main=main, parser=parser)
+    add = parser.add_argument
+    rounds = converter(partial(parse_count, most=MOST_ROUNDS))
+    add("--rounds", type=rounds, default="20", metavar="N", help="how often each is measured (%(default)s)")
+    time_ = converter(parse_duration)
+    add("--duration", type=time_, default="2s", metavar="TIME", help="how long each load lasts (%(default)s)")
+    settings.add_settings(parser)
+    add("--json", type=converter(parse_path), metavar="PATH", help="write the figures there too")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Measure in turns, print the table, write the figures; return the exit code."""
+    config = settings.config_from(options, options.duration)
+    rounds: list[dict[str, Measured]] = []
+    try:
+        with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+            ways = subjects(config, Path(folder))
+            for number in range(options.rounds + 1):  # the first one warms up
+                say(f"round {number} of {options.rounds}: {len(ways)} loads of {format_seconds(config.duration)}")
+                rounds.append(in_turn(ways, number))
+    except KeyboardInterrupt:
+        complain("interrupted: nothing is told")
+        return 130
+    except (RuntimeError, OSError) as error:
+        complain(str(error))
+        return 1
+    figures = evaluate(rounds[1:])
+    place = environment.describe()
+    print("\n".join(table(figures, len(rounds) - 1, place)), flush=True)
+    if options.json is None:
+        return 0
+    content = {
+        "schema": 1,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "rounds": len(rounds) - 1,
+        "target": TARGET,
+        "ways": figures,
+        "config": config.as_json(),
+        "environment": place,
+    }
+    try:
+        results.replace(options.json, results.as_text(content).encode())
+    except OSError as error:
+        complain(f"cannot write --json {str(options.json)!r}: {error.strerror or error}; the figures go to stdout")
+        print(json.dumps(content, indent=2), flush=True)
+        return 1
+    return 0
+
+
+def subjects(config: Config, folder: Path) -> dict[str, Callable[[], Measured]]:
+    """Return what measures each way of looking; the streams of samples go into ``folder``."""
+    ways: dict[str, Callable[[], Measured]] = {
+        BARE: partial(_unsampled, config, False),
+        "again": partial(_unsampled, config, False),
+        "probes": partial(_unsampled, config, True),
+        "samples": partial(_sampled, config, folder, SilentMonitor),
+        "plain": partial(_sampled, config, folder, Monitor),
+        "live": partial(_sampled, config, folder, partial(LiveMonitor, heap=None)),
+        "census": partial(_counted, config),
+    }
+    try:
+        LiveMonitor(config, None, None, None)
+    except ImportError:
+        say("live is left out: rich is not installed")
+        del ways["live"]
+    return ways
+
+
+def in_turn(ways: Mapping[str, Callable[[], Measured]], number: int) -> dict[str, Measured]:
+    """Measure each way once, beginning with another in each round."""
+    names = list(ways)
+    start = number % len(names)
+    return {name: ways[name]() for name in names[start:] + names[:start]}
+
+
+def _timed(work: Callable[[], tuple[int, Outcome]]) -> Measured:
+    """Measure one load. Raises RuntimeError when something went wrong in it, KeyboardInterrupt when one ended it."""
+    before = time.process_time()
+    delivered, outcome = work()
+    cpu = time.process_time() - before
+    if outcome.interrupted:
+        raise KeyboardInterrupt
+    if outcome.problems or not delivered:
+        raise RuntimeError(outcome.problems[0] if outcome.problems else "nothing was delivered")
+    return Measured(delivered / (outcome.load_seconds + (outcome.drain_seconds or 0.0)), cpu / delivered)
+
+
+def _unsampled(config: Config, probes: bool) -> Measured:
+    """A load without samples: stats() is not even called while it lasts."""
+    load = Load(config, probes=probes)
+
+    def work() -> tuple[int, Outcome]:
+        outcome = drive(config, config.duration, load, every=2 * config.duration)
+        found = sum(taken.probes for taken in load.taken)
+        assert found == sum(sent.probes for sent in load.sent) if probes else not found
+        return sum(taken.events for taken in load.taken), outcome
+
+    return _timed(work)
+
+
+def _sampled(config: Config, folder: Path, make: Callable[..., Monitor]) -> Measured:
+    """A load as ``run`` does it; its display is drawn into memory."""
+    load = Load(config)
+    stream = Stream(folder / f"{time.perf_counter_ns()}.jsonl")
+    terminal = Terminal()
+
+    def work() -> tuple[int, Outcome]:
+        # A quarter of the seconds given is when a line comes, a twentieth when a sample.
+        with make(config, stream, seconds=4 * config.duration) as monitor:
+            outcome = drive(config, config.duration, load, monitor.sample, monitor.every)
+        return sum(taken.events for taken in load.taken), outcome
+
+    try:
+        with contextlib.redirect_stderr(terminal):
+            measured = _timed(work)
+    finally:
+        stream.close()
+    if stream.error is not None:
+        raise stream.error
+    assert len(stream.path.read_bytes().splitlines()) > 1
+    assert bool(terminal.getvalue()) == (make is not SilentMonitor)
+    stream.path.unlink()
+    return measured
+
+
+def _counted(config: Config) -> Measured:
+    def work() -> tuple[int, Outcome]:
+        counted, outcome = census.take(config, config.duration, every=2 * config.duration)
+        outcome.problems += counted.problems
+        return counted.delivered, outcome
+
+    return _timed(work)
+
+
+def evaluate(rounds: Rounds) -> dict[str, dict[str, float]]:
+    """Return of each way the median rate and CPU time, and what it costs: 1 less the ratio, CPU time over the bare one.
+
+    >>> rounds = [{BARE: Measured(100.0, 1e-6), "plain": Measured(rate, 1.5e-6)} for rate in (99.0, 98.0, 94.0)]
+    >>> {key: round(value, 7) for key, value in evaluate(rounds)["plain"].items()}
+    {'rate': 98.0, 'cpu_seconds': 1.5e-06, 'cost': 0.02, 'cost_spread': 0.025, 'cpu_cost': 0.5, 'cpu_cost_spread': 0.0}
+    """
+    figures = {}
+    for name in [way for way in WAYS if way in rounds[0]]:
+        costs = [1 - each[name].rate / each[BARE].rate for each in rounds]
+        cpu = [each[name].cpu / each[BARE].cpu - 1 for each in rounds]
+        figures[name] = {
+            "rate": median(each[name].rate for each in rounds),
+            "cpu_seconds": median(each[name].cpu for each in rounds),
+            "cost": median(costs),
+            "cost_spread": spread_of(costs),
+            "cpu_cost": median(cpu),
+            "cpu_cost_spread": spread_of(cpu),
+        }
+    return figures
+
+
+def table(figures: Mapping[str, Mapping[str, float]], rounds: int, place: Mapping[str, Any]) -> list[str]:
+    """Return the figures for people: a line a way of looking, and the target."""
+    lines = [f"{'':<10} {'events/s':>10} {'costs':>8} {'spread':>8} {'CPU an event':>13} {'more':>8} {'spread':>8}"]
+    for name, found in figures.items():
+        line = f"{name:<10} {found['rate']:>10,.0f} "
+        line += " " * 18 if name == BARE else f"{found['cost']:>8.1%} {found['cost_spread']:>8.1%} "
+        line += f"{found['cpu_seconds'] * 1e9:>10,.0f} ns "
+        line += " " * 17 if name == BARE else f"{found['cpu_cost']:>8.1%} {found['cpu_cost_spread']:>8.1%}"
+        lines.append(f"{line}  {WAYS[name]}")
+    worst = max((found["cost"] for name, found in figures.items() if name in WATCHED), default=math.nan)
+    lines.append(
+        f"{'met' if worst < TARGET else 'MISSED'}: what run does while it loads costs {worst:.1%} of the rate at most;"
+        f" less than {TARGET:.0%} is aimed at"
+    )
+    lines.append(
+        f"on {place['machine']}, {place['cores']} cores, {place['interpreter']} ({place['python']}, {place['build']}),"
+        f" commit {str(place['commit'] or 'unknown')[:12]}; medians over {rounds} rounds of what is paired within one,"
+        " spread: half of their middle range"
+    )
+    return lines

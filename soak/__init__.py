@@ -16,6 +16,7 @@ it runs on a Raspberry Pi as it comes. One file a subject:
 ``census``         the pass in which every single event is checked
 ``heap``           the pass under tracemalloc, and the bound that it is held against
 ``calibration``    the same producers with no dispatcher: what this machine can do at all
+``interrupts``     Ctrl-C: the first ends a load and keeps the result, the second ends all
 ``sinks``          where consumers put batches
 ``progress``       samples while it runs: lines on stderr, a synced JSONL stream
 ``environment``    machine, interpreter, commit

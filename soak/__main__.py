@@ -7,13 +7,16 @@ exit code.
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Callable
 
 from soak import bench, instructions, mutants, overhead, pi, record, report, run, stress, tune
+from soak.crew import describe
 from soak.hostile import command as hostile
 from soak.interleave import command as interleave
-from soak.options import OneLineParser, attach_values
+from soak.options import OneLineParser, attach_values, complain
 
 COMMANDS = (run, tune, stress, record, report, pi, bench, overhead, instructions, hostile, interleave, mutants)
 
@@ -38,5 +41,24 @@ def main(argv: list[str] | None = None) -> int:
     return command_main(options)
 
 
+def entry() -> int:
+    """Run one command; tell in one line what commands do not look after: an interrupt, a full disk, a closed pipe."""
+    try:
+        code = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        complain("interrupted")
+        return 130
+    except OSError as error:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EPIPE, errno.EIO):
+            complain(f"cannot write to stdout: {error.strerror}")
+            # What is still in its buffer would fail once more, with a traceback, as the interpreter ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        else:
+            complain(describe(error))
+        return 1
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(entry())

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from itertools import islice
 
+from soak import interrupts
 from soak.config import Config
 from soak.crew import PATIENCE, Crew, join
 from soak.load import ROUND
@@ -68,7 +69,7 @@ def calibrate(config: Config, seconds: float) -> Calibration:
             threads.append(crew.start(f"calibration {index}", work, index))
         started = time.perf_counter()
         crew.go.set()
-        crew.trouble.wait(seconds)
+        interrupts.wait(crew.trouble, seconds)
     except KeyboardInterrupt:
         interrupted = True
     finally:

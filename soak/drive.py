@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import tempo
+from soak import interrupts
 from soak.config import Config
 from soak.crew import PATIENCE, Call, Crew, dump_stacks, join
 
@@ -46,7 +47,8 @@ def drive(config: Config, seconds: float, work: Work, sample: Sampler | None = N
     """Run ``work`` for ``seconds`` on a new dispatcher, then drain it and shut it down.
 
     ``sample(elapsed, stats)`` is called in this thread about each ``every`` seconds and once after the end. A
-    KeyboardInterrupt during the load ends it early; a second one, while it drains, is raised.
+    KeyboardInterrupt during the load ends it early. One that comes as it starts or drains is raised, or pending under
+    ``interrupts.kept()``; a second one is raised.
     """
     outcome = Outcome()
     patience = PATIENCE + config.longest_drain
@@ -128,7 +130,7 @@ def _wait(
     now = moved = started
     delivered = 0
     due = started + every
-    while now < deadline and not crew.trouble.wait(max(0.0, min(due, deadline) - now)):
+    while now < deadline and not interrupts.wait(crew.trouble, max(0.0, min(due, deadline) - now)):
         now = time.perf_counter()
         if now >= due:
             due = max(due + every, now)

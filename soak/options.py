@@ -8,6 +8,7 @@ of a converter's ValueError.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -63,5 +64,6 @@ def parse_path(text: str) -> Path:
 
 
 def complain(line: str) -> None:
-    """Print one line of trouble on stderr."""
-    print("soak: " + " ".join(line.split()), file=sys.stderr, flush=True)
+    """Print one line of trouble on stderr. Where that is full or closed, the exit code alone tells."""
+    with contextlib.suppress(OSError):
+        print("soak: " + " ".join(line.split()), file=sys.stderr, flush=True)

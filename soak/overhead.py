@@ -25,7 +25,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from soak import census, environment, results, settings
+from soak import census, environment, interrupts, results, settings
 from soak.bench import spread_of
 from soak.config import Config
 from soak.drive import Outcome, drive
@@ -104,7 +104,7 @@ def main(options: argparse.Namespace) -> int:
     config = settings.config_from(options, options.duration)
     rounds: list[dict[str, Measured]] = []
     try:
-        with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+        with interrupts.kept(), tempfile.TemporaryDirectory(prefix="soak-") as folder:
             ways = subjects(config, Path(folder))
             for number in range(options.rounds + 1):  # the first one warms up
                 say(f"round {number} of {options.rounds}: {len(ways)} loads of {format_seconds(config.duration)}")
@@ -182,8 +182,8 @@ def _unsampled(config: Config, probes: bool) -> Measured:
 
     def work() -> tuple[int, Outcome]:
         outcome = drive(config, config.duration, load, every=2 * config.duration)
-        found = sum(taken.probes for taken in load.taken)
-        assert found == sum(sent.probes for sent in load.sent) if probes else not found
+        sent = sum(sent.probes for sent in load.sent)
+        assert sum(taken.probes for taken in load.taken) == sent and (probes or not sent)
         return sum(taken.events for taken in load.taken), outcome
 
     return _timed(work)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,16 +74,25 @@ def main(options: argparse.Namespace) -> int:
     except SetupError as error:
         complain(str(error))
         return 1
+    except OSError as error:
+        complain(f"cannot write {str(error.filename or CACHE)!r}: {error.strerror or error}; nothing can be emulated")
+        return 1
     if not any(word.partition("=")[0] == "--out" for word in words) and options.of != "baseline":
         words += ["--out", OUT]
     python = interpreter(root)
     say(f"pi: this is {machine}; emulated: {EMULATOR} -cpu {CPU}, Debian's arm64 {python.name}")
-    return subprocess.run(
-        [str(emulator), "-cpu", CPU, "-L", str(root), str(python), "-m", "soak", *words],
-        cwd=ROOT,
-        env={**os.environ, environment.EMULATED: f"Cortex-A72, emulated by qemu-user on {machine}"},
-        check=False,
-    ).returncode
+    # Ctrl-C at a terminal reaches both: what is emulated ends in its own way, and is waited for. A handler, unlike
+    # SIG_IGN, is not handed down to it.
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        return subprocess.run(
+            [str(emulator), "-cpu", CPU, "-L", str(root), str(python), "-m", "soak", *words],
+            cwd=ROOT,
+            env={**os.environ, environment.EMULATED: f"Cortex-A72, emulated by qemu-user on {machine}"},
+            check=False,
+        ).returncode
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def provide() -> tuple[Path, Path]:

@@ -6,6 +6,7 @@ On a terminal, where rich is installed, a live display; elsewhere a plain line o
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -25,8 +26,9 @@ LINE_SECONDS = 5.0
 
 
 def say(line: str) -> None:
-    """Print one plain line on stderr, at once."""
-    print(line, file=sys.stderr, flush=True)
+    """Print one plain line on stderr, at once. Where that is full or closed, there is nowhere left to say so."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 class Stream:
@@ -101,7 +103,8 @@ class Monitor:
                 }
             )
         self._sampled = (elapsed, stats.delivered)
-        self._show(elapsed, stats, rss, rate)
+        with contextlib.suppress(OSError):  # a terminal that is gone: the load goes on without
+            self._show(elapsed, stats, rss, rate)
 
     def _show(self, elapsed: float, stats: tempo.Stats, rss: int | None, rate: float) -> None:
         """Print a line when it is time for one; its rate is that since the last line."""
@@ -139,7 +142,8 @@ class LiveMonitor(Monitor):
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         """Leave the last display where it is."""
-        self._live.__exit__(kind, exc, tb)
+        with contextlib.suppress(OSError):
+            self._live.__exit__(kind, exc, tb)
 
     def _show(self, elapsed: float, stats: tempo.Stats, rss: int | None, rate: float) -> None:
         left = max(0.0, self._seconds - elapsed)

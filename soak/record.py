@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from soak import baseline, environment, run, settings, verdict
+from soak import baseline, environment, interrupts, results, run, settings, verdict
 from soak.config import Config
 from soak.options import complain, converter, parse_path
 from soak.progress import say
@@ -33,7 +33,7 @@ examples:
   python3 -m soak baseline
   python3 -m soak baseline --runs 9 --duration 30s --producers 8 --name my-board
 
-exit code: 0 recorded, 1 a run failed or the file cannot be written, 2 a bad option
+exit code: 0 recorded, 1 a run failed or the file cannot be written, 2 a bad option, 130 interrupted
 """
 
 
@@ -80,26 +80,29 @@ def main(options: argparse.Namespace) -> int:
     place = environment.describe()
     config = settings.config_from(options, options.duration)
     found = []
-    for number in range(1, options.runs + 1):
-        say(f"run {number} of {options.runs}")
-        try:
-            result = run.run(config, None, None, "none", place, "none")
-        except KeyboardInterrupt:
-            complain("interrupted: nothing is recorded")
-            return 130
-        except RuntimeError as error:
-            complain(f"{error}: nothing is recorded")
-            return 1
-        overall = result["verdict"]["overall"]
-        if overall["status"] == verdict.FAIL or result["interrupted"]:
-            complain(f"run {number}: {overall['note'] if not result['interrupted'] else 'interrupted'}: not recorded")
-            return 1
-        found.append(result)
+    try:
+        with interrupts.kept():
+            for number in range(1, options.runs + 1):
+                say(f"run {number} of {options.runs}")
+                result = run.run(config, None, None, "none", place, "none")
+                if result["interrupted"] or interrupts.take():
+                    raise KeyboardInterrupt
+                overall = result["verdict"]["overall"]
+                if overall["status"] == verdict.FAIL:
+                    complain(f"run {number}: {overall['note']}: not recorded")
+                    return 1
+                found.append(result)
+    except KeyboardInterrupt:
+        complain("interrupted: nothing is recorded")
+        return 130
+    except RuntimeError as error:
+        complain(f"{error}: nothing is recorded")
+        return 1
     content = summarize(found, place)
     path = options.out / f"{options.name or default_name(config, place)}.json"
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        results.replace(path, (json.dumps(content, indent=2) + "\n").encode())
     except OSError as error:
         complain(f"cannot write {str(path)!r}: {error.strerror or error}; the baseline goes to stdout")
         print(json.dumps(content, indent=2), flush=True)

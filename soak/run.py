@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from soak import baseline, census, environment, heap, results, settings, verdict
+from soak import baseline, census, environment, heap, interrupts, results, settings, verdict
 from soak.calibration import calibrate
 from soak.config import Config
 from soak.crew import describe
@@ -37,7 +37,9 @@ examples:
   python3 -m soak run --duration 30s --producers 8 --payload 10KiB --max-batch-bytes none --json result.json
 
 times take ns, us, ms, s, m, h; sizes B, KiB, MiB, GiB, or none of these for bytes
-exit code: 0 all is well (warnings included), 1 a verdict is "fail" or a file cannot be written, 2 a bad option
+Ctrl-C ends the load, drains and writes the result; a second one ends it without a result.
+exit code: 0 all is well (warnings included), 1 a verdict is "fail" or a file cannot be written, 2 a bad option,
+130 interrupted twice
 """
 
 
@@ -93,16 +95,17 @@ def main(options: argparse.Namespace) -> int:
 
     files = results.Files(options.out, options.json)
     try:
-        result = run(config, sink, files.stream, options.baseline, place, options.display)
+        with interrupts.kept():
+            result = run(config, sink, files.stream, options.baseline, place, options.display)
+            unwritten = files.finish(result)
+            text = results.summary(result, baseline.records(options.baseline), files.written)
+            results.tell(text, unwritten)
     except KeyboardInterrupt:
         complain("interrupted again: there is no result")
         return 130
     except RuntimeError as error:
         complain(str(error))
         return 1
-    unwritten = files.finish(result)
-    text = results.summary(result, baseline.records(options.baseline), files.written)
-    results.tell(text, unwritten)
     overall = result["verdict"]["overall"]["status"]
     return 0 if overall != verdict.FAIL and files.well else 1
 
@@ -133,8 +136,9 @@ def run(
 ) -> dict[str, Any]:
     """Run all passes and return the result, ready for JSON; place: of environment.describe, display: of DISPLAYS.
 
-    A KeyboardInterrupt ends the pass that it comes in, and cuts short those after it: the result stays complete. Raises
-    it only when it comes while a pass drains; RuntimeError when the machine cannot run the threads.
+    A KeyboardInterrupt ends the pass that it comes in, and cuts short those after it: the result stays complete, as
+    long as ``interrupts.kept()`` keeps it for the waits of the passes, and no second one comes. Raises RuntimeError
+    when the machine cannot run the threads.
     """
     started = _now()
     if stream is not None:
@@ -148,15 +152,15 @@ def run(
         stream.write(head)
 
     before = calibrate(config, config.pass_seconds(1.0, 3.0))
-    interrupted = before.interrupted
+    interrupted = before.interrupted or interrupts.take()
     say(f"calibration: {before.events_per_second:,.0f} events/s with no dispatcher")
 
     traced = heap.measure(config, HURRY if interrupted else config.pass_seconds(2.0, 4.0))
-    interrupted |= traced.outcome.interrupted
+    interrupted |= traced.outcome.interrupted or interrupts.take()
     say(f"heap: peak {results.show_peak(traced.peak)}, the buffer at most {format_size(traced.peak_buffered)} full")
 
     counted, counting = census.take(config, HURRY if interrupted else config.pass_seconds(1.0, 4.0))
-    interrupted |= counting.interrupted
+    interrupted |= counting.interrupted or interrupts.take()
     say(f"census: {counted.accepted:,} events accepted, {counted.delivered:,} delivered, each looked at")
 
     load = Load(config, None if sink is None else sink.deliver)
@@ -164,11 +168,11 @@ def run(
     say(f"load: {format_seconds(duration)}, {config.producers} producers, {config.consumers} consumers")
     with open_monitor(display, config, stream, duration, traced.peak) as monitor:
         outcome = drive(config, duration, load, monitor.sample, monitor.every)
-    interrupted |= outcome.interrupted
+    interrupted |= outcome.interrupted or interrupts.take()
     peak_rss = environment.peak_rss()
 
     after = calibrate(config, HURRY if interrupted else config.pass_seconds(1.0, 3.0))
-    interrupted |= after.interrupted
+    interrupted |= after.interrupted or interrupts.take()
     say(f"calibration: {after.events_per_second:,.0f} events/s again")
 
     figures = _figures(config, load, outcome, counted)

@@ -7,7 +7,7 @@ import argparse
 import time
 from typing import Any
 
-from soak import census, environment, results, settings, verdict
+from soak import census, environment, interrupts, results, settings, verdict
 from soak.census import CensusResult
 from soak.config import Config
 from soak.drive import Outcome
@@ -26,7 +26,9 @@ examples:
   python3 -m soak stress
   python3 -m soak stress --producers 1000 --each 500 --payload 10KiB --max-buffered-bytes 1MiB
 
-exit code: 0 every payload was delivered once and in order, 1 not so or a file cannot be written, 2 a bad option
+Ctrl-C ends the sending, drains and writes the result; a second one ends it without a result.
+exit code: 0 every payload sent was delivered once and in order, 1 not so or a file cannot be written, 2 a bad option,
+130 interrupted twice
 """
 
 
@@ -62,7 +64,9 @@ def main(options: argparse.Namespace) -> int:
     files = results.Files(options.out, options.json, "stress")
     say(f"stress: {config.producers} producers, {options.each:,} payloads each")
     try:
-        counted, outcome = census.take(config, options.limit, options.each, LOOK)
+        with interrupts.kept():
+            counted, outcome = census.take(config, options.limit, options.each, LOOK)
+            outcome.interrupted |= interrupts.take()
     except KeyboardInterrupt:
         complain("interrupted again: there is no result")
         return 130

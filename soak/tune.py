@@ -19,7 +19,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import tempo
-from soak import environment, heap, settings, units
+from soak import environment, heap, interrupts, settings, units
 from soak.config import TELEMETRY, Config
 from soak.drive import drive
 from soak.load import Load
@@ -60,7 +60,8 @@ examples:
   python3 -m soak tune --payload 10KiB --probe 2s
 
 On a terminal it asks for the payload size when none is given. Its settings are what `run` then takes by itself.
-exit code: 0 there are settings (calibrated or provisional), 1 there are none or they cannot be written, 2 a bad option
+exit code: 0 there are settings (calibrated or provisional), 1 there are none or they cannot be written, 2 a bad option,
+130 interrupted
 """
 
 
@@ -151,7 +152,8 @@ def main(options: argparse.Namespace) -> int:
         return 1
     first = replace(first, max_buffered_bytes=max(min(FIRST_BUFFER, most), 2 * first.largest_payload))
     try:
-        found = tune(first, options.probe, most, place["memory_bytes"] is not None)
+        with interrupts.kept():
+            found = tune(first, options.probe, most, place["memory_bytes"] is not None)
     except (KeyboardInterrupt, RuntimeError) as error:
         complain(f"no settings: {error}" if str(error) else "interrupted: there are no settings")
         return 130 if isinstance(error, KeyboardInterrupt) else 1

@@ -24,6 +24,7 @@ import pickle
 import queue
 import random
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -79,6 +80,7 @@ from soak.hostile import Case
 from soak.hostile import command as soak_hostile
 from soak.hostile.checks import LIMIT, LONG, Cycle, Worker, wait_until
 from soak.hostile.worlds import with_little_stack
+from soak.interleave import command as soak_interleave
 from soak.interleave import schedule as soak_schedule
 from soak.interleave import twins as soak_twins
 from soak.interleave import walk as soak_walk
@@ -4406,6 +4408,446 @@ def test_a_soak_result_that_cannot_be_written_goes_to_stdout(tmp_path: Path) -> 
     assert "Traceback" not in done.stderr
 
 
+FULL = """
+import resource, sys
+from soak.__main__ import entry
+from soak.config import Config
+
+Config.pass_seconds = lambda *_: 0.1
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))  # the header has room, and the result has not
+sys.exit(entry())
+"""
+
+
+def test_a_soak_goes_on_when_the_disk_is_full_and_says_so_in_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("resource")
+    options = ("--duration", "0.5s", "--producers", "2", "--display", "none", "--out", str(tmp_path))
+    done = run_python("-c", FULL, "run", *options, "--baseline", "none", cwd=ROOT)
+
+    assert done.returncode == 1
+    result = json.loads(done.stdout)
+    assert result["delivered"] == result["accepted"] > 0
+    assert not result["interrupted"]
+    assert result["load_seconds"] > 0.4
+    (samples,) = tmp_path.iterdir()  # and no part of a result
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("soak: ")]
+    assert line.startswith(f"soak: cannot write {str(samples)!r}: ")
+    assert line.endswith("; the result goes to stdout")
+    assert "Traceback" not in done.stderr
+    assert json.loads(samples.read_text(encoding="utf-8").splitlines()[0])["type"] == "header"
+
+
+def test_a_line_that_stderr_has_no_room_for_does_not_end_a_soak(tmp_path: Path) -> None:
+    options = ("--producers", "2", "--each", "5", "--out", str(tmp_path), "--json", str(tmp_path / "result.json"))
+    with open("/dev/full", "w", encoding="utf-8") as full_disk:
+        done = subprocess.run(
+            [sys.executable, "-m", "soak", "stress", *options], cwd=ROOT, stderr=full_disk, timeout=60, check=False
+        )
+    assert done.returncode == 0
+    assert json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["delivered"] == 10
+
+
+def test_a_soak_whose_summary_cannot_be_written_says_so_in_one_line(tmp_path: Path) -> None:
+    options = ("--producers", "2", "--each", "5", "--out", str(tmp_path))
+    with open("/dev/full", "w", encoding="utf-8") as full_disk:
+        done = subprocess.run(
+            [sys.executable, "-m", "soak", "stress", *options],
+            cwd=ROOT,
+            stdout=full_disk,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[1:] == ["soak: cannot write to stdout: No space left on device"]
+
+
+BOARD = {"machine": "a board", "cores": 4, "interpreter": "CPython 3.11", "memory_bytes": 1 << 30, "commit": None}
+BOARD.update(python="3.11.2", build="main")
+
+
+def found_by_tune(*_: Any) -> soak_tune.Found:
+    config = soak_settings.config_from(argparse.Namespace(), 1.0)
+    return soak_tune.Found(config, soak_tune.Edge(1024, None), 1000.0, 1.0, [])
+
+
+def ran_well() -> dict[str, Any]:
+    figures = {"ratio": 0.5, "peak_heap_bytes": 9, "drain_seconds": 0.1, "delivered_per_second": 1.0, "calibration": 2}
+    verdicts = {"overall": {"status": "pass", "note": ""}}
+    config = soak_settings.config_from(argparse.Namespace(), 1.0)
+    return {**figures, "verdict": verdicts, "interrupted": False, "config": config.as_json()}
+
+
+# Each command, in front of the path that it is given; what does its work; and a word of its results.
+WRITERS: dict[str, tuple[list[str], Callable[[], Any], str]] = {
+    "run": (
+        ["run", "--duration", "50ms", "--producers", "2", "--display", "none", "--baseline", "none", "--json"],
+        lambda: mock.patch.object(Config, "pass_seconds", return_value=0.05),
+        '"delivered": ',
+    ),
+    "tune": (
+        ["tune", "--payload", "64", "--out"],
+        lambda: mock.patch.object(soak_tune, "tune", found_by_tune),
+        "CALIBRATED",
+    ),
+    "stress": (["stress", "--producers", "2", "--each", "5", "--json"], contextlib.nullcontext, '"delivered": 10'),
+    "baseline": (
+        ["baseline", "--runs", "1", "--name", "board", "--out"],
+        lambda: mock.patch.object(soak_run, "run", return_value=ran_well()),
+        '"ratio": 0.5',
+    ),
+    "overhead": (
+        ["overhead", "--rounds", "1", "--duration", "10ms", "--producers", "2", "--json"],
+        contextlib.nullcontext,
+        "unwatched",
+    ),
+    "bench": (
+        ["bench", "--rounds", "1", "--groups", "micro", "--json"],
+        lambda: mock.patch.multiple(soak_bench, _work=lambda *_, **__: {}, _suite=NoRoom),
+        "row ",
+    ),
+    "report": (["report", "--html"], lambda: mock.patch.dict(sys.modules, WITHOUT_MATPLOTLIB), "PASS: well"),
+    "hostile": (["hostile", "--json"], lambda: mock.patch.object(soak_hostile, "cases", return_value=[]), "family"),
+    "interleave": (
+        ["interleave", "--twins", "no", "--json"],
+        lambda: mock.patch.object(soak_interleave, "each", return_value=[]),
+        "0 runs in",
+    ),
+    "mutants": (
+        ["mutants", "--json"],
+        lambda: mock.patch.multiple(
+            soak_mutants,
+            importlib=mock.Mock(),
+            mutants=lambda _: [],
+            read_list=lambda _: {},
+            Trial=mock.Mock(return_value=mock.Mock(unwritten=False, **{"run.return_value": {}})),
+        ),
+        "killed: ",
+    ),
+    "instructions": (
+        ["instructions", "--record", "yes"],
+        lambda: mock.patch.multiple(
+            soak_instructions, count=lambda: {"enqueue": 1000.0}, shutil=mock.Mock(**{"which.return_value": "valgrind"})
+        ),
+        "1,000 instructions a payload",
+    ),
+}
+
+
+class NoRoom:
+    """In place of pyperf's suite: writes a line where it is told to."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def dump(self, path: str, replace: bool) -> None:
+        Path(path).write_text("a suite", encoding="utf-8")
+
+
+@pytest.mark.parametrize("place", ["a file for a folder", "a full disk"])
+@pytest.mark.parametrize("command", WRITERS)
+def test_a_command_whose_file_cannot_be_written_says_so_in_a_line_and_tells_what_it_found(
+    command: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if command == "bench":
+        pytest.importorskip("pyperf")
+    argv, at_work, word = WRITERS[command]
+    result = write_run(tmp_path)
+    path = Path("/dev/full")
+    if place == "a file for a folder":
+        path = result / "deeper"
+    elif argv[-1] == "--out":
+        # The file's name in the folder is the command's affair.
+        folder = tmp_path / "full"
+        folder.mkdir()
+        for name in ("settings.json", "board.json"):
+            (folder / name).symlink_to(path)
+        path = folder
+    if command in ("run", "stress"):
+        argv = [argv[0], "--out", str(tmp_path), *argv[1:]]
+    if command == "report":
+        argv = [argv[0], "--run", str(result), "--png", str(tmp_path / "made.png"), *argv[1:]]
+    if command == "instructions":  # it reads the file first, and a full disk has no end
+        if place == "a full disk":
+            (tmp_path / "figures.json.part").symlink_to(path)
+            path = tmp_path / "figures.json"
+        monkeypatch.setattr(soak_instructions, "FILE", path)
+    else:
+        argv = [*argv, str(path)]
+    with at_work():
+        assert soak_main.main(argv) == 1
+
+    told = capsys.readouterr()
+    (line,) = [line for line in told.err.splitlines() if "cannot write" in line]
+    assert line.startswith("soak: ")
+    assert str(path) in line
+    assert ("No space left on device" if place == "a full disk" else "directory") in line or "exists" in line
+    assert word in told.out
+
+
+def test_settings_that_cannot_be_written_leave_those_of_before_whole(tmp_path: Path) -> None:
+    soak_settings.write(tmp_path, {"producers": "7"}, BOARD, True, "today")
+    with mock.patch.object(Path, "write_bytes", side_effect=OSError), pytest.raises(OSError):
+        soak_settings.write(tmp_path, {"producers": "8"}, BOARD, True, "today")
+    assert soak_settings.read(tmp_path / "settings.json", BOARD)[0] == {"producers": "7"}
+
+
+def test_the_mutants_go_on_when_what_they_found_cannot_be_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    options = argparse.Namespace(workers=1, stages=1, resume="yes")
+    with mock.patch.object(soak_mutants, "STATE", tmp_path / "file" / "state"):
+        trial = soak_mutants.Trial(tmp_path, options, {})
+        trial._write_state({"function": "f"})
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"soak: cannot write {str(tmp_path / 'file' / 'state')!r}: ")
+    assert trial.unwritten
+
+
+def test_soak_pi_without_a_place_for_its_packages_says_so_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with (
+        mock.patch.object(soak_pi, "CACHE", tmp_path / "file" / "pi"),
+        mock.patch.object(shutil, "which", return_value="/a/tool"),
+    ):
+        assert soak_main.main(["pi"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"soak: cannot write {str(tmp_path / 'file' / 'pi')!r}: Not a directory; nothing can be emulated"
+
+
+# Ctrl-C at a terminal
+
+INTERRUPTED = """
+import os, sys, time
+
+os.close(os.open(os.ttyname(0), os.O_RDWR))  # the first of a session is the one that its keys are for
+
+import tempo
+from soak import census, heap, interrupts, run, tune
+from soak.__main__ import entry
+from soak.config import Config
+
+LONG = 600.0
+phase = sys.argv.pop(1)
+Config.pass_seconds = lambda *_: 0.1
+flush = tempo.Dispatcher.flush
+
+def say(words):
+    print(words, file=sys.stderr, flush=True)
+
+def announce(module, name):
+    work = getattr(module, name)
+    def announced(config, seconds, *rest, **more):
+        global phase
+        if name == phase:
+            phase, seconds = "", LONG
+            say(f"now: {name}")
+        return work(config, seconds, *rest, **more)
+    setattr(module, name, announced)
+
+def slow_flush(self, timeout=None):
+    global phase
+    if phase.startswith("flush"):
+        wanted, phase = int(phase[5:]), ""
+        for number in range(wanted):
+            say(f"now: flush{number}")
+            while interrupts._seen <= number:
+                time.sleep(0.01)
+    return flush(self, timeout)
+
+if phase == "load" or phase.startswith("flush"):  # those before are not what this is about
+    before, phase = phase, ""
+    take = census.take
+    def last_before(*arguments, **more):
+        global phase
+        try:
+            return take(*arguments, **more)
+        finally:
+            phase = before
+    census.take = last_before
+
+announce(run, "calibrate")
+announce(heap, "measure")
+announce(census, "take")
+announce(tune, "drive")
+tempo.Dispatcher.flush = slow_flush
+sys.exit(entry())
+"""
+
+
+class OnTerminal:
+    """A process on a pseudo-terminal of its own. A context manager, which ends the process."""
+
+    def __init__(self, *args: str) -> None:
+        self.text = ""
+        self._end = time.monotonic() + LIMIT
+        self._master, slave = os.openpty()
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "TERM": "xterm"}
+        self._process = subprocess.Popen(
+            [sys.executable, *args],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            cwd=ROOT,
+            env=env,
+            start_new_session=True,
+        )
+        os.close(slave)
+
+    def __enter__(self) -> OnTerminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(LIMIT)
+        os.close(self._master)
+
+    def _read(self) -> bool:
+        """Read what comes next; False at the end."""
+        assert select.select([self._master], [], [], max(0.0, self._end - time.monotonic()))[0], self.text
+        try:
+            some = os.read(self._master, 1 << 16)
+        except OSError:  # Linux: nobody is left at the other side
+            some = b""
+        self.text += some.decode(errors="replace")
+        return bool(some)
+
+    def read_until(self, words: str) -> None:
+        """Wait until the words are on the terminal."""
+        while words not in self.text:
+            assert self._read(), self.text
+
+    def interrupt(self) -> None:
+        """Press Ctrl-C."""
+        os.write(self._master, b"\x03")
+
+    def exit_code(self) -> int:
+        """Wait for the end."""
+        while self._read():
+            pass
+        return self._process.wait(LIMIT)
+
+
+try:
+    import rich  # noqa: F401
+except ImportError:
+    LIVE = "no live display"
+else:
+    LIVE = "time left"
+
+
+def assert_restored(text: str) -> None:
+    """Nothing went wrong on a terminal, and its cursor is shown again."""
+    assert "Traceback" not in text
+    assert text.rfind("\x1b[?25h") >= text.rfind("\x1b[?25l")
+
+
+@pytest.mark.parametrize("phase", ["calibrate", "measure", "take", "load", "flush1"])
+def test_ctrl_c_in_each_part_of_a_soak_ends_the_load_and_keeps_the_result(phase: str, tmp_path: Path) -> None:
+    options = ("--producers", "2", "--out", str(tmp_path), "--baseline", "none", "--settings", "none")
+    duration = ("--duration", "10m" if phase != "flush1" else "100ms")
+    with OnTerminal("-c", INTERRUPTED, phase, "run", *options, *duration) as terminal:
+        terminal.read_until({"load": LIVE, "flush1": "now: flush0"}.get(phase, f"now: {phase}"))
+        terminal.interrupt()
+        assert terminal.exit_code() == 0, terminal.text
+    assert "(interrupted: the load lasted " in terminal.text
+    assert "\x1b[?25l" in terminal.text or LIVE != "time left"
+    assert_restored(terminal.text)
+    result = json.loads((tmp_path / "latest.json").read_text(encoding="utf-8"))
+    assert result["interrupted"]
+    assert result["accepted"] == result["delivered"] > 0
+    assert result["drain_seconds"] is not None
+
+
+def test_a_second_ctrl_c_ends_a_soak_without_a_result(tmp_path: Path) -> None:
+    options = ("--producers", "2", "--out", str(tmp_path), "--duration", "100ms", "--settings", "none")
+    with OnTerminal("-c", INTERRUPTED, "flush2", "run", *options) as terminal:
+        for number in range(2):
+            terminal.read_until(f"now: flush{number}")
+            terminal.interrupt()
+        assert terminal.exit_code() == 130, terminal.text
+    assert terminal.text.splitlines()[-1].endswith("soak: interrupted again: there is no result")
+    assert_restored(terminal.text)
+
+
+@pytest.mark.parametrize(
+    ("argv", "phase", "words", "code", "last"),
+    [
+        (["tune"], "", "payload size", 130, "soak: interrupted"),
+        (["tune", "--payload", "64"], "drive", "now: drive", 130, "soak: interrupted: there are no settings"),
+        (
+            ["baseline", "--producers", "2"],
+            "calibrate",
+            "now: calibrate",
+            130,
+            "soak: interrupted: nothing is recorded",
+        ),
+        (["stress", "--each", "1000000"], "", "stress: 256 producers", 0, "written       "),
+    ],
+    ids=["tune asking", "tune", "baseline", "stress"],
+)
+def test_ctrl_c_in_other_commands_is_told_in_a_line(
+    argv: list[str], phase: str, words: str, code: int, last: str, tmp_path: Path
+) -> None:
+    with OnTerminal("-c", INTERRUPTED, phase, *argv, "--out", str(tmp_path)) as terminal:
+        terminal.read_until(words)
+        terminal.interrupt()
+        assert terminal.exit_code() == code, terminal.text
+    assert last in terminal.text.splitlines()[-1]
+    assert_restored(terminal.text)
+    if code:
+        assert list(tmp_path.iterdir()) == []
+    else:
+        (path,) = tmp_path.iterdir()
+        result = json.loads(path.read_text(encoding="utf-8"))
+        assert result["interrupted"]
+        assert result["accepted"] == result["delivered"] < result["wanted"]
+
+
+EMULATED = """#!{python}
+import time
+try:
+    print("now: emulated", flush=True)
+    time.sleep(600)
+except KeyboardInterrupt:
+    time.sleep(0.5)  # longer than subprocess.run() would wait until it kills
+    print("ended well", flush=True)
+    raise SystemExit(7) from None
+"""
+
+ON_PI = """
+import os, sys
+from pathlib import Path
+
+os.close(os.open(os.ttyname(0), os.O_RDWR))
+
+from soak import pi
+from soak.__main__ import entry
+
+emulator = Path(sys.argv.pop(1))
+pi.provide = lambda: (emulator, emulator.parent)
+pi.interpreter = lambda root: emulator
+sys.exit(entry())
+"""
+
+
+def test_ctrl_c_lets_what_is_emulated_end_in_its_own_way(tmp_path: Path) -> None:
+    emulator = tmp_path / "emulator"
+    emulator.write_text(EMULATED.format(python=sys.executable), encoding="utf-8")
+    emulator.chmod(0o755)
+    with OnTerminal("-c", ON_PI, str(emulator), "pi", "run") as terminal:
+        terminal.read_until("now: emulated")
+        terminal.interrupt()
+        assert terminal.exit_code() == 7, terminal.text
+    assert "ended well" in terminal.text
+    assert "Traceback" not in terminal.text
+
+
 def test_a_soak_stress_that_is_not_done_in_time_fails() -> None:
     options = argparse.Namespace(producers=2)
     config = soak_settings.config_from(options, 1.0)
@@ -4820,7 +5262,7 @@ def read_page(path: Path) -> Page:
     return Page((path.parent / "made" / "report.html").read_text(encoding="utf-8"))
 
 
-WITHOUT_MATPLOTLIB = {"matplotlib": None, "matplotlib.figure": None}
+WITHOUT_MATPLOTLIB: dict[str, None] = {"matplotlib": None, "matplotlib.figure": None}
 
 
 def test_a_report_is_one_page_that_begins_with_the_verdict_and_needs_nothing_else(tmp_path: Path) -> None:

@@ -14,13 +14,13 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from soak import baseline, environment, worker
+from soak import baseline, environment, results, worker
 from soak.options import complain, converter
 from soak.progress import say
 from soak.rows import DEFAULT_GROUPS, GROUPS, ROWS, Row
@@ -151,24 +151,31 @@ def main(options: argparse.Namespace) -> int:
 
     place = environment.describe()
     figures = {row.name: figure for row in ROWS if (figure := evaluate(row, measured.get(row.group, [])))}
-    path = options.json or ROOT / "soak" / "out" / "bench.json"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _suite(pyperf, measured, place).dump(str(path), replace=True)
-        if options.record is not None:
-            _record(options.record, figures, place)
-    except OSError as error:
-        complain(f"cannot write {str(error.filename or path)!r}: {error.strerror or error}")
-        return 1
     print(table(figures, place))
-    print(f"written {path}")
+    path = options.json or ROOT / "soak" / "out" / "bench.json"
+    well = _write(path, lambda: _suite(pyperf, measured, place).dump(str(path), replace=True))
+    if options.record is not None:
+        file = FOLDER / f"{options.record}.json"
+        well &= _write(file, lambda: results.replace(file, as_record(figures, place)))
     if options.compare is None:
-        return 0
+        return 0 if well else 1
     worse = compare(figures, _load(options.compare))
     for line in worse:
         print(line)
     print(f"{'WORSE than' if worse else 'not worse than'} soak/baselines/bench/{options.compare}.json")
-    return 1 if worse else 0
+    return 0 if well and not worse else 1
+
+
+def _write(path: Path, write: Callable[[], object]) -> bool:
+    """Write a file, with its folder; tell in one line that it was written, or why it cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write()
+    except OSError as error:
+        complain(f"cannot write {str(path)!r}: {error.strerror or error}")
+        return False
+    print(f"written {path}", flush=True)
+    return True
 
 
 def _work(group: str, options: argparse.Namespace, quiet: bool) -> dict[str, list[float]]:
@@ -304,7 +311,8 @@ def _suite(pyperf: Any, measured: Mapping[str, Rounds], place: Mapping[str, obje
     return pyperf.BenchmarkSuite(benchmarks)
 
 
-def _record(name: str, figures: Figures, place: Mapping[str, object]) -> None:
+def as_record(figures: Figures, place: Mapping[str, object]) -> bytes:
+    """Return the ratios as a baseline's file."""
     rows = {
         row.name: {"ratio": round(figures[row.name][0], 4), "spread": round(figures[row.name][1], 4)}
         for row in ROWS
@@ -317,7 +325,4 @@ def _record(name: str, figures: Figures, place: Mapping[str, object]) -> None:
         "environment": {key: place[key] for key in keys},
         "rows": rows,
     }
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    path = FOLDER / f"{name}.json"
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    print(f"recorded {path}")
+    return (json.dumps(content, indent=2) + "\n").encode()

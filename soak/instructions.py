@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from soak import baseline, environment
+from soak import baseline, environment, results
 from soak.options import complain, converter
 
 FILE = baseline.FOLDER / "bench" / "instructions.json"
@@ -50,8 +50,8 @@ def add_parser(commands: Any) -> None:
         "instructions",
         help="machine instructions a payload, counted by valgrind, against the recorded ones",
         description="Count instructions under valgrind's callgrind; fail when there are more than recorded.",
-        epilog="exit code: 0 not more than recorded (or nothing recorded for this build), 1 more, or valgrind failed, "
-        "2 a bad option",
+        epilog="exit code: 0 not more than recorded (or nothing recorded for this build), 1 more, valgrind failed, or "
+        "the record cannot be written, 2 a bad option",
         allow_abbrev=False,
     )
     parser.set_defaults(main=main, parser=parser)
@@ -88,17 +88,22 @@ def main(options: argparse.Namespace) -> int:
         complain(str(error))
         return 1
     recorded: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+    unwritten = False
     if options.record:
         recorded[build()] = {"commit": environment.describe()["commit"], "instructions_per_payload": counted}
-        FILE.parent.mkdir(parents=True, exist_ok=True)
-        FILE.write_text(json.dumps(recorded, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        try:
+            FILE.parent.mkdir(parents=True, exist_ok=True)
+            results.replace(FILE, (json.dumps(recorded, indent=2, sort_keys=True) + "\n").encode())
+        except OSError as error:
+            complain(f"cannot write {str(FILE)!r}: {error.strerror or error}")
+            unwritten = True
     entry = recorded.get(build())
     before: Mapping[str, float] = entry["instructions_per_payload"] if entry is not None else {}
     lines, more = judge(counted, before)
     print("\n".join(lines))
     if entry is None:
         print(f"nothing recorded for {build()}: --record yes would")
-    return 1 if more else 0
+    return 1 if more or unwritten else 0
 
 
 def judge(counted: Mapping[str, float], before: Mapping[str, float]) -> tuple[list[str], bool]:

@@ -227,21 +227,23 @@ def main(options: argparse.Namespace) -> int:
     print(f"{len(every)} mutants, {len(chosen)} of them to try, {options.workers} at a time", flush=True)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         try:
-            outcomes = Trial(Path(folder), options, listed).run(chosen)
+            trial = Trial(Path(folder), options, listed)
+            outcomes = trial.run(chosen)
         except RuntimeError as error:
             complain(str(error))
             return 1
+    unwritten = trial.unwritten
     if options.json is not None:
         try:
             options.json.write_text(json.dumps([as_json(m, outcomes[m.key]) for m in chosen], indent=1) + "\n")
         except OSError as error:
-            complain(f"cannot write {options.json}: {error.strerror}")
-            return 1
+            complain(f"cannot write {str(options.json)!r}: {error.strerror}")
+            unwritten = True
     lines, well = judge(chosen, outcomes, listed)
     if len(chosen) == len(every):
         lines += [f"listed, and no longer a mutant: {key}" for key in listed if key not in {m.key for m in every}]
     print("\n".join(lines))
-    return 0 if well else 1
+    return 0 if well and not unwritten else 1
 
 
 def judge(
@@ -436,29 +438,39 @@ class Trial:
         self.stages: list[list[str]] = []
         self.killers: dict[str, Counter[str]] = {}  # by function
         self.ended = False  # by an interrupt
+        self.unwritten = False  # the state: then an interrupted run begins anew
         self.lock = threading.Lock()  # guards outcomes, killers and the state
         self.digest = hashlib.sha256(
             b"".join((ROOT / name).read_bytes() for name in ("tempo.py", "test_tempo.py", "soak/mutants.py"))
         ).hexdigest()
-        STATE.parent.mkdir(parents=True, exist_ok=True)
         if options.resume == "yes" and STATE.exists():
             self._read_state()
         else:
-            STATE.write_text("", encoding="utf-8")
+            self._write_state(None)
 
     def _read_state(self) -> None:
         head, *rows = map(json.loads, STATE.read_text(encoding="utf-8").splitlines() or ["{}"])
         if head.get("digest") != self.digest:
-            STATE.write_text("", encoding="utf-8")
+            self._write_state(None)
             return
         self.durations, self.reach = head["durations"], head["reach"]
         for row in rows:
             key = (row["function"], row["nth"], row["before"], row["after"])
             self.outcomes[key] = row["result"]
 
-    def _write_state(self, line: dict[str, Any]) -> None:
-        with open(STATE, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    def _write_state(self, line: dict[str, Any] | None) -> None:
+        """Append a line; None: begin the file anew. It goes on without the file when that cannot be written."""
+        from soak.options import complain  # noqa: PLC0415 - the tests' process needs nothing of soak but this file
+
+        if self.unwritten:
+            return
+        try:
+            STATE.parent.mkdir(parents=True, exist_ok=True)
+            with open(STATE, "w" if line is None else "a", encoding="utf-8") as file:
+                file.write("" if line is None else json.dumps(line) + "\n")
+        except OSError as error:
+            self.unwritten = True
+            complain(f"cannot write {str(STATE)!r}: {error.strerror}; an interrupted run will begin anew")
 
     def run(self, chosen: Sequence[Mutant]) -> dict[Any, dict[str, Any]]:
         """Try the mutants; return what came of each. Raises RuntimeError when tests fail without a change."""

@@ -82,14 +82,23 @@ def main(options: argparse.Namespace) -> int:
         except ImportError:
             complain("no charts and no picture: matplotlib is not installed (make report installs it)")
             drawn, picture = None, None
-        written = [write(page_path, page(report, pictures, drawn).encode())]
-        if picture is not None:
-            written.append(write(png_path, picture))
     except ReportError as error:
         complain(str(error))
         return 1
-    print(f"{head_of(report)[0]}\nwritten       {', '.join(written)}", flush=True)
-    return 0
+    written = []
+    files = [(page_path, page(report, pictures, drawn).encode())]
+    if picture is not None:
+        files.append((png_path, picture))
+    for path, content in files:
+        try:
+            written.append(write(path, content))
+        except ReportError as error:
+            complain(str(error))
+    lines = head_of(report)[:1]
+    if len(written) < len(files):
+        lines = [*head_of(report), *(f"{what}: {value}" for what, value in tiles_of(report)), origin_of(report)]
+    print("\n".join([*lines, f"written       {', '.join(written) or 'nothing'}"]), flush=True)
+    return 0 if len(written) == len(files) else 1
 
 
 def write(path: Path, content: bytes) -> str:

@@ -75,9 +75,11 @@ class Files:
 
     def finish(self, result: Mapping[str, object]) -> str | None:
         """Close the stream and write the result; return its text when it has to be printed instead."""
+        told = False
         if self.stream is not None:
             self.stream.close()
             if self.stream.error is not None:
+                told = True
                 self._trouble(f"cannot write {str(self.stream.path)!r}", self.stream.error)
             else:
                 self.written.append(self.stream.path)
@@ -86,16 +88,17 @@ class Files:
             self._write(self._path, text, "--json ")
         if self._out is not None:
             own = [] if self._path is not None else [self._out / f"{self._stem}.json"]
-            # Whatever keeps one file from being written keeps the next: told once.
             latest = [self._out / "latest.json"] if self._latest else []
-            all(self._write(path, text, "") for path in (*own, *latest))
+            # Whatever keeps one file in a folder from being written keeps the next: told once.
+            all(self._write(path, text, "", told) for path in (*own, *latest))
         return None if self.well else text
 
-    def _write(self, path: Path, text: str, option: str) -> bool:
+    def _write(self, path: Path, text: str, option: str, told: bool = False) -> bool:
         try:
             replace(path, text.encode())
         except OSError as error:
-            self._trouble(f"cannot write {option}{str(path)!r}", error)
+            if not told:
+                self._trouble(f"cannot write {option}{str(path)!r}", error)
             return False
         self.written.append(path)
         return True

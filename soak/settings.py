@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from soak import results
 from soak.baseline import MACHINE_KEYS
 from soak.config import TELEMETRY, Config
 from soak.options import converter, parse_path
@@ -147,7 +148,7 @@ def write(folder: Path, tuned: Mapping[str, str], place: Mapping[str, object], c
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    results.replace(path, (json.dumps(content, indent=2) + "\n").encode())
     return path
 
 

@@ -95,7 +95,7 @@ def main(options: argparse.Namespace) -> int:
                 json.dumps([{**o._asdict(), "case": o.case.name} for o in outcomes], indent=1)
             )
         except OSError as error:
-            complain(f"cannot write {options.json}: {error.strerror}")
+            complain(f"cannot write {options.json!r}: {error.strerror}")
             return 1
     return int(any(outcome.status == "fail" for outcome in outcomes))
 

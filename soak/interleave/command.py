@@ -106,7 +106,7 @@ def main(options: argparse.Namespace) -> int:
             with open(options.json, "w", encoding="utf-8") as file:
                 json.dump(figures, file, indent=1)
         except OSError as error:
-            complain(f"cannot write {options.json}: {error.strerror}")
+            complain(f"cannot write {options.json!r}: {error.strerror}")
             return 1
     return int(bool(broken or missed))
 

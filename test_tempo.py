@@ -5036,7 +5036,7 @@ def test_what_looking_costs_is_missed_when_the_load_of_a_run_is_slowed_by_more()
     place = {"machine": "m", "cores": 2, "interpreter": "i", "python": "p", "build": "b", "commit": None}
     for slow, word in ((0.96, "MISSED"), (0.98, "met")):
         rates = {"unwatched": 1.0, "samples": 0.99, "plain": slow, "census": 0.1}
-        figures = soak_overhead.evaluate([{way: soak_overhead.Measured(rate, 1.0) for way, rate in rates.items()}])
+        figures = soak_overhead.evaluate([{way: soak_overhead.Measured(1.0, 1 / r) for way, r in rates.items()}])
         assert soak_overhead.table(figures, 1, place)[-2].startswith(f"{word}: ")
 
 

@@ -7,6 +7,10 @@ display, and the census. What a way of looking costs is 1 less its rate over tha
 round, so that a machine whose speed changes from minute to minute changes both. A second unwatched load, which costs
 nothing, says how far off these figures are.
 
+Where other programs take their share of the cores, rates tell little. The CPU time that an event takes, of all threads
+together, hardly depends on them, and under one GIL it is what bounds the rate: so the same is told of it, and it is
+what the target is for.
+
 Samples and lines come at least as often as in ``run``: five samples a load, each synced, and a line at its end.
 """
 
@@ -224,16 +228,16 @@ def _counted(config: Config) -> Measured:
 
 
 def evaluate(rounds: Rounds) -> dict[str, dict[str, float]]:
-    """Return of each way the median rate and CPU time, and what it costs: 1 less the ratio, CPU time over the bare one.
+    """Return the median rate and CPU time of each way, and what it costs of the rate: measured, and by its CPU time.
 
-    >>> rounds = [{BARE: Measured(100.0, 1e-6), "plain": Measured(rate, 1.5e-6)} for rate in (99.0, 98.0, 94.0)]
-    >>> {key: round(value, 7) for key, value in evaluate(rounds)["plain"].items()}
-    {'rate': 98.0, 'cpu_seconds': 1.5e-06, 'cost': 0.02, 'cost_spread': 0.025, 'cpu_cost': 0.5, 'cpu_cost_spread': 0.0}
+    >>> rounds = [{BARE: Measured(100.0, 1e-6), "plain": Measured(rate, 1.25e-6)} for rate in (99.0, 98.0, 94.0)]
+    >>> {key: round(value, 8) for key, value in evaluate(rounds)["plain"].items()}
+    {'rate': 98.0, 'cpu_seconds': 1.25e-06, 'cost': 0.02, 'cost_spread': 0.025, 'cpu_cost': 0.2, 'cpu_cost_spread': 0.0}
     """
     figures = {}
     for name in [way for way in WAYS if way in rounds[0]]:
         costs = [1 - each[name].rate / each[BARE].rate for each in rounds]
-        cpu = [each[name].cpu / each[BARE].cpu - 1 for each in rounds]
+        cpu = [1 - each[BARE].cpu / each[name].cpu for each in rounds]
         figures[name] = {
             "rate": median(each[name].rate for each in rounds),
             "cpu_seconds": median(each[name].cpu for each in rounds),
@@ -247,17 +251,17 @@ def evaluate(rounds: Rounds) -> dict[str, dict[str, float]]:
 
 def table(figures: Mapping[str, Mapping[str, float]], rounds: int, place: Mapping[str, Any]) -> list[str]:
     """Return the figures for people: a line a way of looking, and the target."""
-    lines = [f"{'':<10} {'events/s':>10} {'costs':>8} {'spread':>8} {'CPU an event':>13} {'more':>8} {'spread':>8}"]
+    lines = [f"{'':<10} {'events/s':>10} {'costs':>8} {'spread':>8} {'CPU an event':>13} {'costs':>8} {'spread':>8}"]
     for name, found in figures.items():
         line = f"{name:<10} {found['rate']:>10,.0f} "
         line += " " * 18 if name == BARE else f"{found['cost']:>8.1%} {found['cost_spread']:>8.1%} "
         line += f"{found['cpu_seconds'] * 1e9:>10,.0f} ns "
         line += " " * 17 if name == BARE else f"{found['cpu_cost']:>8.1%} {found['cpu_cost_spread']:>8.1%}"
         lines.append(f"{line}  {WAYS[name]}")
-    worst = max((found["cost"] for name, found in figures.items() if name in WATCHED), default=math.nan)
+    worst = max((found["cpu_cost"] for name, found in figures.items() if name in WATCHED), default=math.nan)
     lines.append(
-        f"{'met' if worst < TARGET else 'MISSED'}: what run does while it loads costs {worst:.1%} of the rate at most;"
-        f" less than {TARGET:.0%} is aimed at"
+        f"{'met' if worst < TARGET else 'MISSED'}: what run does while it loads costs {worst:.1%} of the CPU time"
+        f" at most; less than {TARGET:.0%} is aimed at"
     )
     lines.append(
         f"on {place['machine']}, {place['cores']} cores, {place['interpreter']} ({place['python']}, {place['build']}),"

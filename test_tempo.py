@@ -4865,6 +4865,7 @@ def test_what_soak_tune_finds_is_what_a_run_uses_unless_an_option_says_else(tmp_
     assert done.stdout.startswith(("CALIBRATED: ", "PROVISIONAL: "))
     tuned = json.loads((tmp_path / "settings.json").read_text(encoding="utf-8"))["settings"]
     assert tuned["payload"] == "64"
+    assert done.stdout.endswith(f"settings.json: a run with --out {tmp_path} uses them from now on\n")
     parser = soak_main.parser()
     options = parser.parse_args(["run", "--out", str(tmp_path), "--producers", "3"])
     config, note = soak_run.configure(options, soak_environment.describe())
@@ -4874,6 +4875,13 @@ def test_what_soak_tune_finds_is_what_a_run_uses_unless_an_option_says_else(tmp_
     assert str(tmp_path / "settings.json") in note
     options = parser.parse_args(["run", "--out", str(tmp_path), "--settings", "none"])
     assert soak_run.configure(options, {})[0].payload == "telemetry"
+
+
+def test_the_memory_of_the_host_is_not_that_of_an_emulated_machine() -> None:
+    assert soak_environment.describe()["memory_bytes"]
+    with mock.patch.dict(os.environ, {soak_environment.EMULATED: "a board"}):
+        place = soak_environment.describe()
+    assert (place["machine"], place["memory_bytes"]) == ("a board", None)
 
 
 def test_a_soak_does_not_use_the_settings_of_another_machine(tmp_path: Path) -> None:

@@ -96,6 +96,8 @@ def _cpu() -> str | None:
 
 
 def _memory() -> int | None:
+    if EMULATED in os.environ:
+        return None  # what there is, is the host's
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):

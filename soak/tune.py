@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import tempo
@@ -53,6 +54,8 @@ LEAST_BUFFER = 16 * units.KIB
 FIRST_BUFFER = 2 * units.MIB
 MOST_BUFFER = 1024 * units.MIB
 SHARE_OF_MEMORY = 8
+OUT = Path("soak/out")
+"""Where `run`, too, looks unless it is told else."""
 
 EXAMPLE = """\
 examples:
@@ -119,7 +122,7 @@ def add_parser(commands: Any) -> None:
     add(
         "--out",
         type=converter(parse_path),
-        default="soak/out",
+        default=OUT,
         metavar="DIR",
         help="folder of the settings (%(default)s)",
     )
@@ -165,7 +168,8 @@ def main(options: argparse.Namespace) -> int:
         complain(f"cannot write {str(options.out / settings.FILE)!r}: {error.strerror or error}")
         print("\n".join(lines), flush=True)
         return 1
-    print("\n".join([*lines, f"written       {path}: `make soak` uses them from now on"]), flush=True)
+    user = "`make soak`" if options.out == OUT else f"a run with --out {options.out}"
+    print("\n".join([*lines, f"written       {path}: {user} uses them from now on"]), flush=True)
     return 0
 
 

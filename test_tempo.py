@@ -4901,6 +4901,7 @@ def test_a_file_that_holds_no_soak_settings_is_named(tmp_path: Path, text: str) 
         soak_settings.read(path, {})
 
 
+@settings(deadline=None)
 @given(memory=st.one_of(st.none(), st.integers(1 << 20, 1 << 50)), size=st.integers(0, 1 << 20))
 def test_soak_tune_never_recommends_more_than_an_eighth_of_the_memory(memory: int | None, size: int) -> None:
     config = soak_settings.config_from(argparse.Namespace(payload=size, max_buffered_bytes=1 << 20), 1.0)

@@ -14,8 +14,9 @@ from soak import bench, instructions, mutants, pi, record, report, run, stress, 
 from soak.hostile import command as hostile
 from soak.interleave import command as interleave
 from soak.options import OneLineParser, attach_values
+from soak.sinks import command as sinks
 
-COMMANDS = (run, tune, stress, record, report, pi, bench, instructions, hostile, interleave, mutants)
+COMMANDS = (run, tune, stress, record, report, pi, sinks, bench, instructions, hostile, interleave, mutants)
 
 
 def parser() -> OneLineParser:

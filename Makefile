@@ -15,7 +15,7 @@ options = $(foreach variable,$(SOAK_VARIABLES),$(if $($(variable)),--$(call lowe
 with = py=$$($(PYTHON) .ci/prepare.py $(1))
 
 .DEFAULT_GOAL := help
-.PHONY: help soak soak-pi tune stress baseline report test bench compare overhead instructions hostile interleave mutants test-all coverage lint clean
+.PHONY: help soak soak-pi soak-sinks tune stress baseline report test bench compare overhead instructions hostile interleave mutants test-all coverage lint clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -27,13 +27,16 @@ help: ## show this
 	@echo 'for example: make soak DURATION=30s PRODUCERS=8 PAYLOAD=10KiB JSON=result.json'
 
 soak: ## sustained load on this machine: is every event delivered once, how fast, in how much memory
-	@$(call with,--optional live) && exec "$$py" -m soak run --duration '$(DURATION)' $(options) $(ARGS)
+	@$(call with,--optional live $(if $(findstring //,$(SINK)),sinks)) && exec "$$py" -m soak run --duration '$(DURATION)' $(options) $(ARGS)
 
 soak-pi: ## the same on a Raspberry Pi's processor: here if this is one, else emulated (Debian's arm64 packages, qemu)
 	@exec $(PYTHON) -m soak pi run --duration '$(DURATION)' $(options) $(ARGS)
 
 tune: ## which limits fit this machine: make tune PAYLOAD=10KiB; make soak then uses them
 	@$(call with,--optional live) && exec "$$py" -m soak tune $(if $(PAYLOAD),--payload '$(PAYLOAD)') $(ARGS)
+
+soak-sinks: ## Redis, PostgreSQL, NATS, HTTP and a file behind it: faults under load, every event read back
+	@$(call with,--optional sinks) && exec "$$py" -m soak sinks --duration '$(DURATION)' $(ARGS)
 
 stress: ## 256 producers, 2,000 payloads each: are all of them delivered
 	@$(call with,--optional live) && exec "$$py" -m soak stress $(ARGS)
@@ -93,7 +96,7 @@ coverage: ## the tests, and how much of tempo.py they run
 	"$$py" -m coverage json -q -o - | "$$py" -c "$$COVERED"
 
 lint: ## ruff and mypy
-	@$(call with,test lint soak) && "$$py" -m ruff check . && "$$py" -m mypy
+	@$(call with,test lint soak sinks) && "$$py" -m ruff check . && "$$py" -m mypy
 
 clean: ## remove environments, caches and builds (not the results in soak/out)
 	rm -rf .venv .cache build dist *.egg-info .coverage .coverage.* htmlcov .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -17,8 +17,9 @@ from soak.crew import describe
 from soak.hostile import command as hostile
 from soak.interleave import command as interleave
 from soak.options import OneLineParser, attach_values, complain
+from soak.sinks import command as sinks
 
-COMMANDS = (run, tune, stress, record, report, pi, bench, overhead, instructions, hostile, interleave, mutants)
+COMMANDS = (run, tune, stress, record, report, pi, sinks, bench, overhead, instructions, hostile, interleave, mutants)
 
 
 def parser() -> OneLineParser:

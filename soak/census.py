@@ -9,6 +9,7 @@ was refused and delivered all the same would upset both.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from zlib import crc32
@@ -26,12 +27,56 @@ class Account:
     events: int = 0
     nbytes: int = 0
     checksum: int = 0
+    refused: int = 0
 
     def add(self, payload: bytes) -> None:
         """Count one event."""
         self.events += 1
         self.nbytes += len(payload)
         self.checksum += crc32(payload)
+
+
+def send(
+    config: Config,
+    source: Iterator[bytes],
+    sent: Sent,
+    dispatcher: tempo.Dispatcher,
+    halt: list[bool],
+    account: Account,
+) -> None:
+    """Send what ``source`` yields as the load does, until ``halt`` holds something, and account for each event."""
+    timeout = None if config.on_full == "block" else 0.0
+    if config.bulk > 1:
+        while not halt and (payloads := list(islice(source, config.bulk))):
+            taken = len(payloads)
+            try:
+                dispatcher.enqueue_many(payloads, timeout=timeout)
+            except tempo.QueueFull as full:
+                taken = full.accepted
+            for payload in payloads[:taken]:
+                account.add(payload)
+            if taken < len(payloads):
+                _refused(payloads[taken:], sent, account)
+        return
+    enqueue, add = dispatcher.enqueue, account.add
+    for payload in source:
+        if halt:
+            sent.take_back(payload)
+            return
+        try:
+            enqueue(payload, timeout=timeout)
+        except tempo.QueueFull:
+            _refused([payload], sent, account)
+        else:
+            add(payload)
+
+
+def _refused(payloads: list[bytes], sent: Sent, account: Account) -> None:
+    """Count what was refused, and let a consumer have the CPU."""
+    account.refused += len(payloads)
+    for payload in payloads:
+        sent.take_back(payload)
+    time.sleep(0)
 
 
 class Census:
@@ -43,40 +88,15 @@ class Census:
         self._each = each
         self._identity = config.payload_size is None or config.payload_size >= IDENTITY_SIZE
         self.accepted = [Account() for _ in range(config.producers)]
-        self.refused = [0] * config.producers
         self.received = [Account() for _ in range(config.consumers)]
         self.out_of_order = [0] * config.consumers
         self.repeated = [0] * config.consumers
 
     def produce(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
         """Send as the load does, and account for each event that was accepted."""
-        config = self._config
-        source = islice(events(config.payload_size, index, Sent(config.payload_size)), self._each)
-        timeout = None if config.on_full == "block" else 0.0
-        account = self.accepted[index]
-        while not halt:
-            payloads = list(islice(source, config.bulk))
-            if not payloads:
-                return
-            if config.bulk > 1:
-                taken = len(payloads)
-                try:
-                    dispatcher.enqueue_many(payloads, timeout=timeout)
-                except tempo.QueueFull as full:
-                    taken = full.accepted
-                    self.refused[index] += len(payloads) - taken
-                    time.sleep(0)
-                for payload in payloads[:taken]:
-                    account.add(payload)
-            else:
-                payload = payloads[0]
-                try:
-                    dispatcher.enqueue(payload, timeout=timeout)
-                except tempo.QueueFull:
-                    self.refused[index] += 1
-                    time.sleep(0)
-                else:
-                    account.add(payload)
+        sent = Sent(self._config.payload_size)
+        source = islice(events(self._config.payload_size, index, sent), self._each)
+        send(self._config, source, sent, dispatcher, halt, self.accepted[index])
 
     def consume(self, index: int, dispatcher: tempo.Dispatcher) -> None:
         """Take each batch apart. A batch at odds with itself is an AssertionError, whatever the counts say."""
@@ -114,7 +134,7 @@ class Census:
         return CensusResult(
             accepted=sent.events,
             delivered=received.events,
-            refused=sum(self.refused),
+            refused=sent.refused,
             checksum_equal=received.checksum == sent.checksum,
             out_of_order=sum(self.out_of_order),
             repeated=sum(self.repeated),
@@ -129,6 +149,7 @@ def _total(accounts: list[Account]) -> Account:
         sum(account.events for account in accounts),
         sum(account.nbytes for account in accounts),
         sum(account.checksum for account in accounts),
+        sum(account.refused for account in accounts),
     )
 
 

@@ -41,8 +41,11 @@ def _timed(produce: Callable[[], object], consume: Callable[[], object]) -> floa
     return seconds
 
 
-def tempo_handover() -> float:
-    """tempo, in a buffer of 2 MiB, the producer waiting for room."""
+Write = Callable[[list[bytes]], object]
+
+
+def tempo_handover(write: Write | None = None) -> float:
+    """tempo, in a buffer of 2 MiB, the producer waiting for room; write: where each batch's payloads go."""
     dispatcher = tempo.Dispatcher(interval=0.01, max_batch_bytes=BATCH, max_buffered_bytes=2 * MIB)
     received = [0]
 
@@ -55,13 +58,15 @@ def tempo_handover() -> float:
     def consume() -> None:
         for batch in dispatcher:
             received[0] += batch.data.nbytes
+            if write is not None:
+                write(batch.tolist())
 
     seconds = _timed(produce, consume)
     assert received[0] == COUNT * SIZE
     return seconds / COUNT
 
 
-def _batcher(target: Any) -> float:
+def _batcher(target: Any, write: Write | None = None) -> float:
     """The batcher that people write: a thread that takes from a queue until a batch is full or the queue is empty."""
     received = [0]
 
@@ -88,7 +93,11 @@ def _batcher(target: Any) -> float:
                     break
             else:
                 ended = True
-            received[0] += len(b"".join(parts))
+            if write is not None:
+                received[0] += size
+                write(parts)
+            else:
+                received[0] += len(b"".join(parts))
 
     seconds = _timed(produce, consume)
     assert received[0] == COUNT * SIZE
@@ -100,9 +109,9 @@ def simple_queue_batcher() -> float:
     return _batcher(queue.SimpleQueue())
 
 
-def queue_batcher() -> float:
+def queue_batcher(write: Write | None = None) -> float:
     """A hand-rolled batcher on ``queue.Queue``, unbounded."""
-    return _batcher(queue.Queue())
+    return _batcher(queue.Queue(), write)
 
 
 def queue_listener() -> float:

@@ -8,13 +8,16 @@ round took is known from its size and from what was refused, so that even counti
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from time import perf_counter, perf_counter_ns, sleep
 
 import tempo
+from soak.census import Account, send
 from soak.config import Config
 from soak.payloads import SEQUENCE, SESSION, TIME, Sent, events, probe_finder
+from soak.sinks import Place
 
 ROUND = 64
 """The most events between two looks at ``halt``."""
@@ -133,20 +136,22 @@ class Taken:
 
 
 class Load:
-    """The work of the load pass; the heap pass runs the same. Results may be read once the threads have ended."""
+    """The work of the load pass; the heap pass runs the same. Results may be read once the threads have ended.
 
-    def __init__(
-        self, config: Config, deliver: Callable[[tempo.Batch], None] | None = None, probes: bool = True
-    ) -> None:
+    With a place to put batches into, every event is also accounted for, to be held against what is read back from it.
+    """
+
+    def __init__(self, config: Config, place: Place | None = None, probes: bool = True) -> None:
         """probes: False to send none and look for none, which is for finding out what they cost."""
         self._config = config
-        self._deliver = deliver
+        self._place = place
         self._probes = probes
         self._find = probe_finder(config.payload_size) if probes else None
         # A slot a producer, so that no two threads write to the same one.
         self.accepted = [0] * config.producers
         self.refused = [0] * config.producers
         self.sent = [Sent(config.payload_size) for _ in range(config.producers)]
+        self.accounts = [Account() for _ in range(config.producers if place is not None else 0)]
         self.taken = [Taken(config.producers) for _ in range(config.consumers)]
 
     def latencies(self) -> Latencies:
@@ -158,7 +163,9 @@ class Load:
 
     def produce(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
         """Format and send until ``halt`` holds something. A thread that raises leaves its count a round behind."""
-        if self._config.bulk > 1:
+        if self.accounts:
+            self._produce_accounted(index, dispatcher, halt)
+        elif self._config.bulk > 1:
             self._produce_bulk(index, dispatcher, halt)
         elif self._config.on_full == "block":
             self._produce_blocking(index, dispatcher, halt)
@@ -168,6 +175,13 @@ class Load:
     def _source(self, index: int) -> Iterator[bytes]:
         size = self._config.payload_size
         return events(size, index, self.sent[index] if self._probes else None)
+
+    def _produce_accounted(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
+        sent, account = self.sent[index], self.accounts[index]
+        try:
+            send(self._config, self._source(index), sent, dispatcher, halt, account)
+        finally:
+            self.accepted[index], self.refused[index] = account.events, account.refused
 
     def _produce_blocking(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
         source = self._source(index)
@@ -220,20 +234,24 @@ class Load:
             del payloads  # before the next ones are made
 
     def consume(self, index: int, dispatcher: tempo.Dispatcher) -> None:
-        """Receive, count, look for probes, put into the sink, rest."""
+        """Receive, count, look for probes, put into the place, rest."""
         taken = self.taken[index]
-        find, deliver, delay = self._find, self._deliver, self._config.consumer_delay
+        if self._place is not None:
+            self._place.consume(dispatcher, partial(self._note, taken), self._config.consumer_delay)
+            return
+        note, delay = self._note, self._config.consumer_delay
         for batch in dispatcher:
-            arrived = perf_counter_ns()
-            taken.batches += 1
-            taken.events += len(batch)
-            taken.nbytes += batch.nbytes
-            if find is not None:
-                for head in find(batch.data):
-                    taken.add_probe(head, arrived)
-            if deliver is not None:
-                deliver(batch)
+            note(taken, batch)
             if delay:
                 sleep(delay)
             # Wait for the next batch with empty hands: the heap measured is to be the dispatcher's.
             del batch
+
+    def _note(self, taken: Taken, batch: tempo.Batch) -> None:
+        arrived = perf_counter_ns()
+        taken.batches += 1
+        taken.events += len(batch)
+        taken.nbytes += batch.nbytes
+        if self._find is not None:
+            for head in self._find(batch.data):
+                taken.add_probe(head, arrived)

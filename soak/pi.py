@@ -13,18 +13,17 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from soak import environment
+from soak.debian import SetupError, check_tools, fetch
 from soak.options import complain
 from soak.progress import say
 
 ROOT = environment.ROOT
 CACHE = ROOT / ".cache" / "pi"
 """Removed by ``make clean``."""
-LOG = CACHE / "setup.log"
 OUT = "soak/out/pi"
 EMULATOR = "qemu-aarch64-static"
 CPU = "cortex-a72"
@@ -39,10 +38,6 @@ examples:
 What follows the command are its options; its results go to soak/out/pi unless --out says else.
 exit code: that of the command, or 1 when there is no Pi and no emulation
 """
-
-
-class SetupError(Exception):
-    """Why nothing can be emulated, in a line."""
 
 
 def add_parser(commands: Any) -> None:
@@ -71,6 +66,7 @@ def main(options: argparse.Namespace) -> int:
         return here(words)
     try:
         emulator, root = provide()
+        python = interpreter(root)
     except SetupError as error:
         complain(str(error))
         return 1
@@ -79,7 +75,6 @@ def main(options: argparse.Namespace) -> int:
         return 1
     if not any(word.partition("=")[0] == "--out" for word in words) and options.of != "baseline":
         words += ["--out", OUT]
-    python = interpreter(root)
     say(f"pi: this is {machine}; emulated: {EMULATOR} -cpu {CPU}, Debian's arm64 {python.name}")
     # Ctrl-C at a terminal reaches both: what is emulated ends in its own way, and is waited for. A handler, unlike
     # SIG_IGN, is not handed down to it.
@@ -104,19 +99,15 @@ def provide() -> tuple[Path, Path]:
     found = shutil.which(EMULATOR) or shutil.which(EMULATOR, path=str(CACHE / "host" / "usr" / "bin"))
     if found and done.exists():
         return Path(found), root
-    for tool in ("apt-get", "dpkg-deb"):
-        if shutil.which(tool) is None:
-            raise SetupError(f"no {tool} here: the emulated Pi is made of Debian's packages")
-    CACHE.mkdir(parents=True, exist_ok=True)
-    LOG.write_text("", encoding="utf-8")
+    check_tools()
     if not found:
         say(f"pi: fetching {EMULATOR}")
-        fetch("qemu-user-static", CACHE / "host", [])
+        fetch(["qemu-user-static"], CACHE / "host")
         found = str(CACHE / "host" / "usr" / "bin" / EMULATOR)
     if not done.exists():
         say("pi: fetching Debian's arm64 python3")
         shutil.rmtree(root, ignore_errors=True)
-        fetch("python3", root, ["-o", "APT::Architecture=arm64", "-o", "APT::Architectures=arm64"])
+        fetch(["python3"], root, architecture="arm64")
         # Debian 12's packages still know /lib and /bin as folders of their own; their loader is looked for there.
         interpreter(root)
         done.touch()
@@ -129,36 +120,3 @@ def interpreter(root: Path) -> Path:
     if not found:
         raise SetupError(f"no python3 in {root}")
     return found[-1]
-
-
-def fetch(package: str, into: Path, options: Sequence[str]) -> None:
-    """Fetch a package and all that it depends on, and unpack them, as any user. Raises SetupError.
-
-    apt keeps its state in the cache, and knows of no package that is installed: so it fetches all of them.
-    """
-    state = CACHE / f"apt-{package}"
-    for folder in ("lists/partial", "archives/partial"):
-        (state / folder).mkdir(parents=True, exist_ok=True)
-    (state / "status").touch()
-    own = ["-o", f"Dir::State={state}", "-o", f"Dir::State::status={state / 'status'}", "-o", f"Dir::Cache={state}"]
-    own += ["-o", f"Dir::Cache::archives={state / 'archives'}", *options]
-    _call(["apt-get", "-q", *own, "update"])
-    _call(["apt-get", "-q", "-y", *own, "--no-install-recommends", "--download-only", "install", package])
-    archives = sorted((state / "archives").glob("*.deb"))
-    if not archives:
-        raise SetupError(f"apt-get fetched nothing for {package}")
-    into.mkdir(parents=True, exist_ok=True)
-    for archive in archives:
-        _call(["dpkg-deb", "-x", str(archive), str(into)])
-    shutil.rmtree(state)
-
-
-def _call(command: Sequence[str]) -> None:
-    with open(LOG, "a", encoding="utf-8") as log:
-        log.write(f"$ {' '.join(command)}\n")
-        log.flush()
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False)
-    if done.returncode:
-        raise SetupError(
-            f"{command[0]} failed with exit code {done.returncode}: no network? (see {LOG.relative_to(ROOT)})"
-        )

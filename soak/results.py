@@ -51,6 +51,7 @@ class Files:
 
     def __init__(self, out: Path, path: Path | None, kind: str = "soak") -> None:
         self.well = True
+        self.started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self.written: list[Path] = []
         self.stream: Stream | None = None
         self._path = path

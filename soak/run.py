@@ -16,13 +16,12 @@ from typing import Any
 from soak import baseline, census, environment, heap, interrupts, results, settings, verdict
 from soak.calibration import calibrate
 from soak.config import Config
-from soak.crew import describe
 from soak.drive import Outcome, drive
 from soak.load import Load
 from soak.options import complain, converter, parse_path
 from soak.payloads import PROBED_SIZE, STRIDE
 from soak.progress import DISPLAYS, Stream, open_monitor, say
-from soak.sinks import Sink, open_sink, parse_sink
+from soak.sinks import AVAILABLE, Place, open_sink, parse_sink, readback
 from soak.units import format_seconds, format_size, parse_duration
 
 SCHEMA = 1
@@ -65,7 +64,7 @@ def add_parser(commands: Any) -> None:
         metavar="auto|none|PATH",
         help="what is not said is as in this file (%(default)s: what tune left in --out)",
     )
-    add("--sink", type=converter(parse_sink), default="null", metavar="null|file:PATH", help="null or a file (null)")
+    add("--sink", type=converter(parse_sink), default="null", metavar="SINK", help=f"{AVAILABLE} (null)")
     settings.add_outputs(parser)
     add(
         "--display",
@@ -89,14 +88,16 @@ def main(options: argparse.Namespace) -> int:
     if note:
         say(note)
     try:
-        sink = open_sink(config.sink)
+        place_of_batches = open_sink(config.sink)
     except OSError as error:
         options.parser.error(f"argument --sink: {config.sink!r} cannot be opened: {error.strerror or error}")
+    except ImportError as error:
+        options.parser.error(f"argument --sink: {config.sink!r} needs a package: {error}")
 
     files = results.Files(options.out, options.json)
     try:
         with interrupts.kept():
-            result = run(config, sink, files.stream, options.baseline, place, options.display)
+            result = run(config, place_of_batches, files.stream, options.baseline, place, options.display)
             unwritten = files.finish(result)
             text = results.summary(result, baseline.records(options.baseline), files.written)
             results.tell(text, unwritten)
@@ -128,7 +129,7 @@ def configure(options: argparse.Namespace, place: Mapping[str, object]) -> tuple
 
 def run(
     config: Config,
-    sink: Sink | None,
+    sink: Place | None,
     stream: Stream | None,
     baseline_option: str,
     place: dict[str, object],
@@ -163,7 +164,7 @@ def run(
     interrupted |= counting.interrupted or interrupts.take()
     say(f"census: {counted.accepted:,} events accepted, {counted.delivered:,} delivered, each looked at")
 
-    load = Load(config, None if sink is None else sink.deliver)
+    load = Load(config, sink)
     duration = min(HURRY, config.duration) if interrupted else config.duration
     say(f"load: {format_seconds(duration)}, {config.producers} producers, {config.consumers} consumers")
     with open_monitor(display, config, stream, duration, traced.peak) as monitor:
@@ -181,13 +182,11 @@ def run(
         *(f"census: {problem}" for problem in counted.problems),
         *figures.pop("problems"),
     ]
-    if sink is not None:
-        try:
-            unsunk = sink.finish(figures["delivered"])
-        except OSError as error:
-            unsunk = f"sink: {describe(error)}"
-        if unsunk is not None:
-            problems.append(unsunk)
+    found = None if sink is None else readback.of_place(sink, load.accounts, config)
+    if found is not None:
+        problems += found.problems
+        figures["lost"] += found.lost
+        figures["duplicated"] += found.repeated if sink is not None and sink.once else 0
 
     calibration = (before.events_per_second + after.events_per_second) / 2
     ratio = figures["delivered_per_second"] / calibration if calibration else None
@@ -237,6 +236,7 @@ def run(
             "seconds": traced.outcome.load_seconds,
         },
         "census": vars(counted),
+        "sink": None if found is None else vars(found),
         "calibrations": {
             "before": before.events_per_second,
             "after": after.events_per_second,

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: MIT
+"""Batches to an HTTP endpoint, a POST each. This file can be copied into a project as it is; it needs urllib3."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import uuid
+
+import urllib3
+
+import tempo
+
+TRANSIENT = (408, 425, 429, 500, 502, 503, 504, 507)
+"""Answers after which the same request may succeed later."""
+
+
+class HttpSink:
+    """Posts each batch as NDJSON (an event a line) over a connection that is kept open.
+
+    At least once: after a timeout, a lost connection, or one of the answers TRANSIENT it posts the batch again, with
+    exponential backoff and jitter (urllib3's Retry, which heeds Retry-After too); the server may have taken it before.
+    Each batch has its own ``Idempotency-Key``, the same in each try, by which a server can drop repeats. Another answer
+    than 2xx, or ``tries`` used up, raises.
+
+    Payloads must be without newlines, as a JSON text of json.dumps() is. Any thread may call it.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        compress: bool = False,
+        timeout: float = 10.0,
+        tries: int = 50,
+        longest_pause: float = 5.0,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        """timeout: seconds for connecting, and for each answer; longest_pause: seconds between two tries, at most."""
+        if tries < 1:
+            raise ValueError(f"tries must be at least 1, not {tries!r}")
+        retry = urllib3.Retry(
+            total=tries - 1,
+            redirect=0,
+            allowed_methods=None,  # POST too
+            status_forcelist=TRANSIENT,
+            backoff_factor=0.05,
+            backoff_max=longest_pause,
+            backoff_jitter=0.05,
+            raise_on_redirect=False,
+        )
+        self._pool = urllib3.PoolManager(retries=retry, timeout=urllib3.Timeout(timeout), maxsize=8)
+        self._url, self._compress = url, compress
+        self._headers = {"Content-Type": "application/x-ndjson", **(headers or {})}
+        if compress:
+            self._headers["Content-Encoding"] = "gzip"
+        self._source, self._numbers = uuid.uuid4().hex, itertools.count(1)
+
+    def deliver(self, batch: tempo.Batch) -> None:
+        """Post a batch; return when the server has taken it. Raises urllib3.exceptions.HTTPError."""
+        lines = batch.tolist()
+        lines.append(b"")
+        body = b"\n".join(lines)
+        if self._compress:
+            body = gzip.compress(body, compresslevel=1)
+        headers = {**self._headers, "Idempotency-Key": f"{self._source}-{next(self._numbers)}"}
+        answer = self._pool.request("POST", self._url, body=body, headers=headers)
+        if not 200 <= answer.status < 300:
+            raise urllib3.exceptions.HTTPError(f"{self._url} answered {answer.status} {answer.reason}")
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._pool.clear()

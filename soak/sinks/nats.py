@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: MIT
+"""Batches into a stream of NATS JetStream, from asyncio. This file can be copied into a project as it is; it needs
+nats-py and tenacity.
+
+::
+
+    async for batch in dispatcher:
+        await sink.deliver(batch)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import Awaitable, Callable
+
+import nats.errors
+import tenacity
+from nats.aio.client import Client
+from nats.js import JetStreamContext
+from nats.js.api import Header, PubAck
+
+import tempo
+
+MOST_PENDING = 100_000
+"""Events of a batch that are published before one is acknowledged."""
+
+
+class Unacknowledged(Exception):
+    """The server has not acknowledged all events of a batch."""
+
+
+class NatsSink:
+    """Publishes each event to a subject, a batch without waiting in between, and then awaits all acknowledgements.
+
+    Once and in order, within the stream's duplicate window (two minutes, unless it was made with another one): after
+    ``timeout`` seconds without all acknowledgements, or a lost connection, it makes a new connection and publishes what
+    was not acknowledged again, under the same ``Nats-Msg-Id``, and the server drops what it has already. An
+    acknowledged event outlives the server's process when the stream's storage is the disk. A batch that is given up
+    after ``patience`` seconds, and delivered again by the caller, can come twice.
+
+    For one event loop; ``deliver`` one batch at a time.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], Awaitable[Client]],
+        subject: str = "tempo.events",
+        *,
+        timeout: float = 5.0,
+        patience: float = 60.0,
+    ) -> None:
+        """connect: makes a connection, with ``allow_reconnect=False``, for else the client would send what it still
+        has of a lost connection, out of order; the subject must belong to a stream."""
+        self._connect, self._subject, self._timeout = connect, subject, timeout
+        self._client: Client | None = None
+        self._jetstream: JetStreamContext | None = None
+        self._source, self._number = uuid.uuid4().hex, 0
+        self._retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type((Unacknowledged, nats.errors.Error, OSError)),
+            wait=tenacity.wait_random_exponential(multiplier=0.05, max=2.0),
+            stop=tenacity.stop_after_delay(patience),
+            reraise=True,
+        )
+
+    async def deliver(self, batch: tempo.Batch) -> None:
+        """Publish a batch; return when the server has all of it. Raises Unacknowledged, nats.errors.Error, OSError."""
+        first = self._number
+        self._number += len(batch)
+        left = {first + place: payload for place, payload in enumerate(batch.tolist())}
+        await self._retrying(self._publish, left)
+
+    async def _publish(self, left: dict[int, bytes]) -> None:
+        """Publish what is left of a batch, and take out what is acknowledged."""
+        if self._jetstream is None:
+            self._client = await self._connect()
+            self._jetstream = self._client.jetstream(publish_async_max_pending=MOST_PENDING)
+        waiting: dict[asyncio.Future[PubAck], int] = {}
+        try:
+            for number, payload in left.items():
+                headers = {Header.MSG_ID.value: f"{self._source}-{number}"}
+                future = await self._jetstream.publish_async(
+                    self._subject, payload, wait_stall=self._timeout, headers=headers
+                )
+                waiting[future] = number
+            await asyncio.wait(waiting, timeout=self._timeout)
+            problem = None
+            for future, number in waiting.items():
+                if future.done() and (problem := future.exception()) is None:
+                    del left[number]
+            if left:
+                raise Unacknowledged(f"{len(left)} events of a batch were not acknowledged") from problem
+        except BaseException:
+            for future in waiting:
+                future.cancel()
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Close the connection."""
+        client, self._client, self._jetstream = self._client, None, None
+        if client is not None:
+            with contextlib.suppress(nats.errors.Error, OSError):
+                await asyncio.wait_for(client.close(), self._timeout)

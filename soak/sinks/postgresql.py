@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: MIT
+"""Batches into a table of PostgreSQL. This file can be copied into a project; it needs psycopg and tenacity."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+
+import psycopg
+import tenacity
+from psycopg import sql
+
+import tempo
+
+TRANSIENT = (psycopg.OperationalError, psycopg.InterfaceError)
+"""Errors after which the same batch may succeed later: no connection, a full disk, a server that starts or stops."""
+
+
+class PostgresSink:
+    """Copies each batch into a table (COPY), in a transaction, an event a row.
+
+    Once: the transaction also raises the sink's own number in a second table, TABLE_sources, and a batch that is tried
+    again after its connection was lost is left out when its number is there already. What is committed is on the
+    server's disk (``synchronous_commit``). A batch that is given up after ``patience`` seconds, and delivered again by
+    the caller, can come twice.
+
+    ``column`` may be text, json or jsonb: payloads must be UTF-8 without NUL (and JSON for the latter two); with one
+    that is not, the batch as a whole raises and nothing of it is in the table. Any thread may call it; one batch at a
+    time.
+    """
+
+    def __init__(
+        self, conninfo: str, table: str = "tempo_events", *, column: str = "event", patience: float = 60.0
+    ) -> None:
+        """conninfo: should have ``connect_timeout`` and ``tcp_user_timeout``, for a server that is gone silently."""
+        self._conninfo = conninfo
+        names = {"table": sql.Identifier(table), "sources": sql.Identifier(f"{table}_sources")}
+        self._copy = sql.SQL("COPY {table} ({column}) FROM STDIN").format(column=sql.Identifier(column), **names)
+        self._raise = sql.SQL(
+            "INSERT INTO {sources} AS s (source, number) VALUES (%s, %s) ON CONFLICT (source)"
+            " DO UPDATE SET number = excluded.number WHERE s.number < excluded.number"
+        ).format(**names)
+        self._create = [
+            sql.SQL(text).format(column=sql.Identifier(column), **names)
+            for text in (
+                "CREATE TABLE IF NOT EXISTS {table} (id bigint GENERATED ALWAYS AS IDENTITY, {column} text NOT NULL)",
+                "CREATE TABLE IF NOT EXISTS {sources} (source uuid PRIMARY KEY, number bigint NOT NULL)",
+            )
+        ]
+        self._source, self._number = uuid.uuid4(), 0
+        self._connection: psycopg.Connection | None = None
+        self._lock = threading.Lock()
+        self._retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(TRANSIENT),
+            wait=tenacity.wait_random_exponential(multiplier=0.05, max=2.0),
+            stop=tenacity.stop_after_delay(patience),
+            reraise=True,
+        )
+
+    def create_tables(self) -> None:
+        """Make both tables where they are missing. Raises psycopg.Error."""
+        with psycopg.connect(self._conninfo) as connection:
+            for statement in self._create:
+                connection.execute(statement)
+
+    def deliver(self, batch: tempo.Batch) -> None:
+        """Copy a batch; return when it is committed. Raises psycopg.Error; UnicodeDecodeError before any copying."""
+        rows = [payload.decode() for payload in batch.tolist()]
+        with self._lock:
+            self._number += 1
+            self._retrying(self._copy_in, self._number, rows)
+
+    def _copy_in(self, number: int, rows: list[str]) -> None:
+        if self._connection is None or self._connection.closed:
+            self._connection = psycopg.connect(self._conninfo)
+        connection = self._connection
+        try:
+            with connection.transaction(), connection.cursor() as cursor:
+                cursor.execute(self._raise, (self._source, number))
+                if not cursor.rowcount:
+                    return  # an earlier try had arrived
+                with cursor.copy(self._copy) as copy:
+                    for row in rows:
+                        copy.write_row((row,))
+        except BaseException:
+            # Whatever it was: a new connection is in a state that is known.
+            connection.close()
+            raise
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._connection is not None:
+            self._connection.close()

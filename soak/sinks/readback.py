@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: MIT
+"""What came out on the other side of a sink, held against what the dispatcher had accepted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from zlib import crc32
+
+from soak.census import Account
+from soak.config import Config
+from soak.crew import describe
+from soak.payloads import FIRST_SEQUENCE, IDENTITY_SIZE, SEQUENCE, SESSION, identity_start
+from soak.sinks import Place
+
+
+@dataclass
+class ReadBack:
+    """What was found, in events unless said otherwise."""
+
+    read: bool = True
+    """False: such a place cannot be read back."""
+    events: int = 0
+    lost: int = 0
+    """Accepted, and not there."""
+    repeated: int = 0
+    """There once more than accepted."""
+    out_of_order: int = 0
+    """For the first time there behind a later one of the same producer."""
+    strange: int = 0
+    """Not what any producer sent."""
+    checksum_equal: bool = True
+    """The sums of the CRC-32 of all accepted, and of all that are there (each counted once)."""
+    nbytes: int | None = None
+    """On the other side."""
+    seconds: float = 0.0
+    """What reading took."""
+    problems: list[str] = field(default_factory=list)
+
+
+def of_place(place: Place, accepted: Sequence[Account], config: Config) -> ReadBack:
+    """Close a place, read it back and compare."""
+    try:
+        place.close()
+        events = place.read()
+        if events is None:
+            return ReadBack(read=False, nbytes=place.nbytes())
+        found = compare(events, accepted, config.payload_size, once=place.once, ordered=config.consumers == 1)
+        found.nbytes = place.nbytes()
+    except OSError as error:
+        return ReadBack(read=False, problems=[f"read back: {describe(error)}"])
+    return found
+
+
+def compare(
+    events: Iterable[bytes], accepted: Sequence[Account], size: int | None, *, once: bool, ordered: bool
+) -> ReadBack:
+    """Read everything and compare; size: of each payload, None for telemetry.
+
+    once: whether a repeated event is a problem; ordered: whether a producer's events must be in order.
+    """
+    found = ReadBack()
+    started = time.perf_counter()
+    checksum = 0
+    expected = sum(account.events for account in accepted)
+    if size is not None and size < IDENTITY_SIZE:
+        for payload in events:
+            found.events += 1
+            checksum += crc32(payload)
+        found.lost, found.repeated = max(0, expected - found.events), max(0, found.events - expected)
+    else:
+        start = identity_start(size)
+        session, place = (slice(part.start + start, part.stop + start) for part in (SESSION, SEQUENCE))
+        # A byte an event: whether it was there.
+        seen = [bytearray() for _ in accepted]
+        last = [-1] * len(accepted)
+        distinct = 0
+        for payload in events:
+            found.events += 1
+            try:
+                producer, sequence = int(payload[session]), int(payload[place]) - FIRST_SEQUENCE
+                there = seen[producer]
+            except (ValueError, IndexError):
+                found.strange += 1
+                continue
+            if sequence >= len(there):
+                there.extend(bytes(sequence + 4096 - len(there)))
+            if there[sequence]:
+                found.repeated += 1
+                continue
+            there[sequence] = 1
+            distinct += 1
+            checksum += crc32(payload)
+            if sequence < last[producer]:
+                found.out_of_order += 1
+            else:
+                last[producer] = sequence
+        found.lost = expected - distinct
+    found.seconds = time.perf_counter() - started
+    found.checksum_equal = checksum == sum(account.checksum for account in accepted)
+    for wrong, text in (
+        (found.lost, f"{found.lost} of {expected} accepted events are not there"),
+        (found.strange, f"{found.strange} events are there that nobody sent"),
+        (found.repeated if once else 0, f"{found.repeated} events are there repeatedly"),
+        (found.out_of_order if ordered else 0, f"{found.out_of_order} events are there out of order"),
+        (not found.checksum_equal, "the checksums of what was accepted and of what is there differ"),
+    ):
+        if wrong:
+            found.problems.append(f"read back: {text}")
+    return found

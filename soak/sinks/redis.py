@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: MIT
+"""Batches into a Redis stream. This file can be copied into a project as it is; it needs redis (redis-py) and tenacity.
+
+From one machine to many: consumer groups on the stream (XREADGROUP, XACK); on Redis Cluster a stream a key, such as
+``events:{7}`` for the seventh of the partitions, and a sink for each.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from typing import Any
+
+import redis
+import tenacity
+
+import tempo
+
+TRANSIENT = (
+    redis.ConnectionError,
+    redis.TimeoutError,
+    redis.BusyLoadingError,
+    redis.ReadOnlyError,
+    redis.OutOfMemoryError,
+    redis.WatchError,
+)
+"""Errors after which the same batch may succeed later; and a ResponseError that begins with one of PASSING."""
+PASSING = ("MISCONF", "CLUSTERDOWN", "TRYAGAIN", "LOADING", "MASTERDOWN", "NOREPLICAS", "EXECABORT")
+
+
+def is_transient(error: BaseException) -> bool:
+    """Return whether trying again may help. MISCONF: Redis cannot write to its disk."""
+    return isinstance(error, TRANSIENT) or (
+        isinstance(error, redis.ResponseError) and any(word in str(error) for word in PASSING)
+    )
+
+
+class RedisSink:
+    """Appends each event to a stream (XADD), a batch in one pipeline, in one transaction.
+
+    Once: beside the events, the transaction sets a key of the sink's own to the batch's number, and a batch that is
+    tried again after a lost connection or a timeout looks there first (WATCH), so that it is in the stream once even
+    when the first try had arrived, or arrives late. What Redis itself forgets is another matter: with ``appendonly
+    yes`` what was acknowledged outlives the server's process, and with ``appendfsync always`` the machine's. A batch
+    that is given up after ``patience`` seconds, and delivered again by the caller, can come twice.
+
+    The stream is trimmed to about ``maxlen`` events; None keeps all. Any thread may call it; one batch at a time.
+    """
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        stream: str = "tempo",
+        *,
+        maxlen: int | None = 1_000_000,
+        field: str = "event",
+        patience: float = 60.0,
+    ) -> None:
+        """client: with ``socket_timeout`` and ``socket_connect_timeout``, else a server that hangs is waited for."""
+        if maxlen is not None and maxlen < 1:
+            raise ValueError(f"maxlen must be at least 1 or None, not {maxlen!r}")
+        self._client, self._stream, self._maxlen, self._field = client, stream, maxlen, field
+        # In the same slot of a cluster as the stream.
+        tag = stream if "{" in stream else "{" + stream + "}"
+        self._mark = f"{tag}:source:{uuid.uuid4().hex}"
+        self._number = 0
+        self._lock = threading.Lock()
+        self._retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(is_transient),
+            wait=tenacity.wait_random_exponential(multiplier=0.05, max=2.0),
+            stop=tenacity.stop_after_delay(patience),
+            reraise=True,
+        )
+
+    def deliver(self, batch: tempo.Batch) -> None:
+        """Append a batch; return when Redis has it. Raises redis.RedisError."""
+        with self._lock:
+            self._number += 1
+            self._retrying(self._append, self._number, batch.tolist())
+
+    def _append(self, number: int, payloads: list[bytes]) -> None:
+        pipe: Any  # before MULTI, get() answers at once: its type does not say so
+        with self._client.pipeline(transaction=True) as pipe:
+            pipe.watch(self._mark)
+            found = pipe.get(self._mark)
+            if found is not None and int(found) >= number:
+                return  # an earlier try had arrived
+            pipe.multi()
+            for payload in payloads:
+                pipe.xadd(self._stream, {self._field: payload}, maxlen=self._maxlen, approximate=True)
+            pipe.set(self._mark, number, ex=7 * 24 * 3600)
+            pipe.execute()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()

@@ -11,7 +11,8 @@ Where other programs take their share of the cores, rates tell little. The CPU t
 together, hardly depends on them, and under one GIL it is what bounds the rate: so the same is told of it, and it is
 what the target is for.
 
-Samples and lines come at least as often as in ``run``: five samples a load, each synced, and a line at its end.
+Samples, each synced, and displays come as often as in a ``run`` of the usual length, at least two a load; and a line at
+its end, which is more often than there.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ from soak.units import format_seconds, parse_count, parse_duration
 TARGET = 0.03
 """What the load of ``run`` may lose by being looked at."""
 MOST_ROUNDS = 1000
+USUAL = 300.0
+"""Seconds that ``run`` loads when it is not told else."""
 
 EXAMPLE = """\
 examples:
@@ -200,9 +203,10 @@ def _sampled(config: Config, folder: Path, make: Callable[..., Monitor]) -> Meas
     terminal = Terminal()
 
     def work() -> tuple[int, Outcome]:
-        # A quarter of the seconds given is when a line comes, a twentieth when a sample.
+        every = min(make(config, None, seconds=USUAL).every, config.duration / 2)
+        # A line comes after a quarter of the seconds given.
         with make(config, stream, seconds=4 * config.duration) as monitor:
-            outcome = drive(config, config.duration, load, monitor.sample, monitor.every)
+            outcome = drive(config, config.duration, load, monitor.sample, every)
         return sum(taken.events for taken in load.taken), outcome
 
     try:

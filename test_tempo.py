@@ -4624,7 +4624,7 @@ def test_soak_pi_without_a_place_for_its_packages_says_so_in_a_line(
         mock.patch.object(shutil, "which", return_value="/a/tool"),
     ):
         assert soak_main.main(["pi"]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
+    line = capsys.readouterr().err.splitlines()[-1]
     assert line == f"soak: cannot write {str(tmp_path / 'file' / 'pi')!r}: Not a directory; nothing can be emulated"
 
 

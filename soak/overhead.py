@@ -43,6 +43,8 @@ TARGET = 0.03
 """What the load of ``run`` may lose by being looked at."""
 ERROR = 1.86
 """The standard error of a median, in spreads (half of the middle range) over the root of how many values there are."""
+LEAST_ROUNDS = 8
+"""Of fewer, the spread says little, and of one nothing."""
 MOST_ROUNDS = 1000
 USUAL = 300.0
 """Seconds that ``run`` loads when it is not told else."""
@@ -273,6 +275,8 @@ def table(figures: Mapping[str, Mapping[str, float]], rounds: int, place: Mappin
         (found["cpu_cost"], found["cpu_cost_error"]) for name, found in figures.items() if name in WATCHED
     )
     word = "met" if cost + error < TARGET else "MISSED" if cost - error >= TARGET else "TOO NOISY to tell"
+    if rounds < LEAST_ROUNDS:
+        word = "TOO FEW ROUNDS to tell"
     lines.append(
         f"{word}: what run does while it loads costs {cost:.1%} +- {error:.1%} of the CPU time at most; less than"
         f" {TARGET:.0%} is aimed at"

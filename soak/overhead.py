@@ -137,6 +137,8 @@ def main(options: argparse.Namespace) -> int:
         "rounds": len(rounds) - 1,
         "target": TARGET,
         "ways": figures,
+        # Of each load events a second and CPU seconds an event.
+        "loads": [{name: list(measured) for name, measured in each.items()} for each in rounds[1:]],
         "config": config.as_json(),
         "environment": place,
     }

@@ -8361,6 +8361,13 @@ def test_the_file_sink_writes_an_event_a_line_and_keeps_newlines_out(tmp_path: P
     assert (tmp_path / "events").read_bytes() == b'{"a":1}\n{ "a": 2 }\n\n'
 
 
+def test_the_file_sink_writes_lines_that_are_terminated_already_as_they_are(tmp_path: Path) -> None:
+    sink = soak_file.FileSink(tmp_path / "events", terminated=True)
+    sink.deliver(batch_of(b"first\n", b"second\n"))
+    sink.close()
+    assert (tmp_path / "events").read_bytes() == b"first\nsecond\n"
+
+
 def test_the_file_sink_begins_a_new_file_before_a_batch_that_is_too_much_and_keeps_the_newest(tmp_path: Path) -> None:
     path = tmp_path / "events"
     sink = soak_file.FileSink(path, rotate_bytes=10, keep=2)
@@ -8512,12 +8519,12 @@ def test_a_soak_into_a_device_says_that_nothing_can_be_read_back(tmp_path: Path)
 
 def test_a_soak_whose_sink_loses_an_event_fails(tmp_path: Path) -> None:
     target = tmp_path / "events"
-    real = soak_file.FileSink.write
+    real = soak_file.FileSink.write_lines
 
     def forgetful(self: soak_file.FileSink, lines: list[bytes]) -> None:
         real(self, lines[1:])
 
-    with mock.patch.object(soak_file.FileSink, "write", forgetful):
+    with mock.patch.object(soak_file.FileSink, "write_lines", forgetful):
         code = soak_main.main(
             ["run", "--sink", f"file:{target}", "--duration", "0.2s", "--display", "none", "--out", str(tmp_path)]
         )

@@ -124,6 +124,7 @@ class Row:
     peak_buffered_bytes: int = 0
     held_bytes: int | None = None
     """What tempo and its producers held while the fault lasted (tracemalloc)."""
+    interrupted: bool = False
     problems: list[str] = field(default_factory=list)
 
 
@@ -146,6 +147,8 @@ def main(options: argparse.Namespace) -> int:
                     row.ratio = row.delivered_per_second / before.events_per_second
                     rows.append(row)
                     say(_line(row))
+                    if row.interrupted:
+                        raise KeyboardInterrupt
         except KeyboardInterrupt:
             interrupted = True
         peers = {} if interrupted else _beside(folder, options.only)
@@ -185,9 +188,11 @@ def _loads(name: str, faults: Sequence[str], config: Config, folder: Path, left_
             if disk is not None:
                 disk.unmount()
         return
+    started = False
     try:
         with servers.running(name, folder / name, "full" in faults) as server:
             yield _load(Row(name, "none"), server.url(server.port), config, server=server)
+            started = True
             for fault in faults:
                 if fault == "refuse" and name != "http":
                     continue
@@ -204,6 +209,9 @@ def _loads(name: str, faults: Sequence[str], config: Config, folder: Path, left_
                         port = relay.port
                     yield _load(Row(name, fault), server.url(port), config, _fault(fault, server, relay), server)
     except (SetupError, ImportError, OSError) as error:
+        if started:
+            yield Row(name, "", problems=[f"{type(error).__name__}: {error}"])
+            return
         left_out.append(f"{name}: {error}")
         say(f"sinks: {name} is left out: {error}")
 
@@ -283,6 +291,7 @@ def _load(
     if server is not None and fault is None and seconds:
         row.server_cpu = (server.cpu_seconds() - worked) / seconds
     row.problems += outcome.problems
+    row.interrupted = outcome.interrupted
     row.accepted = sum(load.accepted)
     row.delivered_per_second = sum(taken.events for taken in load.taken) / seconds if seconds else 0.0
     row.stall_seconds, row.recovery_seconds = watch.stall, watch.recovered

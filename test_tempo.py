@@ -8350,6 +8350,24 @@ def test_a_test_that_hangs_with_a_mutant_is_ended_and_named(tmp_path: Path) -> N
     assert (report["at"], report["failed"]) == ("test_tempo.py::test_hangs", [])
 
 
+@pytest.mark.parametrize("left", ["a late payload", "an entry"])
+def test_what_an_exception_left_undone_the_next_section_does(left: str) -> None:
+    """Whatever that section is for: here one that does nothing."""
+    d = make(max_buffered_bytes=SMALL)
+    s = d._state
+    entry = tempo._Entry(b"by another")
+    if left == "a late payload":  # whose owner was interrupted again as it took it out
+        s.inbox.append(payload := b"refused")
+        s.orphans.append(payload)
+    else:  # that was accepted by a commit, and the flag not yet set
+        d._locked(s, lambda s: d._commit_locked(s, [b"x"], [1], 1, 1, [entry]))
+    d._locked(s, lambda s: None)
+
+    assert s.orphans == []
+    assert entry.accepted is (None if left == "a late payload" else True)
+    assert payloads(d.stop()) == ([] if left == "a late payload" else [b"x"])
+
+
 # -- Sinks: what consumers put batches into --
 
 

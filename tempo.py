@@ -467,10 +467,11 @@ class _State:
         self.taken = _Taken()
         self.small = _SMALL  # the largest payload that credit covers
         self.granted_at = 0.0  # when credit was given last
-        self.pace = (0, 0.0, 0.0)  # payloads and time from which it is measured; as measured last, per second
+        # Payloads and time from which it is measured; as measured last, per second.
+        self.pace: tuple[int, float, float] = (0, 0.0, 0.0)
         self.flight_first = -1  # number of the first payload that the handler has, or -1
         self.flight: Batch | None = None  # taken for the handler, which has not got it yet
-        self.rejected = (0, 0)  # payloads, charge
+        self.rejected: tuple[int, int] = (0, 0)  # payloads, charge
         self.peak = 0
         self.producers: deque[_Parker] = deque()
         self.resting: deque[_Parker] = deque()  # producers whose payload was accepted, and that wait for their turn

@@ -8843,6 +8843,24 @@ def test_a_test_that_hangs_with_a_mutant_is_ended_and_named(tmp_path: Path) -> N
     assert (report["at"], report["failed"]) == ("test_tempo.py::test_hangs", [])
 
 
+@pytest.mark.parametrize("left", ["a late payload", "an entry"])
+def test_what_an_exception_left_undone_the_next_section_does(left: str) -> None:
+    """Whatever that section is for: here one that does nothing."""
+    d = make(max_buffered_bytes=SMALL)
+    s = d._state
+    entry = tempo._Entry(b"by another")
+    if left == "a late payload":  # whose owner was interrupted again as it took it out
+        s.inbox.append(payload := b"refused")
+        s.orphans.append(payload)
+    else:  # that was accepted by a commit, and the flag not yet set
+        d._locked(s, lambda s: d._commit_locked(s, [b"x"], [1], 1, 1, [entry]))
+    d._locked(s, lambda s: None)
+
+    assert s.orphans == []
+    assert entry.accepted is (None if left == "a late payload" else True)
+    assert payloads(d.stop()) == ([] if left == "a late payload" else [b"x"])
+
+
 # -- Sinks: what consumers put batches into --
 
 
@@ -8852,6 +8870,13 @@ def test_the_file_sink_writes_an_event_a_line_and_keeps_newlines_out(tmp_path: P
     sink.deliver(batch_of(b""))
     sink.close()
     assert (tmp_path / "events").read_bytes() == b'{"a":1}\n{ "a": 2 }\n\n'
+
+
+def test_the_file_sink_writes_lines_that_are_terminated_already_as_they_are(tmp_path: Path) -> None:
+    sink = soak_file.FileSink(tmp_path / "events", terminated=True)
+    sink.deliver(batch_of(b"first\n", b"second\n"))
+    sink.close()
+    assert (tmp_path / "events").read_bytes() == b"first\nsecond\n"
 
 
 def test_the_file_sink_begins_a_new_file_before_a_batch_that_is_too_much_and_keeps_the_newest(tmp_path: Path) -> None:
@@ -9005,12 +9030,12 @@ def test_a_soak_into_a_device_says_that_nothing_can_be_read_back(tmp_path: Path)
 
 def test_a_soak_whose_sink_loses_an_event_fails(tmp_path: Path) -> None:
     target = tmp_path / "events"
-    real = soak_file.FileSink.write
+    real = soak_file.FileSink.write_lines
 
     def forgetful(self: soak_file.FileSink, lines: list[bytes]) -> None:
         real(self, lines[1:])
 
-    with mock.patch.object(soak_file.FileSink, "write", forgetful):
+    with mock.patch.object(soak_file.FileSink, "write_lines", forgetful):
         code = soak_main.main(
             ["run", "--sink", f"file:{target}", "--duration", "0.2s", "--display", "none", "--out", str(tmp_path)]
         )
@@ -9159,3 +9184,65 @@ def test_a_batch_whose_acknowledgement_is_lost_is_in_the_server_once(kind: str, 
         ("none", 0, 0),
         ("reset", 0, 0),
     ]
+
+
+# -- Types: a project that has copied tempo.py --
+
+TYPED = """\
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import tempo
+
+
+def handle(batch: tempo.Batch) -> None:
+    data: memoryview = batch.data
+    first: memoryview = batch[0]
+    some: list[bytes] = batch.tolist()[:2]
+    views: Iterator[memoryview] = iter(batch)
+    print(len(batch), batch.nbytes, data, first, some, next(views))
+
+
+def failed(error: BaseException, batch: tempo.Batch) -> None:
+    print(error, batch.tolist())
+
+
+async def consume(d: tempo.Dispatcher) -> int:
+    total: int = 0
+    async for batch in d:
+        total += batch.nbytes
+    return total
+
+
+d: tempo.Dispatcher = tempo.Dispatcher(interval=0.25, max_batch_bytes=None, max_buffered_bytes=4 * tempo.MiB)
+d.start(handle, on_error=failed)
+d.enqueue(b"a", timeout=1.0)
+d.enqueue(memoryview(b"a"))
+d.enqueue(bytearray(b"a"), timeout=None)
+d.enqueue_many([b"b", b"c"])
+done: bool = d.flush(timeout=1.0)
+stats: tempo.Stats = d.stats()
+try:
+    d.shutdown(timeout=1.0)
+except tempo.DrainTimeout as late:
+    left: list[tempo.Batch] = list(late.undelivered)
+print(asyncio.run(consume(d)), stats.accepted)
+"""
+
+
+@pytest.mark.parametrize(("checker", "options"), [("mypy", ["--strict"]), ("pyright", [])])
+def test_a_typed_project_passes_with_the_vendored_file(checker: str, options: list[str], tmp_path: Path) -> None:
+    pytest.importorskip(checker)
+    if run_python("-m", checker, "--version", cwd=tmp_path).returncode:
+        pytest.skip(f"{checker} cannot be run: it may need the network once")
+    shutil.copy(ROOT / "tempo.py", tmp_path)
+    (tmp_path / "project.py").write_text(TYPED, encoding="utf-8")
+    done = run_python("-m", checker, *options, "project.py", "tempo.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    (tmp_path / "project.py").write_text(TYPED + "d.enqueue('text')\n", encoding="utf-8")
+    done = run_python("-m", checker, *options, "project.py", cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stdout.count("error") >= 1

@@ -41,11 +41,14 @@ def _timed(produce: Callable[[], object], consume: Callable[[], object]) -> floa
     return seconds
 
 
-Write = Callable[[list[bytes]], object]
+Lines = Callable[[list[bytes]], object]
+"""Takes a batch as the list of its payloads."""
+Data = Callable[[memoryview], object]
+"""Takes a batch as one buffer."""
 
 
-def tempo_handover(write: Write | None = None) -> float:
-    """tempo, in a buffer of 2 MiB, the producer waiting for room; write: where each batch's payloads go."""
+def tempo_handover(lines: Lines | None = None, data: Data | None = None) -> float:
+    """tempo, in a buffer of 2 MiB, the producer waiting for room; lines or data: where each batch goes."""
     dispatcher = tempo.Dispatcher(interval=0.01, max_batch_bytes=BATCH, max_buffered_bytes=2 * MIB)
     received = [0]
 
@@ -58,15 +61,17 @@ def tempo_handover(write: Write | None = None) -> float:
     def consume() -> None:
         for batch in dispatcher:
             received[0] += batch.data.nbytes
-            if write is not None:
-                write(batch.tolist())
+            if lines is not None:
+                lines(batch.tolist())
+            elif data is not None:
+                data(batch.data)
 
     seconds = _timed(produce, consume)
     assert received[0] == COUNT * SIZE
     return seconds / COUNT
 
 
-def _batcher(target: Any, write: Write | None = None) -> float:
+def _batcher(target: Any, lines: Lines | None = None, data: Data | None = None) -> float:
     """The batcher that people write: a thread that takes from a queue until a batch is full or the queue is empty."""
     received = [0]
 
@@ -93,11 +98,13 @@ def _batcher(target: Any, write: Write | None = None) -> float:
                     break
             else:
                 ended = True
-            if write is not None:
-                received[0] += size
-                write(parts)
-            else:
-                received[0] += len(b"".join(parts))
+            received[0] += size
+            if lines is not None:
+                lines(parts)
+                continue
+            joined = b"".join(parts)
+            if data is not None:
+                data(memoryview(joined))
 
     seconds = _timed(produce, consume)
     assert received[0] == COUNT * SIZE
@@ -109,9 +116,9 @@ def simple_queue_batcher() -> float:
     return _batcher(queue.SimpleQueue())
 
 
-def queue_batcher(write: Write | None = None) -> float:
+def queue_batcher(lines: Lines | None = None, data: Data | None = None) -> float:
     """A hand-rolled batcher on ``queue.Queue``, unbounded."""
-    return _batcher(queue.Queue(), write)
+    return _batcher(queue.Queue(), lines, data)
 
 
 def queue_listener() -> float:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import tempo
-from soak import environment, handover, heap, results, settings
+from soak import environment, handover, heap, micro, results, settings
 from soak.calibration import calibrate
 from soak.config import Config
 from soak.debian import SetupError
@@ -124,6 +124,7 @@ class Row:
     peak_buffered_bytes: int = 0
     held_bytes: int | None = None
     """What tempo and its producers held while the fault lasted (tracemalloc)."""
+    interrupted: bool = False
     problems: list[str] = field(default_factory=list)
 
 
@@ -146,6 +147,8 @@ def main(options: argparse.Namespace) -> int:
                     row.ratio = row.delivered_per_second / before.events_per_second
                     rows.append(row)
                     say(_line(row))
+                    if row.interrupted:
+                        raise KeyboardInterrupt
         except KeyboardInterrupt:
             interrupted = True
         peers = {} if interrupted else _beside(folder, options.only)
@@ -185,9 +188,11 @@ def _loads(name: str, faults: Sequence[str], config: Config, folder: Path, left_
             if disk is not None:
                 disk.unmount()
         return
+    started = False
     try:
         with servers.running(name, folder / name, "full" in faults) as server:
             yield _load(Row(name, "none"), server.url(server.port), config, server=server)
+            started = True
             for fault in faults:
                 if fault == "refuse" and name != "http":
                     continue
@@ -204,6 +209,9 @@ def _loads(name: str, faults: Sequence[str], config: Config, folder: Path, left_
                         port = relay.port
                     yield _load(Row(name, fault), server.url(port), config, _fault(fault, server, relay), server)
     except (SetupError, ImportError, OSError) as error:
+        if started:
+            yield Row(name, "", problems=[f"{type(error).__name__}: {error}"])
+            return
         left_out.append(f"{name}: {error}")
         say(f"sinks: {name} is left out: {error}")
 
@@ -283,6 +291,7 @@ def _load(
     if server is not None and fault is None and seconds:
         row.server_cpu = (server.cpu_seconds() - worked) / seconds
     row.problems += outcome.problems
+    row.interrupted = outcome.interrupted
     row.accepted = sum(load.accepted)
     row.delivered_per_second = sum(taken.events for taken in load.taken) / seconds if seconds else 0.0
     row.stall_seconds, row.recovery_seconds = watch.stall, watch.recovered
@@ -356,24 +365,27 @@ def _held() -> int | None:
 
 
 def _beside(folder: Path, chosen: Sequence[str]) -> dict[str, list[float]]:
-    """Return, of the null and the file sink, how many times longer a batcher on queue.Queue takes than tempo."""
+    """Return how many times longer a batcher on queue.Queue takes than tempo, with the null and the file sink.
+
+    To the file sink as lines, which it has to put together, and as bytes that it only has to write.
+    """
     ratios: dict[str, list[float]] = {}
-    for name in ("null", "file"):
-        if name not in chosen:
-            continue
-        ratios[name] = []
-        for _ in range(ROUNDS):
-            seconds = {}
-            for subject in (handover.tempo_handover, handover.queue_batcher):
-                path = folder / f"{subject.__name__}.ndjson"
-                sink = FileSink(path) if name == "file" else None
-                seconds[subject] = subject(None if sink is None else sink.write)
-                if sink is not None:
-                    sink.close()
-                    lines = sum(1 for _ in open(path, "rb"))  # noqa: SIM115
-                    assert lines == handover.COUNT, f"{lines} lines of {handover.COUNT}"
-                    path.unlink()
-            ratios[name].append(seconds[handover.queue_batcher] / seconds[handover.tempo_handover])
+    wanted = [name for name in ("null", "file, lines", "file, bytes") if name.partition(",")[0] in chosen]
+    for name in wanted * ROUNDS:
+        seconds = {}
+        for subject in (handover.tempo_handover, handover.queue_batcher):
+            if name == "null":
+                seconds[subject] = subject()
+                continue
+            path = folder / "beside"
+            sink = FileSink(path)
+            lines = name == "file, lines"
+            seconds[subject] = subject(lines=sink.write_lines) if lines else subject(data=sink.write)
+            sink.close()
+            size = handover.COUNT * (micro.SIZE + lines)
+            assert path.stat().st_size == size, f"{path.stat().st_size} bytes of {size}"
+            path.unlink()
+        ratios.setdefault(name, []).append(seconds[handover.queue_batcher] / seconds[handover.tempo_handover])
     return ratios
 
 
@@ -426,7 +438,7 @@ def _summary(
     lines.append("")
     for name, ratios in peers.items():
         lines.append(
-            f"{name} sink: a batcher on queue.Queue takes {statistics.median(ratios):.1f} times as long as tempo"
+            f"{name}: a batcher on queue.Queue takes {statistics.median(ratios):.1f} times as long as tempo"
             f" ({min(ratios):.1f} to {max(ratios):.1f}, {len(ratios)} rounds)"
         )
     lines += [f"left out: {text}" for text in left_out]

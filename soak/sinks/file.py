@@ -20,7 +20,8 @@ class FileSink:
     """Appends each batch in one write, newline-delimited: NDJSON, when each payload is a JSON text.
 
     A newline within a payload becomes a space: between the tokens of a JSON text that changes nothing, and within its
-    strings there is none. Other payloads must be without newlines.
+    strings there is none. Other payloads must be without newlines. With ``terminated``, payloads are lines already,
+    each with its newline, and the batch is written as it lies in memory, without a copy.
 
     While the disk is full, the write is tried again, for ``patience`` seconds in all; then what there is of the batch
     is taken out of the file again and OSError raised. So the file never holds a batch twice, and only whole ones,
@@ -40,6 +41,7 @@ class FileSink:
         rotate_bytes: int | None = None,
         keep: int | None = None,
         fsync: bool = False,
+        terminated: bool = False,
         patience: float = 60.0,
     ) -> None:
         """Open the file for appending. Raises ValueError for limits below 1, OSError when it cannot be opened."""
@@ -48,6 +50,7 @@ class FileSink:
                 raise ValueError(f"{name} must be at least 1 or None, not {value!r}")
         self.path = Path(path)
         self._rotate_bytes, self._keep, self._fsync, self._patience = rotate_bytes, keep, fsync, patience
+        self._terminated = terminated
         self._lock = threading.Lock()
         self._open()
 
@@ -59,19 +62,26 @@ class FileSink:
 
     def deliver(self, batch: tempo.Batch) -> None:
         """Append a batch. Raises OSError when it cannot; nothing of the batch is in the file then."""
-        self.write(batch.tolist())
+        if self._terminated:
+            self.write(batch.data)
+        else:
+            self.write_lines(batch.tolist())
 
-    def write(self, lines: list[bytes]) -> None:
-        """Append lines, as a batch; the list is the sink's from then on."""
+    def write_lines(self, lines: list[bytes]) -> None:
+        """Append lines that have no newline yet, as a batch; the list is the sink's from then on."""
         events = len(lines)
         lines.append(b"")
         text = b"\n".join(lines)
         if text.count(b"\n") != events:
             text = b"\n".join([line.replace(b"\n", b" ") for line in lines])
+        self.write(memoryview(text))
+
+    def write(self, text: memoryview) -> None:
+        """Append bytes as they are, as a batch."""
         with self._lock:
             if self._rotate_bytes is not None and self._size > 0 and self._size + len(text) > self._rotate_bytes:
                 self._rotate()
-            self._append(memoryview(text))
+            self._append(text)
 
     def _append(self, text: memoryview) -> None:
         deadline = time.monotonic() + self._patience

@@ -61,6 +61,7 @@ from soak import environment as soak_environment
 from soak import handover as soak_handover
 from soak import heap as soak_heap
 from soak import instructions as soak_instructions
+from soak import interrupts as soak_interrupts
 from soak import micro as soak_micro
 from soak import mutants as soak_mutants
 from soak import overhead as soak_overhead
@@ -79,6 +80,7 @@ from soak import units, verdict
 from soak import worker as soak_worker
 from soak.config import Config
 from soak.debian import SetupError
+from soak.drive import drive
 from soak.hostile import CASES as HOSTILE
 from soak.hostile import Case
 from soak.hostile import command as soak_hostile
@@ -88,7 +90,7 @@ from soak.interleave import command as soak_interleave
 from soak.interleave import schedule as soak_schedule
 from soak.interleave import twins as soak_twins
 from soak.interleave import walk as soak_walk
-from soak.load import Latencies
+from soak.load import Latencies, Load
 from soak.sinks import command as soak_sinks_command
 from soak.sinks import file as soak_file
 from soak.sinks import readback as soak_readback
@@ -4771,6 +4773,17 @@ def test_ctrl_c_in_each_part_of_a_soak_ends_the_load_and_keeps_the_result(phase:
     assert result["interrupted"]
     assert result["accepted"] == result["delivered"] > 0
     assert result["drain_seconds"] is not None
+
+
+def test_an_interrupt_before_the_load_leaves_it_the_time_to_show_that_events_flow() -> None:
+    config = soak_settings.config_from(argparse.Namespace(producers=2), 600.0)
+    load = Load(config)
+    with soak_interrupts.kept():
+        signal.raise_signal(signal.SIGINT)
+        outcome = drive(config, 600.0, load)
+    assert outcome.interrupted
+    assert outcome.stats is not None
+    assert outcome.stats.delivered == sum(load.accepted) > 0
 
 
 def test_a_second_ctrl_c_ends_a_soak_without_a_result(tmp_path: Path) -> None:

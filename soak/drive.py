@@ -14,6 +14,9 @@ from soak import interrupts
 from soak.config import Config
 from soak.crew import PATIENCE, Call, Crew, dump_stacks, join
 
+HURRY = 0.1
+"""Seconds that a load lasts at least, after an interrupt too."""
+
 
 class Work(Protocol):
     """What the threads of a pass do. ``halt`` is empty until producers shall stop; they look at it now and then."""
@@ -75,6 +78,8 @@ def drive(config: Config, seconds: float, work: Work, sample: Sampler | None = N
         _wait(crew, producers, dispatcher, started, seconds, patience, sample, every)
     except KeyboardInterrupt:
         outcome.interrupted = True
+        # One that came before the load did would leave nothing to judge.
+        crew.trouble.wait(max(0.0, started + min(HURRY, seconds) - time.perf_counter()))
     halt.append(True)
 
     # After a problem nobody may be left to make room for producers that wait: stop() below releases them.

@@ -16,7 +16,7 @@ from typing import Any
 from soak import baseline, census, environment, heap, interrupts, results, settings, verdict
 from soak.calibration import calibrate
 from soak.config import Config
-from soak.drive import Outcome, drive
+from soak.drive import HURRY, Outcome, drive
 from soak.load import Load
 from soak.options import complain, converter, parse_path
 from soak.payloads import PROBED_SIZE, STRIDE
@@ -26,9 +26,6 @@ from soak.units import format_seconds, format_size, parse_duration
 
 SCHEMA = 1
 """Raised when a key of the result changes its meaning."""
-
-HURRY = 0.1
-"""Seconds that each pass still takes after an interrupt."""
 
 EXAMPLE = """\
 examples:

@@ -4831,6 +4831,16 @@ def test_ctrl_c_in_other_commands_is_told_in_a_line(
         assert result["accepted"] == result["delivered"] < result["wanted"]
 
 
+def test_ctrl_c_ends_the_processes_of_a_walk_without_a_word() -> None:
+    options = ("interleave", "--depth", "1", "--twins", "no", "--workers", "1")
+    with OnTerminal("-c", INTERRUPTED, "", *options) as terminal:
+        terminal.read_until(" runs in ")  # it has begun
+        terminal.interrupt()
+        assert terminal.exit_code() == 130, terminal.text
+    assert terminal.text.splitlines()[-1].endswith("soak: interrupted")
+    assert "Traceback" not in terminal.text
+
+
 EMULATED = """#!{python}
 import time
 try:

@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -111,9 +112,15 @@ def main(options: argparse.Namespace) -> int:
     return int(bool(broken or missed))
 
 
+def _pool(workers: int) -> ProcessPoolExecutor:
+    """Processes that Ctrl-C ends without a word: the one that it is for is this one."""
+    context = get_context("spawn")
+    return ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL))
+
+
 def each(plans: list[walk.Plan], workers: int) -> Iterator[Walked]:
     """Walk the plans in processes of their own."""
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with _pool(workers) as pool:
         for future in as_completed([pool.submit(walk_one, plan) for plan in plans]):
             yield future.result()
 
@@ -136,7 +143,7 @@ def walk_one(plan: walk.Plan) -> Walked:
 
 def look_for_twins(workers: int) -> Iterator[tuple[str, str | None]]:
     """Look for each broken twin; yield its name, and where it was found (None: nowhere)."""
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with _pool(workers) as pool:
         for twin, place in zip(twins.TWINS, pool.map(twins.find, [twin.name for twin in twins.TWINS])):
             print(f"twin {twin.name!r}: {'NOT FOUND' if place is None else f'found: {place}'}", flush=True)
             yield twin.name, place

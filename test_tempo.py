@@ -4558,7 +4558,7 @@ class NoRoom:
 
 @pytest.mark.parametrize("place", ["a file for a folder", "a full disk"])
 @pytest.mark.parametrize("command", WRITERS)
-def test_a_command_whose_file_cannot_be_written_says_so_in_a_line_and_tells_what_it_found(
+def test_a_command_of_soak_whose_file_cannot_be_written_says_so_and_tells_what_it_found(
     command: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if command == "bench":
@@ -4597,7 +4597,7 @@ def test_a_command_whose_file_cannot_be_written_says_so_in_a_line_and_tells_what
     assert word in told.out
 
 
-def test_settings_that_cannot_be_written_leave_those_of_before_whole(tmp_path: Path) -> None:
+def test_soak_settings_that_cannot_be_written_leave_those_of_before_whole(tmp_path: Path) -> None:
     soak_settings.write(tmp_path, {"producers": "7"}, BOARD, True, "today")
     with mock.patch.object(Path, "write_bytes", side_effect=OSError), pytest.raises(OSError):
         soak_settings.write(tmp_path, {"producers": "8"}, BOARD, True, "today")
@@ -4775,7 +4775,7 @@ def test_ctrl_c_in_each_part_of_a_soak_ends_the_load_and_keeps_the_result(phase:
     assert result["drain_seconds"] is not None
 
 
-def test_an_interrupt_before_the_load_leaves_it_the_time_to_show_that_events_flow() -> None:
+def test_an_interrupt_before_a_soak_leaves_it_the_time_to_show_that_events_flow() -> None:
     config = soak_settings.config_from(argparse.Namespace(producers=2), 600.0)
     load = Load(config)
     with soak_interrupts.kept():
@@ -4813,7 +4813,7 @@ def test_a_second_ctrl_c_ends_a_soak_without_a_result(tmp_path: Path) -> None:
     ],
     ids=["tune asking", "tune", "baseline", "stress"],
 )
-def test_ctrl_c_in_other_commands_is_told_in_a_line(
+def test_ctrl_c_in_other_commands_of_soak_is_told_in_a_line(
     argv: list[str], phase: str, words: str, code: int, last: str, tmp_path: Path
 ) -> None:
     with OnTerminal("-c", INTERRUPTED, phase, *argv, "--out", str(tmp_path)) as terminal:
@@ -4831,7 +4831,7 @@ def test_ctrl_c_in_other_commands_is_told_in_a_line(
         assert result["accepted"] == result["delivered"] < result["wanted"]
 
 
-def test_ctrl_c_ends_the_processes_of_a_walk_without_a_word() -> None:
+def test_ctrl_c_ends_the_processes_of_soak_interleave_without_a_word() -> None:
     options = ("interleave", "--depth", "1", "--twins", "no", "--workers", "1")
     with OnTerminal("-c", INTERRUPTED, "", *options) as terminal:
         terminal.read_until(" runs in ")  # it has begun
@@ -4868,7 +4868,7 @@ sys.exit(entry())
 """
 
 
-def test_ctrl_c_lets_what_is_emulated_end_in_its_own_way(tmp_path: Path) -> None:
+def test_ctrl_c_lets_a_soak_that_is_emulated_end_in_its_own_way(tmp_path: Path) -> None:
     emulator = tmp_path / "emulator"
     emulator.write_text(EMULATED.format(python=sys.executable), encoding="utf-8")
     emulator.chmod(0o755)
@@ -4909,7 +4909,7 @@ def test_what_soak_tune_finds_is_what_a_run_uses_unless_an_option_says_else(tmp_
     assert soak_run.configure(options, {})[0].payload == "telemetry"
 
 
-def test_the_memory_of_the_host_is_not_that_of_an_emulated_machine() -> None:
+def test_soak_pi_does_not_take_the_memory_of_the_host_for_its_own() -> None:
     assert soak_environment.describe()["memory_bytes"]
     with mock.patch.dict(os.environ, {soak_environment.EMULATED: "a board"}):
         place = soak_environment.describe()
@@ -5060,7 +5060,7 @@ def test_a_soak_of_the_benchmark_gives_a_value_for_each_of_its_rows() -> None:
     assert all(len(found) == 1 and found[0] > 0 for found in values.values())
 
 
-def test_the_overhead_of_looking_is_measured_beside_a_load_that_nobody_looks_at(tmp_path: Path) -> None:
+def test_the_overhead_of_looking_at_a_soak_is_measured_beside_one_that_nobody_looks_at(tmp_path: Path) -> None:
     path = tmp_path / "overhead.json"
     options = ("--rounds", "1", "--duration", "20ms", "--producers", "2", "--json", str(path))
     done = run_python("-m", "soak", "overhead", *options, cwd=ROOT)
@@ -5076,7 +5076,7 @@ def test_the_overhead_of_looking_is_measured_beside_a_load_that_nobody_looks_at(
 @pytest.mark.parametrize(
     ("slowed", "word"), [([0.96] * 4, "MISSED"), ([0.98] * 4, "met"), ([0.94, 0.96, 0.98, 1.0], "TOO NOISY to tell")]
 )
-def test_what_looking_costs_is_missed_when_the_load_of_a_run_is_slowed_by_more(slowed: list[float], word: str) -> None:
+def test_the_target_for_looking_at_a_soak_is_missed_when_it_is_slowed_by_more(slowed: list[float], word: str) -> None:
     place = {"machine": "m", "cores": 2, "interpreter": "i", "python": "p", "build": "b", "commit": None}
     # CPU seconds an event; both unwatched loads have 1 on average.
     rounds = [{"unwatched": 0.9, "again": 1.1, "samples": 1.01, "plain": 1 / slow, "census": 10.0} for slow in slowed]
@@ -5088,7 +5088,7 @@ def test_what_looking_costs_is_missed_when_the_load_of_a_run_is_slowed_by_more(s
 
 
 @pytest.mark.parametrize("size", [None, 35, 10240])
-def test_events_without_probes_are_the_same_but_for_the_probes(size: int | None) -> None:
+def test_soak_events_without_probes_are_the_same_but_for_the_probes(size: int | None) -> None:
     sent = soak_payloads.Sent(size)
     probed, plain = (list(islice(soak_payloads.events(size, 7, counter), 600)) for counter in (sent, None))
     identity = slice(*(soak_payloads.identity_start(size) + place for place in (0, soak_payloads.IDENTITY_SIZE)))

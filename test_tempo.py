@@ -8884,6 +8884,23 @@ def test_what_an_exception_left_undone_the_next_section_does(left: str) -> None:
     assert payloads(d.stop()) == ([] if left == "a late payload" else [b"x"])
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_what_a_nested_call_leaves_is_settled_by_the_section_that_it_interrupted(full: bool) -> None:
+    """Also by one that has changed nothing that anybody waits for, and so would not settle."""
+    d = make(max_buffered_bytes=SMALL)
+    d.enqueue(bytes(SMALL if full else 1))
+
+    def interrupted(s: Any) -> type[BaseException] | None:
+        s.calm = True
+        return refusal(d.enqueue, b"nested")
+
+    s = d._state
+    assert d._locked(s, interrupted) == (tempo.QueueFull if full else None)
+    assert (s.mixed, s.left, s.refused) == (False, False, [])
+    assert len(s.inbox) == 1
+    d.stop()
+
+
 # -- Sinks: what consumers put batches into --
 
 

@@ -16,6 +16,7 @@ it runs on a Raspberry Pi as it comes. One file a subject:
 ``census``         the pass in which every single event is checked
 ``heap``           the pass under tracemalloc, and the bound that it is held against
 ``calibration``    the same producers with no dispatcher: what this machine can do at all
+``spool``          a durable fallback in SQLite, for users to copy: no command, needs tempo alone
 ``sinks``          where consumers put batches
 ``progress``       samples while it runs: lines on stderr, a synced JSONL stream
 ``environment``    machine, interpreter, commit

@@ -4482,6 +4482,12 @@ def test_a_full_disk_is_an_error_that_changes_nothing(spool: Spool, tmp_path: Pa
         spool.put([b"second", bytes(100_000), b"third"])
     assert full.value.rest == [b"second", bytes(100_000), b"third"]
     assert (len(spool), in_file(tmp_path / "spool")) == (1, [b"first"])
+    d = make()
+    spool.replay(d)
+    d.enqueue(bytes(100_000))
+    with pytest.raises(SpoolFull) as full:
+        spool.keep([due(d)])
+    assert full.value.rest == [bytes(100_000)]
     spool.put([b"fits"])
     assert in_file(tmp_path / "spool") == [b"first", b"fits"]
 
@@ -4516,6 +4522,7 @@ def test_a_change_that_does_not_come_to_its_end_changes_nothing(
                 spool.put([b"b"])
             if isinstance(caught.value, SpoolError):
                 assert caught.value.rest == [b"b"]
+            assert not db.in_transaction
         assert (len(spool), in_file(tmp_path / "spool")) == (1, [b"a"])
     batch = due(d)
     with mock.patch.object(spool, "_db", FailingAt(db, "COMMIT", error)), pytest.raises(expected):
@@ -4610,7 +4617,8 @@ def test_a_call_that_interrupts_the_spool_is_refused(spool: Spool) -> None:
 
     def nested() -> int:
         try:
-            spool.put([b"nested"])
+            if len(refused) < 9:
+                spool.put([b"nested"])
         except SpoolError as exc:
             refused.append(exc)
         return 0
@@ -4624,7 +4632,7 @@ def test_a_call_that_interrupts_the_spool_is_refused(spool: Spool) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_child_is_refused_and_its_exit_does_no_harm(tmp_path: Path) -> None:
+def test_a_forked_child_is_refused_by_the_spool_and_its_exit_does_no_harm(tmp_path: Path) -> None:
     program = """
 import os, sys
 from soak.spool import Spool, SpoolError
@@ -4959,13 +4967,16 @@ def served(source: str, folder: Path, *command: str) -> Iterator[tuple[subproces
             cwd=folder,
             env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
             pass_fds=[listener.fileno()],
+            start_new_session=True,
         )
-        try:
-            yield server, listener.getsockname()[1]
-        finally:
-            if server.poll() is None:
-                server.kill()
-                server.communicate()
+        port = listener.getsockname()[1]
+    # Closed here, so that who connects when the server has ended is refused.
+    try:
+        yield server, port
+    finally:
+        if server.returncode is None:
+            os.killpg(server.pid, signal.SIGKILL)  # its workers too: they hold the pipes
+            print(*server.communicate(), sep="\n")  # for the test that has failed
 
 
 def ask(port: int, method: str, path: str, body: bytes | None = None) -> int:
@@ -5067,9 +5078,14 @@ def test_recipe_several_consumers_share_the_work_and_one_error_ends_none(tmp_pat
     numbers = [[int(payload.split()[1]) for payload in printed(line)] for line in lines]
     assert all(batch == list(range(batch[0], batch[0] + len(batch))) for batch in numbers)
     assert sorted(number for batch in numbers for number in batch) == list(range(1000))
-    # Each consumer meets errors: if one of them ended by one, nobody would be left to drain.
+    # Each consumer meets errors: if they ended by them, nobody would be left to drain. One has its batch when shutdown
+    # has returned, and is waited for.
+    sending = """while b"event 999" in batch.tolist() and d.stats().state != "stopped":
+        pass
+    raise OSError("away")"""
     assert source.count("print(batch.tolist(), flush=True)") == 1
-    source = source.replace("print(batch.tolist(), flush=True)", 'raise OSError("away")')
+    source = source.replace("print(batch.tolist(), flush=True)", sending)
+    source += "assert not any(consumer.is_alive() for consumer in consumers)\n"
     source += "print([exc.args for exc, _ in failed[:1]], sum(len(batch) for _, batch in failed))\n"
     assert run_recipe(source, tmp_path) == "[('away',)] 1000\n"
 

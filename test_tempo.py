@@ -4965,7 +4965,8 @@ def served(source: str, folder: Path, *command: str) -> Iterator[tuple[subproces
             stderr=subprocess.PIPE,
             text=True,
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
+            # gunicorn 27 has a control socket in the user's folder.
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(folder)},
             pass_fds=[listener.fileno()],
             start_new_session=True,
         )
@@ -5001,8 +5002,7 @@ UVICORN = ("uvicorn", "--fd", "{fd}", "--no-access-log")
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT], ids=lambda ending: str(ending.name))
 def test_recipe_starlette_drains_when_uvicorn_ends(tmp_path: Path, ending: signal.Signals) -> None:
     source = recipe("Starlette, FastAPI", interval="interval=3600")
-    if importlib.util.find_spec("uvicorn") is None:
-        pytest.skip("uvicorn is not installed")
+    skip_what_is_not_installed("import uvicorn")
     with served(source, tmp_path, *UVICORN) as (server, port):
         for i in range(20):
             assert ask(port, "POST", "/track", b"event %d" % i) == 202
@@ -5013,24 +5013,28 @@ def test_recipe_starlette_drains_when_uvicorn_ends(tmp_path: Path, ending: signa
 
 def test_recipe_starlette_answers_503_when_there_is_no_room(tmp_path: Path) -> None:
     source = recipe("Starlette, FastAPI", interval="interval=3600", limit="max_buffered_bytes=10")
-    if importlib.util.find_spec("uvicorn") is None:
-        pytest.skip("uvicorn is not installed")
+    skip_what_is_not_installed("import uvicorn")
     with served(source, tmp_path, *UVICORN) as (server, port):
         statuses = [ask(port, "POST", "/track", body) for body in (b"12345", b"67890", b"x")]
         came, _ = ended(server, signal.SIGTERM)
     assert (statuses, came) == ([202, 202, 503], [b"12345", b"67890"])
 
 
-@pytest.mark.parametrize("preload", [True, False], ids=["preload", "no_preload"])
-@pytest.mark.parametrize("worker", ["sync", "gthread"])
+@pytest.mark.parametrize(
+    ("worker", "preload"),
+    [("sync", True), ("sync", False), ("gthread", True), ("gthread", False), ("gevent", False)],
+)
 def test_recipe_gunicorn_drains_each_worker(tmp_path: Path, worker: str, preload: bool) -> None:
     source = recipe("gunicorn", interval="interval=3600")
-    if importlib.util.find_spec("gunicorn") is None:
-        pytest.skip("gunicorn is not installed")
+    skip_what_is_not_installed("import gunicorn" + ("\nimport gevent" if worker == "gevent" else ""))
+    # A worker that is told to end while it is still being set up may not hear it.
+    hook = "import os\ndef post_worker_init(worker):\n    open(f'{os.getpid()}.ready', 'w').close()\n"
+    (tmp_path / "gunicorn.conf.py").write_text(hook, encoding="utf-8")
     command = ("gunicorn", "--bind", "fd://{fd}", "--workers", "2", "--worker-class", worker, "--threads", "2")
     with served(source, tmp_path, *command, *(["--preload"] if preload else [])) as (server, port):
         for i in range(20):
             assert ask(port, "GET", f"/event-{i:02d}") == 202
+        wait_until(lambda: len(list(tmp_path.glob("*.ready"))) == 2)
         came, _ = ended(server, signal.SIGTERM)
     assert server.returncode == 0
     assert sorted(came) == [b"/event-%02d" % i for i in range(20)]

@@ -4880,9 +4880,15 @@ RECIPE_PLACES = {
 }
 
 
+def printed_batches(text: str) -> list[list[bytes]]:
+    """The batches that a recipe printed. Two threads or processes may have done so on one line."""
+    lines = text.replace("][b", "]\n[b").splitlines()
+    return [ast.literal_eval(line) for line in lines if line.startswith("[b")]
+
+
 def printed(text: str) -> list[bytes]:
-    """The payloads of the batches that a recipe printed."""
-    return [payload for line in text.splitlines() if line.startswith("[b") for payload in ast.literal_eval(line)]
+    """Their payloads."""
+    return [payload for batch in printed_batches(text) for payload in batch]
 
 
 def run_recipe(source: str, tmp_path: Path) -> str:
@@ -5078,8 +5084,8 @@ asyncio.run(check())
 
 def test_recipe_several_consumers_share_the_work_and_one_error_ends_none(tmp_path: Path) -> None:
     source = recipe("Several consumers")
-    lines = run_recipe(source, tmp_path).splitlines()
-    numbers = [[int(payload.split()[1]) for payload in printed(line)] for line in lines]
+    batches = printed_batches(run_recipe(source, tmp_path))
+    numbers = [[int(payload.split()[1]) for payload in batch] for batch in batches]
     assert all(batch == list(range(batch[0], batch[0] + len(batch))) for batch in numbers)
     assert sorted(number for batch in numbers for number in batch) == list(range(1000))
     # Each consumer meets errors: if they ended by them, nobody would be left to drain. One has its batch when shutdown

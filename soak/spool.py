@@ -77,8 +77,9 @@ class Spool:
         path: the file; made when there is none. SQLite keeps its log in files beside it, `-owner` tells that it is in
             use: one process at a time. In a forked child it is of no use; let the child open a file of its own.
         max_bytes: how many bytes of records it holds at most, each counted with RECORD_OVERHEAD more. The log comes on
-            top: some MiB, or what the largest call of `put` had. Deleted records leave their place to new ones; the
-            file itself does not shrink.
+            top: some MiB, or what the largest call of `put` had. Records of a little over 2 KiB make the file twice as
+            large, because of SQLite's pages of 4 KiB; most others by a fifth at most. Deleted records leave their place
+            to new ones; the file itself does not shrink.
         synchronous: "NORMAL": what was taken survives that the process is killed (`kill -9`, out of memory), but the
             last records may be missing after a loss of power. "FULL": they survive that too, as far as the disk keeps
             what it says; each call waits for the disk, which takes milliseconds.
@@ -96,9 +97,9 @@ class Spool:
     [True, False]
     >>> spool
     <Spool 1 records, 19 of 1048576 bytes>
-    >>> d.get().tolist(), spool.replay(d)
+    >>> d.get(timeout=5).tolist(), spool.replay(d)
     ([b'one'], 1)
-    >>> batch = d.get()
+    >>> batch = d.get(timeout=5)
     >>> batch.tolist(), len(spool), spool.done(batch), len(spool)
     ([b'two'], 1, 1, 0)
     >>> spool.close()
@@ -135,7 +136,8 @@ class Spool:
         with contextlib.ExitStack() as undo:
             try:
                 # An open transaction is a lock that ends with the process, however that ends; no child inherits it.
-                self._owner = sqlite3.connect(self.path + "-owner", 0, isolation_level=None, check_same_thread=False)
+                owner = self.path + "-owner"
+                self._owner = sqlite3.connect(owner, timeout=0, isolation_level=None, check_same_thread=False)
                 undo.callback(self._owner.close)
                 self._owner.execute("BEGIN EXCLUSIVE")
                 self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)

@@ -4672,7 +4672,7 @@ os._exit(0)  # as a kill: nothing is closed
 def test_equal_records_keep_their_number(steps: list[tuple[str, bytes]]) -> None:
     """Whichever of equal records is reported or kept: what comes out once more is what came in, to the very number."""
     with tempfile.TemporaryDirectory() as folder, Spool(Path(folder, "spool"), max_bytes=tempo.MiB) as spool:
-        d = make(max_buffered_bytes=3)
+        d = make(max_buffered_bytes=3, max_batch_bytes=1)  # so that equal records can be in different batches
         expected: Counter[bytes] = Counter()
         came: Counter[bytes] = Counter()
         for verb, record in steps:
@@ -4686,7 +4686,7 @@ def test_equal_records_keep_their_number(steps: list[tuple[str, bytes]]) -> None
             elif d.stats().buffered:
                 batch = due(d)
                 if verb == "done":
-                    spool.done(batch)
+                    assert spool.done(batch) <= len(batch)  # a row for each record at most: a kill now loses none
                     came.update(batch.tolist())
                 elif verb == "keep":
                     spool.keep([batch])
@@ -4766,6 +4766,7 @@ def open_all(number):
     def on_error(exc, batch):
         try:
             spool.keep([batch])
+            write(logs[0], batch.tolist())
         except SpoolFull:
             pass  # what the file has not taken is promised to nobody
 
@@ -4835,7 +4836,6 @@ def test_nothing_that_the_spool_has_taken_is_lost_by_fifty_kills(tmp_path: Path)
         Counter(line for line in (tmp_path / name).read_bytes().split(b"\n") if len(line) == length)
         for name in ("taken", "delivered")
     )
-    assert max(taken.values()) == 1
     assert len({name[:4] for name in taken}) > 25  # runs in which the file took something
     assert len(taken) > 1000
     assert taken.keys() - delivered.keys() == set()

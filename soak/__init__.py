@@ -17,6 +17,7 @@ it runs on a Raspberry Pi as it comes. One file a subject:
 ``heap``           the pass under tracemalloc, and the bound that it is held against
 ``calibration``    the same producers with no dispatcher: what this machine can do at all
 ``interrupts``     Ctrl-C: the first ends a load and keeps the result, the second ends all
+``spool``          a durable fallback in SQLite, for users to copy: no command, needs tempo alone
 ``sinks``          where consumers put batches
 ``progress``       samples while it runs: lines on stderr, a synced JSONL stream
 ``environment``    machine, interpreter, commit

@@ -9844,6 +9844,85 @@ def test_what_a_nested_call_leaves_is_settled_by_the_section_that_it_interrupted
     d.stop()
 
 
+def test_credit_is_given_again_whatever_has_left_and_beside_a_handler() -> None:
+    """Or every payload would take the lock."""
+    d = make(max_buffered_bytes=LARGE)
+    for _ in range(4):  # more than the buffer holds, in all
+        d.enqueue(bytes(LARGE // 2))
+        d.flush(timeout=0)
+        assert d.get(timeout=0).nbytes == LARGE // 2
+    d.enqueue(b"x")
+    assert d._state.places > 1
+    d.stop()
+
+    with make(max_buffered_bytes=LARGE) as d:
+        d.start(lambda batch: None)
+        d.enqueue(b"x")
+        assert d._state.places > 1
+
+
+@pytest.mark.parametrize("places", [1, 50])
+def test_a_batch_that_begins_unseen_counts_its_interval_from_no_later_than_its_first_payload(places: int) -> None:
+    """Also when it is counted because of a nested call, long after that payload came."""
+    d, clock = with_clock(max_batch_bytes=1000, max_buffered_bytes=LARGE, interval=60.0)
+    s = d._state
+    with mock.patch("time.monotonic", clock):
+        d.enqueue(b"x" * 900)
+        s.pace = (1, clock.now, places * 1.01 / d._unseen)
+        d.stats()  # gives credit anew
+        assert s.places == 1 + places
+        d.enqueue(b"y" * 200)
+        assert len(s.inbox) == 2  # unseen
+        clock.now += 50
+        d._locked(s, lambda s: d.enqueue(b"nested"))
+        assert payloads([d.get(timeout=0)]) == [b"x" * 900]
+        clock.now += 11
+        assert payloads([d.get(timeout=0)]) == [b"y" * 200, b"nested"]
+
+
+def test_a_batch_that_a_nested_call_begins_is_not_due_at_once() -> None:
+    d, clock = with_clock(interval=60.0)
+    with mock.patch("time.monotonic", clock):
+        d._locked(d._state, lambda s: d.enqueue(b"nested"))
+        clock.now += 59
+        with pytest.raises(queue.Empty):
+            d.get(timeout=0)
+        clock.now += 2
+        assert payloads([d.get(timeout=0)]) == [b"nested"]
+
+
+def test_credit_is_not_widened_when_others_fill_it_as_it_is_taken_back() -> None:
+    d = make(max_buffered_bytes=LARGE)
+    d.enqueue(bytes(LARGE - 600))
+    workers: list[Worker] = []
+
+    def others() -> None:
+        workers.extend(pending(d, bytes(400)) for _ in range(2))
+
+    with around("_narrow_locked", before=others):
+        d.stats()
+    assert Counter(worker.result() for worker in workers) == Counter([None, tempo.QueueFull])
+    assert d.stats().buffered_bytes == LARGE - 200
+    d.stop()
+
+
+def test_a_nested_call_knows_what_nested_calls_before_it_were_told() -> None:
+    d = make(max_buffered_bytes=SMALL)
+    d.enqueue(bytes(50))
+    d.flush(timeout=0)
+
+    def section(s: Any) -> list[Any]:
+        told = [refusal(d.enqueue, bytes(60))]
+        batch, _ = d._poll_locked(s, None, False, [None])
+        told += [len(batch), d.stats().accepted]  # the refused one would fit by now, and is refused all the same
+        told += [refusal(d.enqueue, bytes(60)), d.stats().accepted]
+        return told
+
+    assert d._locked(d._state, section) == [tempo.QueueFull, 1, 1, None, 2]
+    assert [d.stats().accepted, d.stats().rejected] == [2, 1]
+    d.stop()
+
+
 # -- Sinks: what consumers put batches into --
 
 

@@ -9923,6 +9923,44 @@ def test_a_nested_call_knows_what_nested_calls_before_it_were_told() -> None:
     d.stop()
 
 
+def test_empty_payloads_reach_a_consumer_that_waits() -> None:
+    d = make(interval=0.01)
+    worker = Worker(d.get)  # without a time after which it would look by itself
+    wait_until(lambda: d.stats().waiting_consumers == 1)
+    d.enqueue(b"")
+    assert payloads([worker.result()]) == [b""]
+    d.stop()
+
+
+def test_a_consumer_that_waits_for_its_time_is_not_woken_before() -> None:
+    d = make()
+    d.enqueue_many([bytes(100)] * 10)
+    d.flush(timeout=0)
+    assert len(d.get(timeout=0)) == 10
+    d.enqueue(b"not due")
+    worker = Worker(d.get, timeout=LIMIT)
+    wait_until(lambda: any(parker.armed for parker in list(d._state.consumers)))
+    with mock.patch.object(tempo._Parker, "wake") as wake:
+        d.stats()
+        d.stats()
+    assert wake.call_count == 0
+    d.flush(timeout=0)
+    assert payloads([worker.result()]) == [b"not due"]
+
+
+@pytest.mark.parametrize("before", [b"", b"x"], ids=["empty", "one byte"])
+def test_what_empty_payloads_take_up_is_given_back(before: bytes) -> None:
+    """Each takes up one byte of the buffer, so that there is an end to them."""
+    d = make(max_buffered_bytes=SMALL)
+    for sent in ([before], [b"", b""], [b"", b"y", b""]):
+        d.enqueue_many(sent)
+        d.flush(timeout=0)
+        assert payloads([d.get(timeout=0)]) == sent
+        assert d._state.taken.charge == d._state.inbox[0][2]
+    d.enqueue(bytes(SMALL))
+    d.stop()
+
+
 # -- Sinks: what consumers put batches into --
 
 

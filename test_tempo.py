@@ -9961,6 +9961,17 @@ def test_what_empty_payloads_take_up_is_given_back(before: bytes) -> None:
     d.stop()
 
 
+def test_a_start_that_is_refused_leaves_the_first_one_as_it_was() -> None:
+    got: list[bytes] = []
+    with make(interval=0.01) as d:
+        d.start(lambda batch: got.extend(batch.tolist()))
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="start was called before"):
+                d.start(print)
+        d.enqueue(b"x")
+    assert got == [b"x"]
+
+
 # -- Sinks: what consumers put batches into --
 
 

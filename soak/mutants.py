@@ -251,20 +251,24 @@ def judge(
 ) -> tuple[list[str], bool]:
     """Return what to print, and whether all is well: enough are killed, and what survives is listed.
 
+    The score is the usual one, killed over all but the equivalent mutants: those that are listed and survive.
+
     >>> mutant = Mutant("f", 0, "a < b", "a <= b", "ReplaceComparisonOperator_Lt_LtE", "")
     >>> judge([mutant], {mutant.key: {"outcome": "failed"}}, {})
     (['killed: 1 of 1 (100.0 %, 95 % needed): 1 a test failed, 0 hung'], True)
-    >>> lines, well = judge([mutant], {mutant.key: {"outcome": "survived"}}, {mutant.key: "why"})
-    >>> well, lines[1]
-    (False, 'survived: 1, of which 1 listed as changing nothing')
+    >>> judge([mutant], {mutant.key: {"outcome": "survived"}}, {mutant.key: "why"})[0][1]
+    'survived: 1, of which 1 listed as changing nothing'
+    >>> judge([mutant], {mutant.key: {"outcome": "survived"}}, {})[1]
+    False
     """
     by = Counter(outcomes[m.key]["outcome"] for m in chosen)
     survivors = [m for m in chosen if outcomes[m.key]["outcome"] == "survived"]
     new = [m for m in survivors if m.key not in listed]
     killed = by["failed"] + by["hung"]
-    score = 100 * killed / max(1, len(chosen))
+    counted = len(chosen) - len(survivors) + len(new)
+    score = 100 * killed / max(1, counted)
     lines = [
-        f"killed: {killed} of {len(chosen)} ({score:.1f} %, {TARGET:.0f} % needed): "
+        f"killed: {killed} of {counted} ({score:.1f} %, {TARGET:.0f} % needed): "
         f"{by['failed']} a test failed, {by['hung']} hung"
     ]
     if survivors:

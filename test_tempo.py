@@ -9972,6 +9972,38 @@ def test_a_start_that_is_refused_leaves_the_first_one_as_it_was() -> None:
     assert got == [b"x"]
 
 
+def test_a_drain_that_ends_as_the_time_does_is_no_timeout() -> None:
+    d = make()
+    d.enqueue(b"x")
+    with around("_wait_delivered", after=lambda: Worker(d.get).result()):
+        d.shutdown(timeout=0)
+    assert d.stats().state == "stopped"
+    assert d.stats().delivered == 1
+
+
+def test_flush_does_not_wait_for_the_batch_that_begins_behind_what_it_waits_for() -> None:
+    entered, leave = [threading.Event() for _ in range(2)], [threading.Event() for _ in range(2)]
+    batches = iter(range(2))
+
+    def handler(batch: tempo.Batch) -> None:
+        i = next(batches)
+        entered[i].set()
+        leave[i].wait(LIMIT)
+
+    with make() as d:
+        d.start(handler)
+        d.enqueue(b"first")
+        flush = Worker(d.flush)
+        assert entered[0].wait(LIMIT)
+        wait_until(lambda: len(d._state.drainers) == 1)
+        d.enqueue(b"second")
+        d.flush(timeout=0)
+        leave[0].set()
+        assert entered[1].wait(LIMIT)
+        assert flush.result() is True
+        leave[1].set()
+
+
 # -- Sinks: what consumers put batches into --
 
 

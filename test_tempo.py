@@ -9914,11 +9914,15 @@ def test_a_nested_call_knows_what_nested_calls_before_it_were_told() -> None:
     def section(s: Any) -> list[Any]:
         told = [refusal(d.enqueue, bytes(60))]
         batch, _ = d._poll_locked(s, None, False, [None])
-        told += [len(batch), d.stats().accepted]  # the refused one would fit by now, and is refused all the same
+        told += [
+            len(batch),
+            d.stats().accepted,
+            d.stats().rejected_bytes,
+        ]  # the refused one would fit by now, and is refused all the same
         told += [refusal(d.enqueue, bytes(60)), d.stats().accepted]
         return told
 
-    assert d._locked(d._state, section) == [tempo.QueueFull, 1, 1, None, 2]
+    assert d._locked(d._state, section) == [tempo.QueueFull, 1, 1, 60, None, 2]
     assert [d.stats().accepted, d.stats().rejected] == [2, 1]
     d.stop()
 
@@ -10002,6 +10006,16 @@ def test_flush_does_not_wait_for_the_batch_that_begins_behind_what_it_waits_for(
         assert entered[1].wait(LIMIT)
         assert flush.result() is True
         leave[1].set()
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_value_in_an_error_message_is_cut_behind_80_characters(more: int) -> None:
+    shown = "str: '" + "x" * (73 + more) + "'"
+    cut = shown[:77] + "..." if more else shown
+    assert len(cut) == 80
+    with pytest.raises(TypeError) as error:
+        make().enqueue("x" * (73 + more))  # type: ignore[arg-type]
+    assert str(error.value) == f"payload must be a bytes-like object, not {cut}"
 
 
 # -- Sinks: what consumers put batches into --

@@ -38,13 +38,21 @@ def describe() -> dict[str, object]:
         "python": sys.version.split()[0],
         "implementation": platform.python_implementation(),
         "interpreter": f"{platform.python_implementation()} {sys.version_info[0]}.{sys.version_info[1]}{free}",
-        "executable": sys.executable,
+        "executable": _executable(),
         "build": " ".join(platform.python_build()),
         "compiler": platform.python_compiler(),
         "gil": gil,
         "tempo": tempo.__version__,
         "commit": _commit(),
     }
+
+
+def _executable() -> str:
+    """The interpreter; within the project without the way there, which says more about its user than about it."""
+    try:
+        return str(Path(sys.executable).relative_to(ROOT))
+    except ValueError:
+        return sys.executable
 
 
 def cores() -> int:

@@ -19,6 +19,7 @@ import gzip
 import http.client
 import http.server
 import importlib.util
+import inspect
 import io
 import json
 import logging
@@ -10016,6 +10017,120 @@ def test_a_value_in_an_error_message_is_cut_behind_80_characters(more: int) -> N
     with pytest.raises(TypeError) as error:
         make().enqueue("x" * (73 + more))  # type: ignore[arg-type]
     assert str(error.value) == f"payload must be a bytes-like object, not {cut}"
+
+
+@pytest.mark.parametrize("hasty", [False, True])
+def test_a_producer_that_was_let_in_rests_unless_it_is_the_main_thread(hasty: bool) -> None:
+    d = make(max_buffered_bytes=LARGE)
+    s = d._state
+    parker = tempo._Parker(d._new_lock())
+    parker.entry, parker.hasty = tempo._Entry(b"x"), hasty
+    d._locked(s, lambda s: s.producers.append(parker))
+    assert parker.entry.accepted
+    assert (parker.roused, parker in s.resting) == (hasty, not hasty)
+    assert payloads(d.stop()) == [b"x"]
+
+
+def test_the_last_of_those_that_rest_is_told_to_watch() -> None:
+    d = make(max_buffered_bytes=LARGE)
+    s = d._state
+    parkers = [tempo._Parker(d._new_lock()) for _ in range(2)]
+    for parker in parkers:
+        parker.entry = tempo._RESTING
+    with mock.patch.object(tempo._Parker, "wake", autospec=True) as wake:
+        d._locked(s, lambda s: s.resting.extend(parkers))
+    assert s.sentinel is parkers[1]
+    assert [call.args for call in wake.call_args_list] == [(parkers[1],)]
+    d.stop()
+
+
+def test_a_batch_that_was_taken_is_returned_though_memory_is_short_after_that() -> None:
+    d = make()
+    d.enqueue(b"x")
+    d.flush(timeout=0)
+    with around("_locked", after=out_of_memory):
+        assert payloads([d.get(timeout=0)]) == [b"x"]
+    assert d.stats().delivered == 1
+
+
+def test_a_cut_that_an_interrupt_keeps_from_the_header_is_undone() -> None:
+    d = make()
+    d.enqueue(b"x")
+    real = tempo._Run.cut
+
+    def cut(run: Any, number: int) -> None:
+        real(run, number)
+        raise KeyboardInterrupt
+
+    with mock.patch.object(tempo._Run, "cut", cut), pytest.raises(KeyboardInterrupt):
+        d.flush(timeout=0)
+    d.enqueue(b"y")
+    d.flush(timeout=0)
+    assert payloads([d.get(timeout=0)]) == [b"x", b"y"]
+
+
+def test_a_stop_that_is_interrupted_as_it_takes_a_batch_out_is_made_good_by_the_next() -> None:
+    d = make(max_batch_bytes=1)
+    d.enqueue_many([b"a", b"b", b"c"])
+    source, first = inspect.getsourcelines(tempo.Dispatcher._take_locked)
+    place = first + next(i for i, line in enumerate(source) if line.strip().startswith("s.taken = now"))
+    hits = iter(range(10))
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        if frame.f_code is not tempo.Dispatcher._take_locked.__code__:
+            return trace if event == "call" else None
+        if event == "line" and frame.f_lineno == place and next(hits) == 1:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            d.stop()
+    finally:
+        sys.settrace(before)
+    assert payloads(d.stop()) == [b"a", b"b", b"c"]
+
+
+@needs_fork
+def test_a_fork_that_comes_in_no_wait_for_a_lock_takes_none() -> None:
+    d = make()
+    tempo._before_fork()
+    try:
+        assert tempo._FORKS[threading.get_ident()][-1] == []
+    finally:
+        tempo._after_fork()
+
+    def waiting(s: Any) -> list[Any]:
+        tempo._before_fork()
+        try:
+            return list(tempo._FORKS[threading.get_ident()][-1])
+        finally:
+            tempo._after_fork()
+
+    assert d._state.lock in d._locked(d._state, waiting)
+
+
+def test_at_exit_there_is_no_time_beyond_exit_timeout() -> None:
+    with make() as d:
+        d.start(lambda batch: None, exit_timeout=0.0)
+        found = mock.patch.object(tempo, "_dispatchers", return_value=[d])
+        with found, mock.patch.object(tempo.Dispatcher, "shutdown") as shutdown:
+            tempo._at_exit()
+    assert shutdown.call_args.args == (0.0,)
+
+
+@pytest.mark.parametrize(("size", "typecode"), [(999, "I"), (1000, "Q"), (1001, "Q")])
+def test_sizes_that_four_bytes_do_not_hold_take_eight(size: int, typecode: str) -> None:
+    """As of 4 GiB; here as of 1,000."""
+    d = make(max_buffered_bytes=LARGE)
+    with mock.patch.object(tempo, "_UINT", 1000):
+        d.enqueue(b"small")
+        d.enqueue_many([bytes(size)])
+        d.stats()
+    assert [run.sizes.typecode for run in d._state.runs] == (["I"] if typecode == "I" else ["I", "Q"])
+    assert payloads(d.stop()) == [b"small", bytes(size)]
 
 
 # -- Sinks: what consumers put batches into --

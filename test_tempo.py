@@ -9913,8 +9913,9 @@ def test_a_nested_call_knows_what_nested_calls_before_it_were_told() -> None:
     d.flush(timeout=0)
 
     def section(s: Any) -> list[Any]:
-        told = [refusal(d.enqueue, bytes(60))]
+        told: list[Any] = [refusal(d.enqueue, bytes(60))]
         batch, _ = d._poll_locked(s, None, False, [None])
+        assert batch is not None
         told += [
             len(batch),
             d.stats().accepted,
@@ -10131,6 +10132,22 @@ def test_sizes_that_four_bytes_do_not_hold_take_eight(size: int, typecode: str) 
         d.stats()
     assert [run.sizes.typecode for run in d._state.runs] == (["I"] if typecode == "I" else ["I", "Q"])
     assert payloads(d.stop()) == [b"small", bytes(size)]
+
+
+def test_compare_takes_the_baseline_of_the_machine_that_was_about_as_fast(tmp_path: Path) -> None:
+    for name, seconds in (("cpython-3.99", 8e-7), ("cpython-3.99-fast", 3e-7)):
+        rows = {"soak_32": {"ratio": 0.5, "spread": 0.01, "control": seconds}, "other": {"ratio": 1.0, "spread": 0.0}}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": rows}))
+    own = mock.patch.object(soak_bench, "_own_name", return_value="cpython-3.99")
+    with mock.patch.object(soak_bench, "FOLDER", tmp_path), own:
+        recorded = soak_bench._parse_baselines("auto")
+        (named,) = soak_bench._parse_baselines("cpython-3.99-fast")
+        with pytest.raises(ValueError, match="no baseline nobody"):
+            soak_bench._parse_baselines("nobody")
+    figures = {"soak_32": (0.5, 0.01, 6e-7, 3.1e-7)}
+    assert soak_bench.nearest(figures, recorded) == named
+    assert soak_bench.nearest({"soak_32": (0.5, 0.01, 9e-7, 7e-7)}, recorded).name == "cpython-3.99"
+    assert soak_bench.nearest({"other": (1.0, 0.0, 1e-7, 1e-7)}, recorded).name == "cpython-3.99"
 
 
 # -- Sinks: what consumers put batches into --

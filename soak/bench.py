@@ -8,6 +8,7 @@ metadata, so that pyperf's own commands read the result; ratios are taken here, 
 from __future__ import annotations
 
 import argparse
+import glob
 import importlib
 import json
 import math
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from soak import baseline, environment, results, worker
 from soak.options import complain, converter
@@ -80,9 +81,10 @@ def add_parser(commands: Any) -> None:
     add("--json", type=Path, metavar="PATH", help="where pyperf's JSON goes (soak/out/bench.json)")
     add(
         "--compare",
-        type=converter(_parse_baseline),
+        type=converter(_parse_baselines),
         metavar="auto|NAME",
-        help="fail when a ratio is worse than in this baseline of soak/baselines/bench by more than its noise",
+        help="fail when a ratio is worse than in this baseline of soak/baselines/bench by more than its noise; auto: "
+        "of this interpreter's, the one whose machine was about as fast",
     )
     add("--record", type=converter(_parse_new), metavar="auto|NAME", help="write the ratios as such a baseline")
     add("--arm64-root", type=Path, metavar="DIR", help="a Debian arm64 system for the group pi, run under qemu-user")
@@ -109,19 +111,54 @@ def _parse_new(text: str) -> str:
     return name
 
 
-def _parse_baseline(text: str) -> str:
+Figures = Mapping[str, tuple[float, float, float, "float | None"]]
+
+
+class Recorded(NamedTuple):
+    """A baseline."""
+
+    name: str
+    rows: dict[str, tuple[float, float]]
+    """Ratio and spread."""
+    controls: dict[str, float]
+    """Seconds of the controls, of some rows: how fast the machine was."""
+
+
+def _parse_baselines(text: str) -> list[Recorded]:
+    """Return the baselines that a run may be compared with: that of a name, or all of this interpreter's."""
     name = _parse_new(text)
+    names = [name]
+    if text == "auto":
+        names += sorted(path.stem for path in FOLDER.glob(f"{glob.escape(name)}-*.json"))
     try:
-        _load(name)
+        return [_load(name) for name in names]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{text!r}: no baseline {name} in soak/baselines/bench ({error})") from None
-    return name
 
 
-def _load(name: str) -> dict[str, tuple[float, float]]:
-    """Return a baseline's rows: the ratio and its spread."""
+def _load(name: str) -> Recorded:
     content = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    return {row: (float(value["ratio"]), float(value["spread"])) for row, value in content["rows"].items()}
+    rows = {row: (float(value["ratio"]), float(value["spread"])) for row, value in content["rows"].items()}
+    controls = {row: float(value["control"]) for row, value in content["rows"].items() if "control" in value}
+    return Recorded(name, rows, controls)
+
+
+def nearest(figures: Figures, recorded: Sequence[Recorded]) -> Recorded:
+    """Return the baseline of the machine that was about as fast.
+
+    Ratios are not free of it: what copies memory does not become faster as a processor's core does. So the nearest is
+    the one whose controls took about the same time: the mean of the logarithms of their ratios is the least.
+    """
+
+    def distance(one: Recorded) -> float:
+        steps = [
+            abs(math.log(now / seconds))
+            for row, seconds in one.controls.items()
+            if row in figures and (now := figures[row][3])
+        ]
+        return sum(steps) / len(steps) if steps else math.inf
+
+    return min(recorded, key=distance)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -159,10 +196,11 @@ def main(options: argparse.Namespace) -> int:
         well &= _write(file, lambda: results.replace(file, as_record(figures, place)))
     if options.compare is None:
         return 0 if well else 1
-    worse = compare(figures, _load(options.compare))
+    recorded = nearest(figures, options.compare)
+    worse = compare(figures, recorded.rows)
     for line in worse:
         print(line)
-    print(f"{'WORSE than' if worse else 'not worse than'} soak/baselines/bench/{options.compare}.json")
+    print(f"{'WORSE than' if worse else 'not worse than'} soak/baselines/bench/{recorded.name}.json")
     return 0 if well and not worse else 1
 
 
@@ -240,9 +278,6 @@ def spread_of(values: Iterable[float]) -> float:
     return (ranked[len(ranked) - 1 - cut] - ranked[cut]) / 2
 
 
-Figures = Mapping[str, tuple[float, float, float, "float | None"]]
-
-
 def compare(figures: Figures, recorded: Mapping[str, tuple[float, float]]) -> list[str]:
     """Return a line for each ratio that is worse than recorded by more than both spreads and FLOOR allow."""
     worse = []
@@ -314,13 +349,18 @@ def _suite(pyperf: Any, measured: Mapping[str, Rounds], place: Mapping[str, obje
 def as_record(figures: Figures, place: Mapping[str, object]) -> bytes:
     """Return the ratios as a baseline's file."""
     rows = {
-        row.name: {"ratio": round(figures[row.name][0], 4), "spread": round(figures[row.name][1], 4)}
+        row.name: {
+            "ratio": round(figures[row.name][0], 4),
+            "spread": round(figures[row.name][1], 4),
+            "control": float(f"{control:.4g}"),
+        }
         for row in ROWS
-        if row.control is not None and row.name in figures
+        if row.name in figures and (control := figures[row.name][3]) is not None
     }
     keys: Sequence[str] = ("machine", "cpu", "cores", "kernel", "python", "build", "compiler", "commit")
     content = {
-        "what": "ratios of `python3 -m soak bench`, medians over its rounds; spread: half of their middle range",
+        "what": "ratios of `python3 -m soak bench`, medians over its rounds; spread: half of their middle range;"
+        " control: seconds",
         "recorded": time.strftime("%Y-%m-%d"),
         "environment": {key: place[key] for key in keys},
         "rows": rows,

@@ -3918,7 +3918,11 @@ def test_a_fork_in_a_wait_for_a_lock_that_another_thread_has_just_got_leaves_the
         def handler(*_):
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             sys.setswitchinterval(100)
-            d._state.lock._release_save()  # as the holder does at the end of its section
+            try:
+                d._state.lock._release_save()  # as the holder does at the end of its section
+            except RuntimeError:  # from 3.14 on, and on PyPy
+                print("only its holder can release it", flush=True)
+                os._exit(0)
             end = time.monotonic() + 0.3
             while time.monotonic() < end:  # the other thread gets the lock, and waits for the GIL
                 pass
@@ -3941,6 +3945,8 @@ def test_a_fork_in_a_wait_for_a_lock_that_another_thread_has_just_got_leaves_the
         os._exit(0)
         """
     )
+    if lines == ["only its holder can release it"]:
+        pytest.skip(lines[0])
     assert sorted(lines) == ["child running", "parent running 0"]
 
 
@@ -6773,6 +6779,8 @@ class SmallModel(RuleBasedStateMachine):
             self.cut()
             self.state = "shutting_down" if self.closed else "stopped"
             break
+        if not CPYTHON:
+            gc.collect()  # until the iterator is collected, this thread is in its loop's body
 
     @precondition(lambda self: self.number > 40)
     @rule()
@@ -9530,6 +9538,7 @@ def test_a_signal_handler_that_forks_in_a_wait_for_the_lock_has_it_over_the_fork
     assert Worker(d.stats).result().state == "running"
 
 
+@pytest.mark.skipif(not CPYTHON, reason="finalizers come with the last reference on CPython alone")
 def test_a_finalizer_without_a_frame_of_its_own_is_nested_too() -> None:
     d = make()
 
@@ -10223,6 +10232,29 @@ def test_the_file_sink_takes_half_a_batch_out_again_when_it_gives_up(tmp_path: P
     assert (tmp_path / "events").read_bytes() == b"whole\nafter\n"
 
 
+def test_the_file_sink_does_not_wait_for_what_will_not_pass(tmp_path: Path) -> None:
+    sink = soak_file.FileSink(tmp_path / "events")
+    broken = mock.patch.object(os, "write", side_effect=OSError(5, "Input/output error"))
+    with broken, mock.patch("time.sleep") as sleep, pytest.raises(OSError, match="Input/output"):
+        sink.deliver(batch_of(b"x"))
+    sink.close()
+    assert sleep.call_count == 0
+
+
+def test_the_sinks_command_says_that_it_was_interrupted(tmp_path: Path, capsys: Any) -> None:
+    real = vars(soak_sinks_command)["drive"]
+
+    def drive(*args: Any) -> Any:
+        return replace(real(*args), interrupted=True)
+
+    with mock.patch.object(soak_sinks_command, "drive", drive):
+        code = soak_main.main(
+            ["sinks", "--only", "null,file", "--duration", "0.2s", "--producers", "2", "--out", str(tmp_path)]
+        )
+    assert code == 1
+    assert capsys.readouterr().out.startswith("INTERRUPTED: 1 of 1 loads well")
+
+
 @pytest.mark.parametrize(("name", "value"), [("rotate_bytes", 0), ("keep", -1)])
 def test_the_file_sink_names_a_limit_that_is_none(name: str, value: int, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1 or None, not {value}"):
@@ -10272,9 +10304,22 @@ def accepted_and_events() -> tuple[list[soak_census.Account], list[bytes]]:
         (lambda e: [*e[1::2], *e[::2]], {}),  # of two producers: nobody promised that
         (lambda e: [*e, b'{"id":"0009-1000000000"}'], {"strange": 1}),
         (lambda e: [*e, b"?"], {"strange": 1}),
+        (lambda e: [*e, e[0].replace(b"1000000000", b"9999999999")], {"strange": 1}),
+        (lambda e: [*e, e[0].replace(b"0000-1", b"-001-1")], {"strange": 1}),
         (lambda e: [e[0][:-1], *e[1:]], {"checksum_equal": False}),
     ],
-    ids=["equal", "lost", "repeated", "swapped", "interleaved", "stranger", "torn", "changed"],
+    ids=[
+        "equal",
+        "lost",
+        "repeated",
+        "swapped",
+        "interleaved",
+        "stranger",
+        "torn",
+        "never sent",
+        "negative",
+        "changed",
+    ],
 )
 def test_reading_back_finds_what_is_wrong(
     change: Callable[[list[bytes]], list[bytes]], expected: dict[str, object]

@@ -61,7 +61,7 @@ def add_parser(commands: Any) -> None:
         metavar="auto|none|PATH",
         help="what is not said is as in this file (%(default)s: what tune left in --out)",
     )
-    add("--sink", type=converter(parse_sink), default="null", metavar="SINK", help=f"{AVAILABLE} (null)")
+    add("--sink", type=converter(parse_sink), default="null", metavar="SINK", help=f"{AVAILABLE}; emptied first (null)")
     settings.add_outputs(parser)
     add(
         "--display",

@@ -1278,6 +1278,8 @@ time.sleep(o["delay"])
 @case(limit=120)
 def finalizers_at_exit(scale: float) -> int:
     """Daemon threads are frozen as they call; then finalizers call: no deadlock, and nothing on stderr."""
+    if sys.implementation.name != "cpython":
+        raise LeftOut("finalizers run at exit on CPython alone")
     rng = dice("finalizers_at_exit")
     rows = choose(rng, times(100, scale), ("pull", "push", "nobody"), ("no", "wait", "limit"), (2000, 65536))
 

@@ -2,7 +2,8 @@
 """Where consumers put batches: nowhere, into a file, or to a server.
 
 What a project can copy is in the modules beside this one, one sink each: file, http, redis, postgresql, nats. Here is
-what the soak needs around them: a place is a sink that is emptied first and read back at the end. Options of a place
+what the soak needs around them: a place is a sink that is emptied first (whatever a file, stream or table of its name
+held before is gone) and read back at the end. Options of a place
 stand behind a ``#``, as in ``redis://localhost:6379/0#stream=events&maxlen=1000000``. A client package is imported
 only when its place is used.
 """
@@ -16,7 +17,7 @@ import re
 import stat
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -361,12 +362,15 @@ class NatsPlace(Place):
         return self._read()
 
     def _read(self) -> Iterator[bytes]:
-        with asyncio.Runner() if hasattr(asyncio, "Runner") else _Runner() as runner:
-            chunks = self._chunks()
-            while chunk := runner.run(anext_(chunks)):
+        loop, chunks = asyncio.new_event_loop(), self._chunks()
+        try:
+            while chunk := loop.run_until_complete(chunks.__anext__()):
                 yield from chunk
+        finally:
+            loop.run_until_complete(chunks.aclose())
+            loop.close()
 
-    async def _chunks(self) -> Any:
+    async def _chunks(self) -> AsyncGenerator[list[bytes], None]:
         from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy  # noqa: PLC0415
 
         async with self._connected() as jetstream:
@@ -385,27 +389,6 @@ class NatsPlace(Place):
                 return int((await jetstream.stream_info(self._stream)).state.bytes)
 
         return asyncio.run(ask())
-
-
-async def anext_(iterator: Any) -> Any:
-    """The next of an asynchronous iterator (Python 3.9 has no anext())."""
-    return await iterator.__anext__()
-
-
-class _Runner:
-    """asyncio.Runner came with Python 3.11."""
-
-    def __enter__(self) -> _Runner:
-        self._loop = asyncio.new_event_loop()
-        return self
-
-    def run(self, work: Any) -> Any:
-        """Run a coroutine to its end."""
-        return self._loop.run_until_complete(work)
-
-    def __exit__(self, *_: object) -> None:
-        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-        self._loop.close()
 
 
 KINDS: Mapping[str, type[Place]] = {

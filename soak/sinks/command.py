@@ -10,8 +10,8 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,21 +137,25 @@ def main(options: argparse.Namespace) -> int:
     say(f"calibration: {before.events_per_second:,.0f} events/s with no dispatcher")
     rows: list[Row] = []
     left_out: list[str] = []
+    peers: dict[str, list[float]] = {}
     interrupted = False
     with tempfile.TemporaryDirectory(prefix="tempo-sinks-") as text:
         folder = Path(text)
         folder.chmod(0o711)  # PostgreSQL's user passes through
         try:
+            if before.interrupted:
+                raise KeyboardInterrupt
             for name in options.only:
-                for row in _loads(name, options.faults, config, folder, left_out):
-                    row.ratio = row.delivered_per_second / before.events_per_second
-                    rows.append(row)
-                    say(_line(row))
-                    if row.interrupted:
-                        raise KeyboardInterrupt
+                with closing(_loads(name, options.faults, config, folder, left_out)) as loads:
+                    for row in loads:
+                        row.ratio = row.delivered_per_second / before.events_per_second
+                        rows.append(row)
+                        say(_line(row))
+                        if row.interrupted:
+                            raise KeyboardInterrupt
+            peers = _beside(folder, options.only)
         except KeyboardInterrupt:
             interrupted = True
-        peers = {} if interrupted else _beside(folder, options.only)
     result = {
         "started": files.started,
         "interrupted": interrupted,
@@ -163,14 +167,16 @@ def main(options: argparse.Namespace) -> int:
         "queue_batcher_over_tempo": peers,
     }
     unwritten = files.finish(result)
-    results.tell(_summary(rows, left_out, peers, files.written), unwritten)
+    results.tell(_summary(rows, left_out, peers, files.written, interrupted), unwritten)
     return 1 if not files.well or interrupted or not rows or any(row.problems for row in rows) else 0
 
 
 # -- The loads ---------------------------------------------------------------------------------------------------------
 
 
-def _loads(name: str, faults: Sequence[str], config: Config, folder: Path, left_out: list[str]) -> Iterator[Row]:
+def _loads(
+    name: str, faults: Sequence[str], config: Config, folder: Path, left_out: list[str]
+) -> Generator[Row, None, None]:
     """Yield the rows of one sink: without a fault, and with each."""
     if name == "null":
         yield _load(Row(name, "none"), "null", config)
@@ -405,11 +411,16 @@ def _line(row: Row) -> str:
 
 
 def _summary(
-    rows: Sequence[Row], left_out: Sequence[str], peers: dict[str, list[float]], written: Sequence[Path]
+    rows: Sequence[Row],
+    left_out: Sequence[str],
+    peers: dict[str, list[float]],
+    written: Sequence[Path],
+    interrupted: bool,
 ) -> str:
     """Return a table in Markdown, and what else there is to say."""
     failed = [row for row in rows if row.problems]
-    lines = [f"{'FAIL' if failed or not rows else 'PASS'}: {len(rows) - len(failed)} of {len(rows)} loads well"]
+    word = "FAIL" if failed or not rows else "INTERRUPTED" if interrupted else "PASS"
+    lines = [f"{word}: {len(rows) - len(failed)} of {len(rows)} loads well"]
     lines += [
         "",
         "| sink | fault | events/s | of bare | accepted | lost | repeated | bytes there | in deliver | client CPU"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import tempo
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of a write that may succeed later."""
 PAUSES = (0.05, 1.0)
 """Seconds between tries while the disk is full: the first, doubled each time, up to the second."""
 
@@ -92,8 +95,8 @@ class FileSink:
                 try:
                     done += os.write(self._fd, text[done:])
                     pause = PAUSES[0]
-                except OSError:
-                    if not self._regular or time.monotonic() >= deadline:
+                except OSError as error:
+                    if not self._regular or error.errno not in FULL or time.monotonic() >= deadline:
                         raise
                     time.sleep(pause)
                     pause = min(2 * pause, PAUSES[1])

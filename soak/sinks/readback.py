@@ -72,20 +72,21 @@ def compare(
     else:
         start = identity_start(size)
         session, place = (slice(part.start + start, part.stop + start) for part in (SESSION, SEQUENCE))
+        made = [account.events + account.refused for account in accepted]
         # A byte an event: whether it was there.
-        seen = [bytearray() for _ in accepted]
+        seen = [bytearray(number) for number in made]
         last = [-1] * len(accepted)
         distinct = 0
         for payload in events:
             found.events += 1
             try:
                 producer, sequence = int(payload[session]), int(payload[place]) - FIRST_SEQUENCE
-                there = seen[producer]
-            except (ValueError, IndexError):
+            except ValueError:
+                producer = sequence = -1
+            if not 0 <= producer < len(accepted) or not 0 <= sequence < made[producer]:
                 found.strange += 1
                 continue
-            if sequence >= len(there):
-                there.extend(bytes(sequence + 4096 - len(there)))
+            there = seen[producer]
             if there[sequence]:
                 found.repeated += 1
                 continue

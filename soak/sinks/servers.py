@@ -19,6 +19,7 @@ from pathlib import Path
 
 from soak import environment
 from soak.debian import SetupError, fetch
+from soak.progress import say
 
 CACHE = environment.ROOT / ".cache" / "servers"
 """Removed by ``make clean``."""
@@ -46,7 +47,7 @@ def find(program: str, package: str) -> tuple[str, dict[str, str]]:
         return found, dict(os.environ)
     root = CACHE / package
     if not (CACHE / f"{package}.done").exists():
-        print(f"sinks: fetching {package} from Debian into {root}", file=sys.stderr, flush=True)
+        say(f"sinks: fetching {package} from Debian into {root}")
         shutil.rmtree(root, ignore_errors=True)
         fetch([package], root)
         (CACHE / f"{package}.done").touch()
@@ -59,7 +60,6 @@ def find(program: str, package: str) -> tuple[str, dict[str, str]]:
 class Server:
     """A server process, its data in ``folder/data``. ``stop`` it in any case."""
 
-    kind = ""
     forgives = True
     """False: after a full disk, it works again only when it is started anew."""
 
@@ -95,22 +95,26 @@ class Server:
             for path in (self.folder, self.data):
                 os.chown(path, account.pw_uid, account.pw_gid)
 
+    def run(self, command: list[str], variables: dict[str, str]) -> subprocess.Popen[bytes]:
+        """Start a program of the server's, as its user, in its folder; what it says goes to the log."""
+        with open(self._log, "ab") as log:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=variables,
+                cwd=self.folder,
+                user=self.user,
+                start_new_session=True,
+            )
+
     def start(self) -> None:
         """Start it, and wait until it answers. Raises SetupError."""
         command, variables = self.command()
         deadline = time.monotonic() + START
         while True:
-            with open(self._log, "ab") as log:
-                self._process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env=variables,
-                    cwd=self.folder,
-                    user=self.user,
-                    start_new_session=True,
-                )
+            self._process = self.run(command, variables)
             while self._process.poll() is None:
                 with contextlib.suppress(OSError), socket.create_connection((HOST, self.port), 1.0):
                     if self.answers():
@@ -214,8 +218,6 @@ def _mount(*arguments: str) -> bool:
 class Redis(Server):
     """redis-server; every command is in its file, and in the system's hands, before it answers."""
 
-    kind = "redis"
-
     def command(self) -> tuple[list[str], dict[str, str]]:
         program, variables = find("redis-server", "redis-server")
         options = {
@@ -241,41 +243,12 @@ class Redis(Server):
 class Postgres(Server):
     """postgres with its defaults: what is committed is on the disk."""
 
-    kind = "postgresql"
-
-    def _run(self, command: list[str], variables: dict[str, str]) -> None:
-        with open(self._log, "ab") as log:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=variables,
-                user=self.user,
-                cwd=self.folder,
-                check=False,
-            )
-        if done.returncode:
-            raise SetupError(f"{command[0]} failed with exit code {done.returncode} (see {self._log})")
-
     def prepare(self) -> None:
         program, variables = find("initdb", "postgresql")
-        self._run(
-            [
-                program,
-                "-D",
-                str(self.data / "pg"),
-                "-U",
-                "tempo",
-                "-A",
-                "trust",
-                "-E",
-                "UTF8",
-                "--locale=C",
-                "--no-sync",
-            ],
-            variables,
-        )
+        options = ["--username=tempo", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"]
+        code = self.run([program, "-D", str(self.data / "pg"), *options], variables).wait()
+        if code:
+            raise SetupError(f"{program} failed with exit code {code} (see {self._log})")
 
     def command(self) -> tuple[list[str], dict[str, str]]:
         program, variables = find("postgres", "postgresql")
@@ -299,7 +272,6 @@ class Postgres(Server):
 class Nats(Server):
     """nats-server with JetStream on the disk."""
 
-    kind = "nats"
     forgives = False  # it has then disabled JetStream
 
     def command(self) -> tuple[list[str], dict[str, str]]:
@@ -312,8 +284,6 @@ class Nats(Server):
 
 class Http(Server):
     """The receiver beside this module."""
-
-    kind = "http"
 
     def command(self) -> tuple[list[str], dict[str, str]]:
         variables = {**os.environ, "PYTHONPATH": str(environment.ROOT)}
@@ -331,8 +301,6 @@ class Http(Server):
 
 class Relay(Server):
     """Between a sink and its server; SIGUSR1 resets all connections."""
-
-    kind = "relay"
 
     def __init__(self, folder: Path, to: int) -> None:
         super().__init__(folder)

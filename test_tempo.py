@@ -140,6 +140,17 @@ def payloads(batches: Any) -> list[bytes]:
     return [payload for batch in batches for payload in batch.tolist()]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def interrupts_are_not_ignored() -> Iterator[None]:
+    """As they are in what a script starts in the background; processes that tests start inherit it."""
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if ignored:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    if ignored:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @pytest.fixture(autouse=True)
 def no_thread_left() -> Iterator[None]:
     """Fail a test that leaves a thread behind."""

@@ -62,9 +62,9 @@ def main(options: argparse.Namespace) -> int:
     config = settings.config_from(options, options.limit, defaults=DEFAULTS)
     wanted = config.producers * options.each
     files = results.Files(options.out, options.json, "stress")
-    say(f"stress: {config.producers} producers, {options.each:,} payloads each")
     try:
-        with interrupts.kept():
+        with interrupts.kept():  # from before the first word, or an interrupt in between would count as the second
+            say(f"stress: {config.producers} producers, {options.each:,} payloads each")
             counted, outcome = census.take(config, options.limit, options.each, LOOK)
             outcome.interrupted |= interrupts.take()
     except KeyboardInterrupt:

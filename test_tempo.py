@@ -111,6 +111,12 @@ except ImportError:  # PyPy has none
     tracemalloc = None  # type: ignore[assignment]
 
 ROOT = Path(__file__).resolve().parent
+CPYTHON = sys.implementation.name == "cpython"
+
+walkable = pytest.mark.skipif(
+    not CPYTHON or sys.version_info[:2] == (3, 12),
+    reason="threads stopped at bytecodes crash CPython 3.12, are no PyPy's",
+)
 
 
 def make(**kwargs: Any) -> tempo.Dispatcher:
@@ -3915,6 +3921,7 @@ def test_the_hooks_keep_no_dispatcher_alive_that_was_started() -> None:
 
 
 @needs_fork
+@pytest.mark.skipif(not CPYTHON, reason="frees a lock that another thread holds, which PyPy does not survive")
 def test_a_fork_in_a_wait_for_a_lock_that_another_thread_has_just_got_leaves_the_child_going() -> None:
     lines = forking(
         """
@@ -3931,7 +3938,7 @@ def test_a_fork_in_a_wait_for_a_lock_that_another_thread_has_just_got_leaves_the
             sys.setswitchinterval(100)
             try:
                 d._state.lock._release_save()  # as the holder does at the end of its section
-            except RuntimeError:  # from 3.14 on, and on PyPy
+            except RuntimeError:  # from 3.14 on
                 print("only its holder can release it", flush=True)
                 os._exit(0)
             end = time.monotonic() + 0.3
@@ -5792,6 +5799,7 @@ def test_ctrl_c_in_other_commands_of_soak_is_told_in_a_line(
         assert result["accepted"] == result["delivered"] < result["wanted"]
 
 
+@walkable
 def test_ctrl_c_ends_the_processes_of_soak_interleave_without_a_word() -> None:
     options = ("interleave", "--depth", "1", "--twins", "no", "--workers", "1")
     with OnTerminal("-c", INTERRUPTED, "", *options) as terminal:
@@ -6435,7 +6443,6 @@ def test_a_run_names_its_samples_and_a_report_finds_them(tmp_path: Path) -> None
     assert report.samples[-1]["delivered"] == report.number("delivered")
 
 
-CPYTHON = sys.implementation.name == "cpython"
 QUICK = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
 BULKY = settings(deadline=None, max_examples=30, suppress_health_check=list(HealthCheck))
 BYTE = st.integers(1, 1000)
@@ -9689,11 +9696,6 @@ def test_a_call_at_the_end_of_the_stack_is_made_or_not_made(name: str) -> None:
 # Interleavings: calls stopped at a bytecode while others run (`make interleave` walks all of them)
 
 SAMPLE = 40.0  # seconds of random ones
-
-walkable = pytest.mark.skipif(
-    not CPYTHON or sys.version_info[:2] == (3, 12),
-    reason="threads stopped at bytecodes crash CPython 3.12, are no PyPy's",
-)
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from io import BytesIO
 from itertools import accumulate, chain, islice, repeat, takewhile
 from operator import countOf
@@ -584,7 +585,8 @@ class Dispatcher:
     )  # fmt: skip
 
     def __init__(self, *, interval: float, max_buffered_bytes: int, max_batch_bytes: int | None = None) -> None:
-        # Fixed after init. Primitives are looked up here and not at import, so that monkey-patching comes in time.
+        # Fixed after init. Primitives are looked up here and not at import, so that monkey-patching comes in time; and
+        # again at the first call in a forked child, which may have been patched since (see _first_ident).
         self._interval = _seconds("interval", interval)
         if not 0 < self._interval <= threading.TIMEOUT_MAX:
             raise ValueError(
@@ -603,14 +605,15 @@ class Dispatcher:
         # begins unseen then, and counts its interval from the credit.
         self._unseen = self._interval / 8
         self._clock = time.monotonic
-        self._ident = threading.get_ident
-        self._new_lock = threading.Lock
-        self._new_thread = threading.Thread
-        self._local = threading.local()
-        self._new_rlock = threading.RLock
         self._push: tuple[_Handler, _OnError | None, float] | None = None  # set once, under the lock
+        self._resolve()
         self._renew()
         _DISPATCHERS.add(self)
+
+    def _resolve(self) -> None:
+        """Look up what makes locks and threads, now."""
+        self._ident, self._new_lock, self._new_rlock, self._new_thread, new_local = _primitives()
+        self._local = new_local()
 
     def _renew(self) -> None:
         """Begin anew, with nothing accepted; also in a forked child, by its only thread."""
@@ -2137,6 +2140,25 @@ def _dispatchers() -> list[Dispatcher]:
             continue
 
 
+def _primitives() -> tuple[Callable[[], int], Callable[[], Any], Callable[[], Any], type[threading.Thread], type[Any]]:
+    return threading.get_ident, threading.Lock, threading.RLock, threading.Thread, threading.local
+
+
+def _first_ident(reference: weakref.ref[Dispatcher], known: object) -> int:
+    """As a dispatcher's _ident, at its first call in a forked child: what was monkey-patched since is looked up anew.
+
+    gunicorn's gevent workers are patched after the fork. There a lock made by what was known before would stop all
+    greenlets, among them the one that is to release it.
+    """
+    d = reference()
+    if d is not None:
+        if _primitives() != known:
+            d._resolve()
+            d._state.lock = _LOCKS.setdefault(d._new_rlock, d._new_rlock())
+        d._ident = threading.get_ident
+    return threading.get_ident()
+
+
 def _before_fork() -> None:
     """Where a signal handler forks in a wait for the lock, get it first: that wait must end in the child too.
 
@@ -2178,6 +2200,7 @@ def _after_fork_in_child() -> None:
     for d in _dispatchers():
         old = d._state
         d._renew()
+        d._ident = partial(_first_ident, weakref.ref(d), _primitives())
         old.places = 0
         for parker in chain(old.producers, old.resting, old.consumers, old.drainers):
             parker.woken = False  # another thread may have been about to wake it

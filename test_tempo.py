@@ -3991,9 +3991,80 @@ def test_a_producer_that_is_queued_as_a_signal_handler_forks_goes_on_in_the_chil
         fork_here(d)
         return threading.Lock()
 
-    d._new_lock = new_lock  # type: ignore[assignment]
+    d._new_lock = new_lock
     Worker(d.enqueue, b"child", timeout=None).result()
     assert payloads(d.stop()) == [b"child"]
+
+
+@contextlib.contextmanager
+def patched_threading() -> Iterator[dict[str, list[Any]]]:
+    """Other primitives in threading, as gevent's monkey-patching puts there; yields what was made with each."""
+    made: dict[str, list[Any]] = {}
+
+    def other(name: str) -> Any:
+        real = getattr(threading, name)
+
+        def make_one(*args: Any, **kwargs: Any) -> Any:
+            made.setdefault(name, []).append(real(*args, **kwargs))
+            return made[name][-1]
+
+        return make_one
+
+    with contextlib.ExitStack() as stack:
+        for name in ("Lock", "RLock", "Thread", "local", "get_ident"):
+            stack.enter_context(mock.patch.object(threading, name, other(name)))
+        yield made
+
+
+def test_a_child_that_is_patched_after_the_fork_uses_the_patched_primitives() -> None:
+    d = make()
+    came: list[tempo.Batch] = []
+    d.start(came.append)
+    fork_here(d)
+    with patched_threading() as made:
+        d.enqueue(b"child")
+        assert d.flush(LIMIT)
+        d.shutdown(LIMIT)
+    assert payloads(came) == [b"child"]
+    (rlock,) = made["RLock"]
+    assert d._state.lock is rlock
+    assert d._local in made["local"]
+    assert d._state.thread in made["Thread"]
+    assert made["get_ident"]
+    assert any(isinstance(lock, type(threading.Lock())) for lock in made["Lock"])
+
+
+def test_dispatchers_of_a_child_that_is_patched_after_the_fork_have_one_lock() -> None:
+    dispatchers = [make(), make()]
+    for d in dispatchers:
+        fork_here(d)
+    with patched_threading():
+        for d in dispatchers:
+            d.stats()
+        third = make()
+    assert dispatchers[0]._state.lock is dispatchers[1]._state.lock is third._state.lock
+
+
+def test_a_child_that_is_not_patched_keeps_its_primitives() -> None:
+    d = make()
+    fork_here(d)
+    lock, local = d._state.lock, d._local
+    d.enqueue(b"child")
+    with patched_threading() as made:  # too late: they are in use
+        assert d.stats().accepted == 1
+        d.enqueue(b"another")
+    assert (d._state.lock, d._local, made) == (lock, local, {})
+    assert d._ident is threading.get_ident
+
+
+def test_a_child_keeps_no_dispatcher_alive_that_it_has_not_called() -> None:
+    d = make()
+    fork_here(d)
+    seen, ident = weakref.ref(d), d._ident
+    del d
+    gc.collect()
+    assert seen() is None
+    assert ident() == threading.get_ident()
 
 
 def test_a_consumer_that_is_queued_as_a_signal_handler_forks_waits_in_the_child() -> None:
@@ -5070,7 +5141,7 @@ def test_recipe_starlette_answers_503_when_there_is_no_room(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("worker", "preload"),
-    [("sync", True), ("sync", False), ("gthread", True), ("gthread", False), ("gevent", False)],
+    [("sync", True), ("sync", False), ("gthread", True), ("gthread", False), ("gevent", True), ("gevent", False)],
 )
 def test_recipe_gunicorn_drains_each_worker(tmp_path: Path, worker: str, preload: bool) -> None:
     source = recipe("gunicorn", interval="interval=3600")
@@ -8837,7 +8908,7 @@ def test_a_producer_does_not_rest_when_no_lock_can_be_had() -> None:
     def no_lock() -> None:
         raise RuntimeError("can't allocate lock")
 
-    d._new_lock = no_lock  # type: ignore[assignment]
+    d._new_lock = no_lock
     Worker(send, d, b"", 5000).result()
 
     assert d.stats().accepted == 5009

@@ -384,6 +384,67 @@ def gevent_forks(scale: float) -> int:
 
 
 @case(limit=300)
+def gevent_after_the_fork(scale: float) -> int:
+    """Dispatchers of before, in a child that is patched, as gunicorn's gevent workers are: they wait in greenlets."""
+    gevent_imported()
+    script = """if True:
+        import os, traceback
+        from soak.hostile.checks import Census, expect
+        import tempo
+        takes = Census().receiver()
+        limits = {"interval": 0.001, "max_buffered_bytes": 100, "max_batch_bytes": 50}
+        pushing, pulling = tempo.Dispatcher(**limits), tempo.Dispatcher(**limits)
+        for d in (pushing, pulling):
+            d.enqueue(b"the parent's")
+        pushing.start(lambda batch: takes.take(batch))
+        pid = os.fork()
+        if pid:
+            expect(os.waitpid(pid, 0)[1] == 0, "the child")
+            os._exit(0)
+        try:
+            import gevent, gevent.monkey
+            gevent.monkey.patch_all()
+            ticks = [0]
+            def tick():
+                while True:
+                    gevent.sleep(0.001)
+                    ticks[0] += 1
+            ticking = gevent.spawn(tick)
+            for d in (pulling, pushing):
+                census = Census()
+                takes = census.receiver()
+                def consume():
+                    for batch in d:
+                        takes.take(batch)
+                def produce(sender):
+                    for _ in range(50):
+                        sender.try_many(d, [4, 30, 8], None)
+                at_work = [gevent.spawn(consume)] if d is pulling else []
+                at_work += [gevent.spawn(produce, census.sender()) for _ in range(4)]
+                gevent.joinall(at_work[-4:], timeout=30, raise_error=True)
+                expect(all(g.dead for g in at_work[-4:]), "a producer waits for ever")
+                expect(d.flush(30))
+                d.shutdown(30)
+                gevent.joinall(at_work, timeout=30, raise_error=True)
+                d._check()
+                print(census.verify(d).delivered)
+            expect(ticks[0] and not ticking.dead, "the hub stood still")
+            sys.stdout.flush()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc(file=sys.stdout)
+            sys.stdout.flush()
+        os._exit(1)
+    """
+    tried = 0
+    for _ in range(times(10, scale)):
+        came = [int(line) for line in in_child(script).split()]
+        expect(came == [600, 600], came)
+        tried += sum(came)
+    return tried
+
+
+@case(limit=300)
 def gevent_at_exit(scale: float) -> int:
     """A program in greenlets that ends without a shutdown: what was accepted is handled before it is gone."""
     gevent_imported()

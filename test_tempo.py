@@ -5776,6 +5776,10 @@ class OnTerminal:
         """Press Ctrl-C."""
         os.write(self._master, b"\x03")
 
+    def terminate(self) -> None:
+        """Tell it to end."""
+        self._process.terminate()
+
     def exit_code(self) -> int:
         """Wait for the end."""
         while self._read():
@@ -5814,6 +5818,41 @@ def test_ctrl_c_in_each_part_of_a_soak_ends_the_load_and_keeps_the_result(phase:
     assert result["drain_seconds"] is not None
 
 
+def test_sigterm_in_a_soak_is_as_ctrl_c(tmp_path: Path) -> None:
+    options = ("--producers", "2", "--out", str(tmp_path), "--baseline", "none", "--settings", "none")
+    with OnTerminal("-c", INTERRUPTED, "load", "run", *options, "--duration", "10m") as terminal:
+        terminal.read_until(LIVE)
+        terminal.terminate()
+        assert terminal.exit_code() == 0, terminal.text
+    assert_restored(terminal.text)
+    result = json.loads((tmp_path / "latest.json").read_text(encoding="utf-8"))
+    assert result["interrupted"]
+    assert result["accepted"] == result["delivered"] > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_is_not_kept_from_whoever_looks_after_it(number: signal.Signals) -> None:
+    came: list[int] = []
+    before = signal.signal(number, lambda *_: came.append(1))
+    try:
+        with soak_interrupts.kept():
+            signal.raise_signal(number)
+            assert not soak_interrupts.take()
+    finally:
+        signal.signal(number, before)
+    assert came == [1]
+
+
+def test_afterwards_interrupts_are_as_they_were_before() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with soak_interrupts.kept():
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert soak_interrupts.take()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
 def test_an_interrupt_before_a_soak_leaves_it_the_time_to_show_that_events_flow() -> None:
     config = soak_settings.config_from(argparse.Namespace(producers=2), 600.0)
     load = Load(config)
@@ -5823,6 +5862,61 @@ def test_an_interrupt_before_a_soak_leaves_it_the_time_to_show_that_events_flow(
     assert outcome.interrupted
     assert outcome.stats is not None
     assert outcome.stats.delivered == sum(load.accepted) > 0
+
+
+@walkable
+def test_an_interrupt_anywhere_in_a_wait_leaves_its_event_usable() -> None:
+    # Event.wait() itself does not survive one between the getting of its lock and its `with`: it keeps the lock.
+    codes = {function.__code__ for function in (threading.Event.wait, threading.Condition.__enter__)}
+    position, reached = 0, True
+    while reached:
+        position, seen = position + 1, 0
+        event = threading.Event()
+
+        def step(frame: Any, kind: str, _: object, position: int = position) -> Any:
+            nonlocal seen
+            if frame.f_code not in codes:
+                return None
+            frame.f_trace_opcodes = True
+            if kind == "opcode":
+                seen += 1
+                if seen == position:
+                    signal.raise_signal(signal.SIGINT)
+            return step
+
+        with soak_interrupts.kept():
+            before = sys.gettrace()
+            sys.settrace(step)
+            try:
+                soak_interrupts.wait(event, 0.001)
+                interrupted = soak_interrupts.take()
+            except KeyboardInterrupt:
+                interrupted = True
+            finally:
+                sys.settrace(before)
+        reached = seen >= position
+        assert interrupted == reached
+        assert event._cond.acquire(False), position  # type: ignore[attr-defined]
+        event._cond.release()  # type: ignore[attr-defined]
+    assert position > 10
+
+
+def test_an_interrupt_whose_wake_up_is_lost_ends_a_wait_all_the_same() -> None:
+    # As one that comes between the last look for signals and the system's wait, which then has nothing to wait for.
+    event = threading.Event()
+    real, waits = event.wait, []
+
+    def wait(timeout: float | None = None) -> bool:
+        assert timeout is not None
+        assert timeout <= soak_interrupts.GLANCE
+        waits.append(timeout)
+        if len(waits) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return real(0)
+
+    with mock.patch.object(event, "wait", wait), soak_interrupts.kept(), pytest.raises(KeyboardInterrupt):
+        soak_interrupts.wait(event, 600.0)
+    assert len(waits) == 2
 
 
 def test_a_second_ctrl_c_ends_a_soak_without_a_result(tmp_path: Path) -> None:

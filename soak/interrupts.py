@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Ctrl-C while a command runs, without a result lost, a thread left or a terminal spoilt.
+"""Ctrl-C, or SIGTERM, while a command runs, without a result lost, a thread left or a terminal spoilt.
 
 Python raises KeyboardInterrupt wherever the main thread happens to be: in the middle of a drain, of a line that is
-written, of a display that is drawn. While a command has entered ``kept()``, the first one is raised only where it is
-welcome, in a wait that it may end; elsewhere it is pending until the next such wait, or until somebody takes note of
-it. A second one is raised at once, wherever that is: whoever presses twice does not want to wait.
+written, of a display that is drawn; also in the middle of ``Event.wait()``, whose lock is then held for ever. While a
+command has entered ``kept()``, the first one is only noted. It is raised by the waits that it may end, which look for
+it several times a second, or taken note of by ``take()``. A second one is raised at once, wherever that is: whoever
+presses twice does not want to wait.
 """
 
 from __future__ import annotations
@@ -12,36 +13,43 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
+
+GLANCE = 0.1
+"""Seconds after which a wait looks for an interrupt."""
 
 _seen = 0
 _pending = False
-_welcome = False
 # Touched by the main thread alone: signal handlers run there, too.
 
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Keep the first interrupt for the waits below. Does nothing where SIGINT is ignored or somebody else's."""
+    """Keep the first interrupt for the waits below; a SIGTERM is one. Neither, where it is ignored or another's."""
     global _seen, _pending
+    usual: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     on_main = threading.current_thread() is threading.main_thread()
-    if not on_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    _seen, _pending = 0, False
-    signal.signal(signal.SIGINT, _note)
+    ours = [number for number, handler in usual.items() if on_main and signal.getsignal(number) is handler]
+    if ours:
+        _seen, _pending = 0, False
+    for number in ours:
+        signal.signal(number, _note)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        _seen, _pending = 0, False
+        for number in ours:
+            signal.signal(number, usual[number])
+        if ours:
+            _seen, _pending = 0, False
 
 
 def _note(number: int, frame: FrameType | None) -> None:
     global _seen, _pending  # noqa: PLW0603
     _seen += 1
-    if _welcome or _seen > 1:
+    if _seen > 1:
         raise KeyboardInterrupt
     _pending = True
 
@@ -55,13 +63,14 @@ def take() -> bool:
 
 def wait(event: threading.Event, seconds: float) -> bool:
     """Wait for the event, as ``event.wait`` does. Raises KeyboardInterrupt when one comes, or is pending."""
-    global _welcome  # noqa: PLW0603
     if threading.current_thread() is not threading.main_thread():
         return event.wait(seconds)
-    _welcome = True  # before the look at what is pending, so that none slips through in between
-    try:
+    deadline = time.monotonic() + seconds
+    while True:
         if take():
             raise KeyboardInterrupt
-        return event.wait(seconds)
-    finally:
-        _welcome = False
+        left = deadline - time.monotonic()
+        if event.wait(min(GLANCE, max(0.0, left))):
+            return True
+        if left <= GLANCE:
+            return False

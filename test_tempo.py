@@ -6224,10 +6224,11 @@ def test_the_target_for_looking_at_a_soak_is_missed_when_it_is_slowed_by_more(sl
 @pytest.mark.parametrize("size", [None, 35, 10240])
 def test_soak_events_without_probes_are_the_same_but_for_the_probes(size: int | None) -> None:
     sent = soak_payloads.Sent(size)
-    probed, plain = (list(islice(soak_payloads.events(size, 7, counter), 600)) for counter in (sent, None))
+    probed, plain = (list(islice(soak_payloads.events(size, 7, counter), 3000)) for counter in (sent, None))
     identity = slice(*(soak_payloads.identity_start(size) + place for place in (0, soak_payloads.IDENTITY_SIZE)))
     assert [event[identity] for event in probed] == [event[identity] for event in plain]
-    assert sent.probes == sum(soak_payloads.MARK in event for event in probed) == 2
+    assert [i for i, event in enumerate(probed) if soak_payloads.MARK in event] == [63, 191, 447, 959, 1983]
+    assert sent.probes == 5
     assert not any(soak_payloads.MARK in event for event in plain)
 
 

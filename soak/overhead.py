@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The ``overhead`` command: what the harness itself takes of the rate that it measures.
 
-Short loads on fresh dispatchers, all with the settings of ``run``, in one process and in turns, each round beginning
-with another: one that nobody looks at, one with the probes, one with all that ``run`` does while it loads, with either
+Short loads on fresh dispatchers, all with the settings of ``run``, in one process and in rounds, each in an order of
+its own: one that nobody looks at, one with the probes, one with all that ``run`` does while it loads, with either
 display, and the census. What a way of looking costs is 1 less its rate over that of the unwatched load of the same
 round, so that a machine whose speed changes from minute to minute changes both. A second unwatched load, which costs
 nothing, says how far off these figures are.
@@ -22,6 +22,7 @@ import contextlib
 import io
 import json
 import math
+import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,7 @@ from soak.config import Config
 from soak.drive import Outcome, drive
 from soak.load import Load
 from soak.options import complain, converter, parse_path
+from soak.payloads import STRIDE
 from soak.progress import LiveMonitor, Monitor, SilentMonitor, Stream, say
 from soak.units import format_seconds, parse_count, parse_duration
 
@@ -61,7 +63,7 @@ BARE, AGAIN = "unwatched", "again"
 WAYS: Mapping[str, str] = {
     BARE: "no probes, no samples, no display",
     AGAIN: "the same once more: what is not 0 here is noise",
-    "probes": "one event in 256 is a probe, and consumers look for them",
+    "probes": f"one event in {STRIDE} is a probe, and consumers look for them",
     "samples": "that, and samples into a synced file: run --display none",
     "plain": "that, and a line now and then: run --display plain",
     "live": "the same with the live display: run --display live",
@@ -171,10 +173,10 @@ def subjects(config: Config, folder: Path) -> dict[str, Callable[[], Measured]]:
 
 
 def in_turn(ways: Mapping[str, Callable[[], Measured]], number: int) -> dict[str, Measured]:
-    """Measure each way once, beginning with another in each round."""
+    """Measure each way once, in another order in each round: what one load leaves behind is not the same one's."""
     names = list(ways)
-    start = number % len(names)
-    return {name: ways[name]() for name in names[start:] + names[:start]}
+    random.Random(number).shuffle(names)
+    return {name: ways[name]() for name in names}
 
 
 def _timed(work: Callable[[], tuple[int, Outcome]]) -> Measured:

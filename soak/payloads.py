@@ -5,9 +5,10 @@ Each event names its producer and its place in that producer's sequence (``0007-
 tell what is missing, doubled or out of order. Numbers keep their width (sequences start at 1e9), so that payloads of
 one kind have one size, the identity always stands at the same place, and the mix has an exact mean: 163 bytes.
 
-One event of ``STRIDE`` is a *probe*: behind its identity it carries ``~``, a byte that no other payload holds, and the
-time at which it was made. A consumer finds probes in a batch at C speed, without looking at each event. Events of a
-fixed size below ``PROBED_SIZE`` have no room for a probe, and below ``IDENTITY_SIZE`` none for an identity.
+One event of ``STRIDE``, and more of the first ones, is a *probe*: behind its identity it carries ``~``, a byte that no
+other payload holds, and the time at which it was made. A consumer finds probes in a batch at C speed, without looking
+at each event. Events of a fixed size below ``PROBED_SIZE`` have no room for a probe, and below ``IDENTITY_SIZE`` none
+for an identity.
 """
 
 from __future__ import annotations
@@ -51,8 +52,10 @@ MIX = (
     *(FORM, CLICK, SCROLL, HEARTBEAT) * 4,
 )
 
-STRIDE = 256
-FIGURES = tuple(range(STRIDE, 2 * STRIDE))
+STRIDE = 1024
+"""A probe costs several times what another event does, the more so as it comes seldom and finds the caches cold."""
+FIRST_STRIDE = 64
+FIGURES = tuple(range(256, 512)) * (STRIDE // 256)
 """Three digits an event: a coordinate, a time, a distance. Made once, so that each producer holds next to nothing."""
 MARK = b"~"
 FIRST_SEQUENCE = 1_000_000_000
@@ -119,13 +122,24 @@ def events(size: int | None, producer: int, sent: Sent | None) -> Iterator[bytes
     return _small(session, size)
 
 
+def _strides() -> Iterator[tuple[int, int]]:
+    """Sequences of the first event of a stride, and of its last, which is the probe: early ones are short.
+
+    >>> [last - first + 1 for first, last in islice(_strides(), 7)]
+    [64, 128, 256, 512, 1024, 1024, 1024]
+    """
+    first, size = FIRST_SEQUENCE, FIRST_STRIDE
+    while True:
+        yield first, first + size - 1
+        first, size = first + size, min(STRIDE, 2 * size)
+
+
 def _telemetry(session: str, sent: Sent | None) -> Iterator[Iterable[bytes]]:
     """Strides of events. Each event is formatted when it is asked for; map() merely does without a Python loop."""
     templates = cycle(MIX)
-    usual = STRIDE if sent is None else STRIDE - 1
-    for first in count(FIRST_SEQUENCE, STRIDE):
-        last = first + usual
-        fields = zip(repeat(session), range(first, last), FIGURES)
+    for first, last in _strides():
+        usual = last - first + (sent is None)
+        fields = zip(repeat(session), range(first, first + usual), FIGURES)
         yield map(str.encode, map(mod, islice(templates, usual), fields))
         if sent is not None:
             yield (sent.add((PROBE % (session, last, perf_counter_ns())).encode()),)
@@ -135,10 +149,8 @@ def _sized(session: str, size: int, sent: Sent | None) -> Iterator[bytes]:
     # No template here: % would look at each character of a large filler, where an f-string copies it at once.
     filler = _filler(size - IDENTITY_SIZE)
     probe_filler = _filler(size - PROBED_SIZE)
-    usual = STRIDE if sent is None else STRIDE - 1
-    for first in count(FIRST_SEQUENCE, STRIDE):
-        last = first + usual
-        for sequence in range(first, last):
+    for first, last in _strides():
+        for sequence in range(first, last + (sent is None)):
             yield f"{session}-{sequence}{filler}".encode()
         if sent is not None:
             yield sent.add(f"{session}-{last}~{perf_counter_ns():019d}{probe_filler}".encode())

@@ -21,7 +21,6 @@ from typing import Any
 from soak import baseline, charts, results, run, verdict
 from soak.charts import Bars, Chart, Curve, Histogram, Line, Point, Times
 from soak.options import complain, converter, parse_path
-from soak.payloads import STRIDE
 from soak.units import MIB, format_seconds, format_size
 
 OUT = Path("soak/out")
@@ -404,9 +403,12 @@ def _latency(report: Report) -> Chart | None:
         for name, seconds in ((name, report.number("latency_seconds", name)) for name in ("p50", "p99", "max"))
         if seconds and seconds > 0
     ]
+    probes = report.number("latency_seconds", "samples") or 0.0
+    delivered = report.number("delivered") or 0.0
+    share = f", one event in {round(delivered / probes):,}" if delivered >= probes > 0 else ""
     caption = (
-        f"From enqueue to a consumer's hands, {count(report.number('latency_seconds', 'samples'))} probes, one event in"
-        f" {STRIDE}. The area is the share of the probes: a doubling of the time is equally wide everywhere."
+        f"From enqueue to a consumer's hands, {count(probes)} probes{share}. The area is the share of the probes: a"
+        " doubling of the time is equally wide everywhere."
     )
     return Chart("Latency", caption, Histogram(charts.coarsen(buckets), "latency (logarithmic)", lines))
 

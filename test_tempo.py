@@ -5118,10 +5118,15 @@ def ended(server: subprocess.Popen[str], ending: signal.Signals) -> tuple[list[b
 UVICORN = ("uvicorn", "--fd", "{fd}", "--no-access-log")
 
 
+@pytest.mark.parametrize("framework", ["starlette", "fastapi"])
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT], ids=lambda ending: str(ending.name))
-def test_recipe_starlette_drains_when_uvicorn_ends(tmp_path: Path, ending: signal.Signals) -> None:
+def test_recipe_starlette_drains_when_uvicorn_ends(tmp_path: Path, ending: signal.Signals, framework: str) -> None:
     source = recipe("Starlette, FastAPI", interval="interval=3600")
-    skip_what_is_not_installed("import uvicorn")
+    skip_what_is_not_installed(f"import uvicorn\nimport {framework}")
+    if framework == "fastapi":
+        source, found = re.subn(r"(?m)^app = Starlette.*$", "app = FastAPI(lifespan=lifespan)", source)
+        assert found == 1
+        source = f'from fastapi import FastAPI\n{source}\napp.post("/track")(track)\n'
     with served(source, tmp_path, *UVICORN) as (server, port):
         for i in range(20):
             assert ask(port, "POST", "/track", b"event %d" % i) == 202
@@ -10679,6 +10684,114 @@ def test_a_bad_option_of_the_sinks_command_is_one_line(arguments: list[str]) -> 
     assert f"argument {arguments[0]}: " in line
 
 
+def skip_without(program: str, package: str) -> None:
+    """Skip the test when a server is neither installed nor in the cache already."""
+    with mock.patch.object(soak_servers, "fetch", side_effect=SetupError("not installed")):
+        try:
+            soak_servers.find(program, package)
+        except SetupError:
+            pytest.skip(f"no {program} is here (make soak-sinks fetches it)")
+
+
+@contextlib.contextmanager
+def redis_servers(folder: Path, *options: Sequence[str]) -> Iterator[list[soak_servers.Redis]]:
+    """A server for each of these options, ended afterwards."""
+    pytest.importorskip("redis", minversion="6.1")  # the first whose RedisCluster has transactions
+    pytest.importorskip("tenacity")
+    skip_without("redis-server", "redis-server")
+    with contextlib.ExitStack() as stack:
+        servers = [soak_servers.Redis(folder / f"server {i}") for i in range(len(options))]
+        for server, more in zip(servers, options):
+            server.more = more
+            server.make_folder(small=False)
+            stack.callback(server.stop)
+            server.start()
+        yield servers
+
+
+def in_stream(client: Any, stream: str) -> list[bytes]:
+    """The events that are in a stream."""
+    return [fields[b"event"] for _, fields in client.xrange(stream)]
+
+
+def test_the_redis_sink_trims_its_stream(tmp_path: Path) -> None:
+    with redis_servers(tmp_path, ()) as (server,):
+        redis = importlib.import_module("redis")
+        module = importlib.import_module("soak.sinks.redis")
+        events = [b"%04d" % i for i in range(3000)]
+        with redis.Redis(port=server.port, socket_timeout=LIMIT) as client:
+            sinks = {maxlen: module.RedisSink(client, f"at most {maxlen}", maxlen=maxlen) for maxlen in (500, None)}
+            for start in range(0, 3000, 100):
+                for sink in sinks.values():
+                    sink.deliver(batch_of(*events[start : start + 100]))
+            kept = in_stream(client, "at most 500")
+            assert kept == events[-len(kept) :]
+            assert 500 <= len(kept) < 700  # Redis trims by whole nodes, of 100 entries
+            assert in_stream(client, "at most None") == events
+
+
+def test_the_redis_sink_goes_on_when_a_machine_of_its_cluster_comes_back(tmp_path: Path) -> None:
+    options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "1000", "--cluster-port")
+    buses = [soak_servers.free_port() for _ in range(3)]  # where they talk to each other
+    with redis_servers(tmp_path, *((*options, str(bus)) for bus in buses)) as servers:
+        redis = importlib.import_module("redis")
+        module = importlib.import_module("soak.sinks.redis")
+        patient = {"socket_timeout": LIMIT, "socket_connect_timeout": LIMIT}
+        with contextlib.ExitStack() as stack:
+            nodes = [stack.enter_context(redis.Redis(port=server.port, **patient)) for server in servers]
+            for i, node in enumerate(nodes):
+                node.execute_command("CLUSTER ADDSLOTSRANGE", 16384 * i // 3, 16384 * (i + 1) // 3 - 1)
+                node.execute_command("CLUSTER MEET", soak_servers.HOST, servers[0].port, buses[0])
+
+            wait_until(lambda: all(node.cluster("INFO")["cluster_state"] == "ok" for node in nodes))
+            cluster = stack.enter_context(redis.RedisCluster(host=soak_servers.HOST, port=servers[0].port, **patient))
+            streams = [f"events:{{{i}}}" for i in range(6)]
+            assert len({cluster.get_node_from_key(stream).port for stream in streams}) == 3
+            sinks = [module.RedisSink(cluster, stream) for stream in streams]
+            for i, sink in enumerate(sinks):
+                sink.deliver(batch_of(b"%d" % i, b"next"))
+            sinks[0]._append(1, [b"0", b"next"])  # the try whose answer was lost
+            assert [in_stream(cluster, stream) for stream in streams] == [[b"%d" % i, b"next"] for i in range(6)]
+
+            (away,) = (server for server in servers if server.port == cluster.get_node_from_key(streams[0]).port)
+            away.kill()
+            tries: list[int] = []
+            append = sinks[0]._append
+
+            def counted(*args: Any) -> None:
+                tries.append(1)
+                append(*args)
+
+            with mock.patch.object(sinks[0], "_append", counted):
+                worker = Worker(sinks[0].deliver, batch_of(b"while it was away"))
+                wait_until(lambda: len(tries) > 1)
+                away.start()
+                worker.result()
+            assert in_stream(cluster, streams[0]) == [b"0", b"next", b"while it was away"]
+
+
+@pytest.mark.parametrize(
+    ("error", "transient"),
+    [
+        ("redis.ConnectionError('away')", True),
+        ("redis.AuthenticationError('invalid password')", False),
+        ("redis.exceptions.ClusterDownError('The cluster is down')", True),
+        ("redis.exceptions.MovedError('3999 127.0.0.1:6381')", True),
+        ("redis.ResponseError('MISCONF Redis is configured to save')", True),
+        ("redis.ResponseError('Command # 1 (XADD a) of pipeline caused error: NOREPLICAS Not enough')", True),
+        ("redis.ResponseError('Command # 1 (XADD NOREPLICAS) of pipeline caused error: WRONGTYPE')", False),
+        ("redis.RedisClusterException('Redis Cluster cannot be connected. Please')", True),
+        ("redis.RedisClusterException('shard_hint is deprecated')", False),
+        ("ValueError('MISCONF')", False),
+    ],
+)
+def test_the_redis_sink_tries_again_what_may_pass(error: str, transient: bool) -> None:
+    redis = pytest.importorskip("redis")
+    pytest.importorskip("tenacity")
+    module = importlib.import_module("soak.sinks.redis")
+    assert module.is_transient(eval(error, {"redis": redis})) is transient
+
+
 @pytest.mark.parametrize("kind", ["redis", "postgresql", "nats"])
 def test_a_batch_whose_acknowledgement_is_lost_is_in_the_server_once(kind: str, tmp_path: Path) -> None:
     """The connection is reset, again and again, while batches are delivered through a relay."""
@@ -10689,11 +10802,7 @@ def test_a_batch_whose_acknowledgement_is_lost_is_in_the_server_once(kind: str, 
         "postgresql": ("initdb", "postgresql"),
         "nats": ("nats-server", "nats-server"),
     }[kind]
-    with mock.patch.object(soak_servers, "fetch", side_effect=SetupError("not installed")):
-        try:  # installed, or in the cache already
-            soak_servers.find(program, package)
-        except SetupError:
-            pytest.skip(f"no {program} is here (make soak-sinks fetches it)")
+    skip_without(program, package)
     done = run_python(
         *("-m", "soak", "sinks", "--only", kind, "--faults", "reset", "--duration", "1s", "--producers", "4"),
         *("--max-buffered-bytes", "256KiB"),

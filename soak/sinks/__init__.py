@@ -15,6 +15,7 @@ import contextlib
 import os
 import re
 import stat
+import threading
 import time
 import urllib.parse
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
@@ -49,6 +50,7 @@ class Place:
         """Within deliver, of all consumers together."""
         self.cpu_seconds = 0.0
         """The same, of these threads' own work."""
+        self._adding = threading.Lock()
 
     def open(self) -> None:
         """Connect, and empty the place. Raises OSError when it cannot, ImportError without its package."""
@@ -71,8 +73,10 @@ class Place:
 
     def took(self, started: float, worked: float) -> None:
         """Add up what a delivery took that began at these times."""
-        self.seconds += time.perf_counter() - started
-        self.cpu_seconds += time.thread_time() - worked
+        seconds, cpu_seconds = time.perf_counter() - started, time.thread_time() - worked
+        with self._adding:
+            self.seconds += seconds
+            self.cpu_seconds += cpu_seconds
 
     def close(self) -> None:
         """Let go of the sink; the place itself can be read then."""

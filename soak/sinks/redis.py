@@ -1,37 +1,48 @@
 # SPDX-License-Identifier: MIT
 """Batches into a Redis stream. This file can be copied into a project as it is; it needs redis (redis-py) and tenacity.
 
-From one machine to many: consumer groups on the stream (XREADGROUP, XACK); on Redis Cluster a stream a key, such as
-``events:{7}`` for the seventh of the partitions, and a sink for each.
+From one machine to many: consumer groups on the stream (XREADGROUP, XACK); on Redis Cluster (``redis.RedisCluster`` in
+place of ``redis.Redis``) a stream a partition, such as ``events:{7}`` for the seventh, and a sink for each.
 """
 
 from __future__ import annotations
 
+import re
 import threading
 import uuid
 from typing import Any
 
 import redis
 import tenacity
+from redis import exceptions
 
 import tempo
 
 TRANSIENT = (
     redis.ConnectionError,
     redis.TimeoutError,
-    redis.BusyLoadingError,
     redis.ReadOnlyError,
     redis.OutOfMemoryError,
     redis.WatchError,
+    exceptions.ExecAbortError,
+    # Of a cluster: a machine is away, has been replaced, or hands its slots over.
+    exceptions.ClusterError,
+    exceptions.AskError,
+    exceptions.TryAgainError,
+    exceptions.SlotNotCoveredError,
 )
-"""Errors after which the same batch may succeed later; and a ResponseError that begins with one of PASSING."""
-PASSING = ("MISCONF", "CLUSTERDOWN", "TRYAGAIN", "LOADING", "MASTERDOWN", "NOREPLICAS", "EXECABORT")
+"""Errors after which the same batch may succeed later; and those that tell of PASSING."""
+LASTING = (redis.AuthenticationError, exceptions.AuthorizationError)
+"""Connection errors that no other try mends."""
+PASSING = re.compile("(?:^|caused error: )(?:MISCONF|NOREPLICAS|CLUSTERDOWN|Redis Cluster cannot be connected)")
+"""What redis-py has no class for; where it tells of a command in a pipeline, that comes first."""
 
 
 def is_transient(error: BaseException) -> bool:
     """Return whether trying again may help. MISCONF: Redis cannot write to its disk."""
-    return isinstance(error, TRANSIENT) or (
-        isinstance(error, redis.ResponseError) and any(word in str(error) for word in PASSING)
+    return not isinstance(error, LASTING) and (
+        isinstance(error, TRANSIENT)
+        or (isinstance(error, (redis.ResponseError, redis.RedisClusterException)) and bool(PASSING.search(str(error))))
     )
 
 
@@ -49,7 +60,7 @@ class RedisSink:
 
     def __init__(
         self,
-        client: redis.Redis,
+        client: redis.Redis | redis.RedisCluster,
         stream: str = "tempo",
         *,
         maxlen: int | None = 1_000_000,

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from soak import environment
@@ -218,6 +218,9 @@ def _mount(*arguments: str) -> bool:
 class Redis(Server):
     """redis-server; every command is in its file, and in the system's hands, before it answers."""
 
+    more: Sequence[str] = ()
+    """Further words of its command line."""
+
     def command(self) -> tuple[list[str], dict[str, str]]:
         program, variables = find("redis-server", "redis-server")
         options = {
@@ -228,7 +231,8 @@ class Redis(Server):
             "save": "",
             "loglevel": "warning",
         }
-        return [program, *(str(word) for name, value in options.items() for word in (f"--{name}", value))], variables
+        words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+        return [program, *words, *self.more], variables
 
     def answers(self) -> bool:
         with socket.create_connection((HOST, self.port), 5.0) as connection:

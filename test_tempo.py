@@ -5580,6 +5580,11 @@ WRITERS: dict[str, tuple[list[str], Callable[[], Any], str]] = {
         ),
         "killed: ",
     ),
+    "sinks": (
+        ["sinks", "--only", "null", "--duration", "100ms", "--producers", "2", "--json"],
+        lambda: mock.patch.object(soak_sinks_command, "ROUNDS", 1),
+        '"rows": [',
+    ),
     "instructions": (
         ["instructions", "--record", "yes"],
         lambda: mock.patch.multiple(

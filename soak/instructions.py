@@ -30,7 +30,7 @@ FILE = baseline.FOLDER / "bench" / "instructions.json"
 TOLERANCE = 0.02
 """A figure may exceed the recorded one by that much: valgrind and the C library have a part in it, too."""
 FEWER, MORE = 8, 40
-"""Times the payloads of ``soak.micro`` go through; the fewer are also what warms up."""
+"""Times that so many payloads go through; the fewer are also what warms up."""
 PATIENCE = 600.0
 
 SUBJECTS = {
@@ -38,8 +38,11 @@ SUBJECTS = {
     "enqueue_many": "d = micro.EnqueueMany()",
     "way": "d = micro.Way()",
     "queue_put": "d = micro.queue_put",
+    "load_unwatched": "d = micro.OneThread(probes=False)",
+    "load": "d = micro.OneThread(probes=True)",
 }
-"""What is counted, and the code that makes it. ``queue_put`` is the control: it changes with the interpreter alone."""
+"""What is counted, and the code that makes it. ``queue_put`` is the control: it changes with the interpreter alone.
+``load`` less ``load_unwatched`` is what the probes cost; what time tells of that, see ``overhead``."""
 
 PROGRAM = "import sys; sys.path.insert(0, {root!r}); from soak import micro; {setup}\nfor _ in range({times}): d()"
 

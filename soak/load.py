@@ -172,19 +172,20 @@ class Load:
         else:
             self._produce_raising(index, dispatcher, halt)
 
-    def _source(self, index: int) -> Iterator[bytes]:
+    def source(self, index: int) -> Iterator[bytes]:
+        """Return a producer's events, endless."""
         size = self._config.payload_size
         return events(size, index, self.sent[index] if self._probes else None)
 
     def _produce_accounted(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
         sent, account = self.sent[index], self.accounts[index]
         try:
-            send(self._config, self._source(index), sent, dispatcher, halt, account)
+            send(self._config, self.source(index), sent, dispatcher, halt, account)
         finally:
             self.accepted[index], self.refused[index] = account.events, account.refused
 
     def _produce_blocking(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
-        source = self._source(index)
+        source = self.source(index)
         enqueue = dispatcher.enqueue
         accepted = self.accepted
         size, then = 1, perf_counter()
@@ -197,7 +198,7 @@ class Load:
 
     def _produce_raising(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
         sent = self.sent[index]
-        source = self._source(index)
+        source = self.source(index)
         enqueue = dispatcher.enqueue
         accepted = self.accepted
         while not halt:
@@ -215,7 +216,7 @@ class Load:
 
     def _produce_bulk(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
         sent = self.sent[index]
-        source = self._source(index)
+        source = self.source(index)
         enqueue_many = dispatcher.enqueue_many
         bulk = self._config.bulk
         timeout = None if self._config.on_full == "block" else 0.0
@@ -237,9 +238,9 @@ class Load:
         """Receive, count, look for probes, put into the place, rest."""
         taken = self.taken[index]
         if self._place is not None:
-            self._place.consume(dispatcher, partial(self._note, taken), self._config.consumer_delay)
+            self._place.consume(dispatcher, partial(self.note, taken), self._config.consumer_delay)
             return
-        note, delay = self._note, self._config.consumer_delay
+        note, delay = self.note, self._config.consumer_delay
         for batch in dispatcher:
             note(taken, batch)
             if delay:
@@ -247,7 +248,8 @@ class Load:
             # Wait for the next batch with empty hands: the heap measured is to be the dispatcher's.
             del batch
 
-    def _note(self, taken: Taken, batch: tempo.Batch) -> None:
+    def note(self, taken: Taken, batch: tempo.Batch) -> None:
+        """Count a batch, and the probes in it."""
         arrived = perf_counter_ns()
         taken.batches += 1
         taken.events += len(batch)

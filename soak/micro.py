@@ -7,13 +7,17 @@ work of a call is inside the clock: for tempo also counting payloads, packing th
 
 from __future__ import annotations
 
+import argparse
 import os
 import queue
 from collections.abc import Callable
+from itertools import islice
 from time import perf_counter
 from typing import Any
 
 import tempo
+from soak import settings
+from soak.load import Load
 from soak.units import KIB, MIB
 
 SIZE = 163
@@ -156,6 +160,28 @@ class Way:
         seconds = perf_counter() - started
         assert last == b"".join(PAYLOADS[-CHUNK:])
         assert self.dispatcher.stats().buffered == 0
+        return seconds / len(PAYLOADS)
+
+
+class OneThread:
+    """Events of a load made, enqueued, and taken in batches in which probes are looked for; without probes: neither."""
+
+    def __init__(self, probes: bool) -> None:
+        self._load = Load(settings.config_from(argparse.Namespace(producers=1), 1.0), probes=probes)
+        self._source = self._load.source(0)
+        self._dispatcher = Enqueue.make()
+
+    def __call__(self) -> float:
+        dispatcher, taken = self._dispatcher, self._load.taken[0]
+        started = perf_counter()
+        for payload in islice(self._source, len(PAYLOADS)):
+            dispatcher.enqueue(payload, timeout=None)
+        dispatcher.flush(timeout=0)
+        while dispatcher.stats().buffered:
+            self._load.note(taken, dispatcher.get())
+        seconds = perf_counter() - started
+        assert taken.events == dispatcher.stats().accepted
+        assert taken.probes == self._load.sent[0].probes
         return seconds / len(PAYLOADS)
 
 

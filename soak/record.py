@@ -139,7 +139,8 @@ def summarize(found: Sequence[Mapping[str, Any]], place: Mapping[str, object]) -
     content["runs"] = [
         {key: result[key] for key in ("delivered_per_second", "calibration", *baseline.COMPARED)} for result in found
     ]
-    content["environment"] = dict(place)
+    # Files of this kind are passed on: where somebody's interpreter lies is nobody else's business.
+    content["environment"] = {key: value for key, value in place.items() if key != "executable"}
     content["config"] = dict(found[0]["config"])
     return content
 

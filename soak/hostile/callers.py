@@ -1836,6 +1836,8 @@ def large_batches_without_memory(scale: float) -> int:
 @case()
 def a_handler_without_memory(scale: float) -> int:
     """Where there is no room for its batch, its thread tells so, goes on, and has it when there is."""
+    if sys.implementation.name == "pypy":
+        raise LeftOut("PyPy's own Thread.start() waits for ever for a thread that had no memory to begin with")
 
     def attempt(rng: random.Random, _: int) -> int:
         push = Push(rng, Shape(24 * tempo.MiB, 12 * tempo.MiB, ()), producers=0)

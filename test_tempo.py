@@ -684,6 +684,22 @@ def test_a_payload_as_large_as_a_full_buffer_may_fit_later() -> None:
     assert refusal(d.enqueue, bytes(SMALL + 1)) is tempo.PayloadTooLarge
 
 
+@pytest.mark.parametrize(
+    "make_view", [bytearray, memoryview, lambda data: array("B", data)], ids=["bytearray", "memoryview", "array"]
+)
+def test_a_payload_that_would_have_to_be_copied_and_never_fits_is_refused_and_counted(make_view: Any) -> None:
+    d = make(max_buffered_bytes=SMALL)
+
+    assert refusal(d.enqueue, make_view(bytes(SMALL + 1))) is tempo.PayloadTooLarge
+    with pytest.raises(tempo.PayloadTooLarge) as caught:
+        d.enqueue_many([make_view(b"first"), make_view(bytes(SMALL + 2))])
+
+    assert caught.value.accepted == 1
+    stats = d.stats()
+    assert (stats.rejected, stats.rejected_bytes) == (2, 2 * SMALL + 3)
+    assert payloads(d.stop()) == [b"first"]
+
+
 def test_enqueue_many_accepts_as_many_empty_payloads_as_there_are_bytes() -> None:
     d = make(max_buffered_bytes=SMALL)
 

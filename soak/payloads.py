@@ -53,7 +53,7 @@ MIX = (
 )
 
 STRIDE = 1024
-"""A probe costs several times what another event does, the more so as it comes seldom and finds the caches cold."""
+"""A probe, with the search for it, costs several times what another event does."""
 FIRST_STRIDE = 64
 FIGURES = tuple(range(256, 512)) * (STRIDE // 256)
 """Three digits an event: a coordinate, a time, a distance. Made once, so that each producer holds next to nothing."""

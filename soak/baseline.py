@@ -131,13 +131,14 @@ def choose(
 
 
 def records(option: str, folder: Path = FOLDER) -> list[str]:
-    """Return the records to show beside a result, in words."""
+    """Return the records to show beside a result, in words; baselines, of this machine or another, are none."""
     found = []
     for name in names(folder) if option == "auto" else [option] if option != "none" else []:
         try:
-            words = load(name, folder).record()
+            file = load(name, folder)
         except ValueError:
             continue  # choose() has said so
-        if words is not None:
+        words = file.record()
+        if words is not None and file.expected("ratio") is None:
             found.append(words)
     return found

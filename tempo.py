@@ -580,7 +580,7 @@ class Dispatcher:
     """
 
     __slots__ = (
-        "__weakref__", "_ahead", "_clock", "_ident", "_interval", "_local", "_max_batch", "_max_buffered",
+        "__weakref__", "_ahead", "_clock", "_ident", "_interval", "_known", "_local", "_max_batch", "_max_buffered",
         "_most_small", "_new_lock", "_new_rlock", "_new_thread", "_push", "_state", "_turn", "_unseen",
     )  # fmt: skip
 
@@ -607,17 +607,25 @@ class Dispatcher:
         self._clock = time.monotonic
         self._push: tuple[_Handler, _OnError | None, float] | None = None  # set once, under the lock
         self._resolve()
+        self._ident = threading.get_ident
         self._renew()
         _DISPATCHERS.add(self)
 
     def _resolve(self) -> None:
         """Look up what makes locks and threads, now."""
-        self._ident, self._new_lock, self._new_rlock, self._new_thread, new_local = _primitives()
+        known = _primitives()
+        _, self._new_lock, self._new_rlock, self._new_thread, new_local = known
         self._local = new_local()
+        self._known = known
 
     def _renew(self) -> None:
         """Begin anew, with nothing accepted; also in a forked child, by its only thread."""
-        self._state = _State(_LOCKS.setdefault(self._new_rlock, self._new_rlock()))
+        self._state = _State(self._shared_lock())
+
+    def _shared_lock(self) -> Any:
+        """The lock of all dispatchers. gevent changes what RLock makes, not the function: so the type counts too."""
+        lock = self._new_rlock()
+        return _LOCKS.setdefault((self._new_rlock, type(lock)), lock)
 
     # -- Producers ---------------------------------------------------------------------------------------------------
 
@@ -1719,6 +1727,7 @@ class Dispatcher:
 
     def _spawn(self, s: _State, push: tuple[_Handler, _OnError | None, float] | None = None) -> None:
         """Start the handler's thread; push: for the first time."""
+        self._ident()  # first: it may look up anew what makes threads
         thread = self._new_thread(target=self._consume, name=f"tempo-{id(self):x}", daemon=True)
         try:
             if self._locked(s, self._adopt_locked, thread, push):
@@ -2126,7 +2135,7 @@ _GLOBALS = globals()
 _LOCKED_CODE = Dispatcher._locked.__code__
 _HANDLE_CODE = Dispatcher._handle.__code__
 _DISPATCHERS: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
-# The lock of all dispatchers, by what made it: that may be monkey-patched meanwhile.
+# The lock of all dispatchers, by what made it, and its type: either may be monkey-patched meanwhile.
 _LOCKS: dict[Any, Any] = {}
 # By thread: of each fork under way, one in another's hooks last, the locks that it has taken.
 _FORKS: dict[int, list[list[Any]]] = {}
@@ -2144,7 +2153,7 @@ def _primitives() -> tuple[Callable[[], int], Callable[[], Any], Callable[[], An
     return threading.get_ident, threading.Lock, threading.RLock, threading.Thread, threading.local
 
 
-def _first_ident(reference: weakref.ref[Dispatcher], known: object) -> int:
+def _first_ident(reference: weakref.ref[Dispatcher]) -> int:
     """As a dispatcher's _ident, at its first call in a forked child: what was monkey-patched since is looked up anew.
 
     gunicorn's gevent workers are patched after the fork. There a lock made by what was known before would stop all
@@ -2152,10 +2161,12 @@ def _first_ident(reference: weakref.ref[Dispatcher], known: object) -> int:
     """
     d = reference()
     if d is not None:
-        if _primitives() != known:
+        s = d._state
+        if _primitives() != d._known:
             d._resolve()
-            d._state.lock = _LOCKS.setdefault(d._new_rlock, d._new_rlock())
-        d._ident = threading.get_ident
+        s.lock = d._shared_lock()
+        if s is d._state:  # else a signal handler has forked: the child's next call looks again
+            d._ident = threading.get_ident
     return threading.get_ident()
 
 
@@ -2200,7 +2211,7 @@ def _after_fork_in_child() -> None:
     for d in _dispatchers():
         old = d._state
         d._renew()
-        d._ident = partial(_first_ident, weakref.ref(d), _primitives())
+        d._ident = partial(_first_ident, weakref.ref(d))
         old.places = 0
         for parker in chain(old.producers, old.resting, old.consumers, old.drainers):
             parker.woken = False  # another thread may have been about to wake it

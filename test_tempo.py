@@ -85,6 +85,7 @@ from soak import stress as soak_stress
 from soak import tune as soak_tune
 from soak import units, verdict
 from soak import worker as soak_worker
+from soak.calibration import calibrate
 from soak.config import Config
 from soak.debian import SetupError
 from soak.drive import drive
@@ -4012,9 +4013,15 @@ def test_a_producer_that_is_queued_as_a_signal_handler_forks_goes_on_in_the_chil
     assert payloads(d.stop()) == [b"child"]
 
 
+needs_c_rlock = pytest.mark.skipif(not getattr(threading, "_CRLock", None), reason="threading has one kind of RLock")
+
+
 @contextlib.contextmanager
-def patched_threading() -> Iterator[dict[str, list[Any]]]:
-    """Other primitives in threading, as gevent's monkey-patching puts there; yields what was made with each."""
+def patched_threading(rlock: bool = True) -> Iterator[dict[str, list[Any]]]:
+    """Other primitives in threading, as monkey-patching puts there; yields what was made with each.
+
+    rlock: False for gevent's way: threading.RLock stays the function that it was, and makes another lock.
+    """
     made: dict[str, list[Any]] = {}
 
     def other(name: str) -> Any:
@@ -4027,27 +4034,39 @@ def patched_threading() -> Iterator[dict[str, list[Any]]]:
         return make_one
 
     with contextlib.ExitStack() as stack:
-        for name in ("Lock", "RLock", "Thread", "local", "get_ident"):
+        for name in ("Lock", "RLock", "Thread", "local", "get_ident") if rlock else ("Lock", "local", "get_ident"):
             stack.enter_context(mock.patch.object(threading, name, other(name)))
+        if not rlock:
+            stack.enter_context(mock.patch.object(threading, "_CRLock", None))
         yield made
 
 
-def test_a_child_that_is_patched_after_the_fork_uses_the_patched_primitives() -> None:
+@pytest.mark.parametrize("rlock", [True, pytest.param(False, marks=needs_c_rlock)])
+def test_a_child_that_is_patched_after_the_fork_uses_the_patched_primitives(rlock: bool) -> None:
     d = make()
     came: list[tempo.Batch] = []
     d.start(came.append)
     fork_here(d)
-    with patched_threading() as made:
+    with patched_threading(rlock) as made:
         d.enqueue(b"child")
         assert d.flush(LIMIT)
         d.shutdown(LIMIT)
+        assert type(d._state.lock) is type(threading.RLock())
+        assert make()._state.lock is d._state.lock
+        assert d._state.thread in made.get("Thread", [d._state.thread])
     assert payloads(came) == [b"child"]
-    (rlock,) = made["RLock"]
-    assert d._state.lock is rlock
     assert d._local in made["local"]
-    assert d._state.thread in made["Thread"]
     assert made["get_ident"]
-    assert any(isinstance(lock, type(threading.Lock())) for lock in made["Lock"])
+    assert made["Lock"]
+
+
+@needs_c_rlock
+def test_dispatchers_of_before_and_after_a_patching_have_locks_of_their_own() -> None:
+    before = make()
+    with patched_threading(rlock=False):
+        after = make()
+        assert type(after._state.lock) is type(threading.RLock())
+    assert after._state.lock is not before._state.lock
 
 
 def test_dispatchers_of_a_child_that_is_patched_after_the_fork_have_one_lock() -> None:
@@ -4059,6 +4078,56 @@ def test_dispatchers_of_a_child_that_is_patched_after_the_fork_have_one_lock() -
             d.stats()
         third = make()
     assert dispatchers[0]._state.lock is dispatchers[1]._state.lock is third._state.lock
+
+
+def test_a_child_that_was_forked_after_the_patching_looks_further_back_than_its_fork() -> None:
+    d = make()
+    fork_here(d)
+    with patched_threading():
+        fork_here(d)  # of the child, in which nothing was called yet
+        d.stats()
+        assert d._new_lock is threading.Lock
+        assert d._new_thread is threading.Thread
+
+
+def test_a_thread_that_is_started_by_a_childs_first_call_is_a_patched_one() -> None:
+    d = make()
+    fork_here(d)
+    with patched_threading() as made:
+        d.start(lambda batch: None)
+        assert d._state.thread in made["Thread"]
+        d.shutdown(LIMIT)
+
+
+def test_a_childs_first_call_that_fails_leaves_the_looking_up_to_the_next() -> None:
+    d = make()
+    fork_here(d)
+    with patched_threading():
+        no_memory = mock.patch.object(tempo.Dispatcher, "_shared_lock", side_effect=MemoryError)
+        with no_memory, pytest.raises(MemoryError):
+            d.stats()
+        d.stats()
+        assert d._state.lock is make()._state.lock
+
+
+def test_a_childs_first_call_in_which_a_signal_handler_forks_leaves_the_looking_up_to_the_grandchilds() -> None:
+    d = make()
+    fork_here(d)
+    real = tempo.Dispatcher._shared_lock
+
+    def forking_first(self: tempo.Dispatcher) -> Any:
+        forked.stop()
+        fork_here(d)
+        return real(self)
+
+    with patched_threading():
+        forked = mock.patch.object(tempo.Dispatcher, "_shared_lock", forking_first)
+        forked.start()
+        d._ident()
+        assert isinstance(d._ident, partial)
+        d.stats()
+        assert d._ident is threading.get_ident
+        assert d._state.lock is make()._state.lock
 
 
 def test_a_child_that_is_not_patched_keeps_its_primitives() -> None:
@@ -5802,9 +5871,9 @@ class OnTerminal:
         """Press Ctrl-C."""
         os.write(self._master, b"\x03")
 
-    def terminate(self) -> None:
-        """Tell it to end."""
-        self._process.terminate()
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, which no key is for."""
+        self._process.send_signal(number)
 
     def exit_code(self) -> int:
         """Wait for the end."""
@@ -5848,7 +5917,7 @@ def test_sigterm_in_a_soak_is_as_ctrl_c(tmp_path: Path) -> None:
     options = ("--producers", "2", "--out", str(tmp_path), "--baseline", "none", "--settings", "none")
     with OnTerminal("-c", INTERRUPTED, "load", "run", *options, "--duration", "10m") as terminal:
         terminal.read_until(LIVE)
-        terminal.terminate()
+        terminal.send_signal(signal.SIGTERM)
         assert terminal.exit_code() == 0, terminal.text
     assert_restored(terminal.text)
     result = json.loads((tmp_path / "latest.json").read_text(encoding="utf-8"))
@@ -5876,6 +5945,7 @@ def test_afterwards_interrupts_are_as_they_were_before() -> None:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         assert soak_interrupts.take()
+        assert not soak_interrupts.take()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
@@ -5927,6 +5997,29 @@ def test_an_interrupt_anywhere_in_a_wait_leaves_its_event_usable() -> None:
     assert position > 10
 
 
+@pytest.mark.parametrize("work", ["calibrate", "drive"])
+def test_a_second_interrupt_in_a_later_wait_is_not_taken_for_the_first(work: str) -> None:
+    config = soak_settings.config_from(argparse.Namespace(producers=2), 600.0)
+    load = Load(config)
+
+    def interrupted() -> bool:
+        return drive(config, 600.0, load).interrupted if work == "drive" else calibrate(config, 600.0).interrupted
+
+    with soak_interrupts.kept():
+        signal.raise_signal(signal.SIGINT)
+        assert interrupted()
+        second = mock.patch.object(threading.Event, "wait", lambda *_: signal.raise_signal(signal.SIGINT))
+        real = soak_interrupts.wait
+
+        def wait(event: threading.Event, seconds: float) -> bool:
+            with second:
+                return real(event, seconds)
+
+        with mock.patch.object(soak_interrupts, "wait", wait), pytest.raises(KeyboardInterrupt) as caught:
+            interrupted()
+    assert not isinstance(caught.value, soak_interrupts.Interrupted)
+
+
 def test_an_interrupt_whose_wake_up_is_lost_ends_a_wait_all_the_same() -> None:
     # As one that comes between the last look for signals and the system's wait, which then has nothing to wait for.
     event = threading.Event()
@@ -5940,7 +6033,7 @@ def test_an_interrupt_whose_wake_up_is_lost_ends_a_wait_all_the_same() -> None:
             signal.raise_signal(signal.SIGINT)
         return real(0)
 
-    with mock.patch.object(event, "wait", wait), soak_interrupts.kept(), pytest.raises(KeyboardInterrupt):
+    with mock.patch.object(event, "wait", wait), soak_interrupts.kept(), pytest.raises(soak_interrupts.Interrupted):
         soak_interrupts.wait(event, 600.0)
     assert len(waits) == 2
 
@@ -10684,6 +10777,25 @@ def test_the_sinks_command_harms_a_server_and_reads_back(tmp_path: Path) -> None
             assert row["read"]["lost"] == 0
             assert row["read"]["events"] - row["read"]["repeated"] == row["accepted"] > 0
     assert result["left_out"] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_sinks_command_that_is_told_to_end_ends_its_server(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("urllib3", minversion="2")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    options = ("--only", "http", "--faults", "none", "--duration", "10m", "--producers", "2", "--json", os.devnull)
+    with OnTerminal("-m", "soak", "sinks", *options) as terminal:
+        terminal.read_until("calibration: ")
+        wait_until(lambda: list(tmp_path.glob("tempo-sinks-*/http/data/*")), "the server has begun")
+        (folder,) = tmp_path.iterdir()
+        terminal.send_signal(number)
+        assert terminal.exit_code() == 1, terminal.text
+    assert "INTERRUPTED" in terminal.text
+    assert not folder.exists()
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.parent.exists()]
+    assert not any(os.fsencode(folder) in command for command in commands)
 
 
 def test_the_sinks_command_leaves_a_server_out_that_cannot_be_had(tmp_path: Path) -> None:

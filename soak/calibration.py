@@ -21,7 +21,7 @@ MOST_KEPT = 4 * ROUND
 
 @dataclass(frozen=True)
 class Calibration:
-    """What came of it. ``interrupted``: a KeyboardInterrupt cut it short; the rate is of the time until then."""
+    """What came of it. ``interrupted``: the first interrupt cut it short; the rate is of the time until then."""
 
     events_per_second: float
     interrupted: bool
@@ -70,7 +70,7 @@ def calibrate(config: Config, seconds: float) -> Calibration:
         started = time.perf_counter()
         crew.go.set()
         interrupts.wait(crew.trouble, seconds)
-    except KeyboardInterrupt:
+    except interrupts.Interrupted:
         interrupted = True
     finally:
         halt.append(True)

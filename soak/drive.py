@@ -49,9 +49,9 @@ Sampler = Callable[[float, tempo.Stats], None]
 def drive(config: Config, seconds: float, work: Work, sample: Sampler | None = None, every: float = 1.0) -> Outcome:
     """Run ``work`` for ``seconds`` on a new dispatcher, then drain it and shut it down.
 
-    ``sample(elapsed, stats)`` is called in this thread about each ``every`` seconds and once after the end. A
-    KeyboardInterrupt during the load ends it early. One that comes as it starts or drains is raised, or pending under
-    ``interrupts.kept()``; a second one is raised.
+    ``sample(elapsed, stats)`` is called in this thread about each ``every`` seconds and once after the end. Under
+    ``interrupts.kept()`` the first interrupt ends the load early, and is pending when it comes as that drains. Any
+    KeyboardInterrupt else is raised; during the load, its threads are told to end.
     """
     outcome = Outcome()
     patience = PATIENCE + config.longest_drain
@@ -76,10 +76,14 @@ def drive(config: Config, seconds: float, work: Work, sample: Sampler | None = N
     crew.go.set()
     try:
         _wait(crew, producers, dispatcher, started, seconds, patience, sample, every)
-    except KeyboardInterrupt:
+    except interrupts.Interrupted:
         outcome.interrupted = True
         # One that came before the load did would leave nothing to judge.
         crew.trouble.wait(max(0.0, started + min(HURRY, seconds) - time.perf_counter()))
+    except BaseException:
+        halt.append(True)
+        _stop(dispatcher, crew)
+        raise
     halt.append(True)
 
     # After a problem nobody may be left to make room for producers that wait: stop() below releases them.

@@ -3,9 +3,9 @@
 
 Python raises KeyboardInterrupt wherever the main thread happens to be: in the middle of a drain, of a line that is
 written, of a display that is drawn; also in the middle of ``Event.wait()``, whose lock is then held for ever. While a
-command has entered ``kept()``, the first one is only noted. It is raised by the waits that it may end, which look for
-it several times a second, or taken note of by ``take()``. A second one is raised at once, wherever that is: whoever
-presses twice does not want to wait.
+command has entered ``kept()``, the first one is only noted. The waits that it may end look for it several times a
+second and raise ``Interrupted``; or somebody asks ``take()``. A second one is raised at once, as KeyboardInterrupt,
+wherever that is: whoever presses twice does not want to wait, nor a result.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ GLANCE = 0.1
 _seen = 0
 _pending = False
 # Touched by the main thread alone: signal handlers run there, too.
+
+
+class Interrupted(KeyboardInterrupt):
+    """The first interrupt, in a wait that it may end."""
 
 
 @contextlib.contextmanager
@@ -56,19 +60,21 @@ def _note(number: int, frame: FrameType | None) -> None:
 
 def take() -> bool:
     """Return whether an interrupt is pending; it is not any more."""
-    global _pending
-    was, _pending = _pending, False
-    return was
+    global _pending  # noqa: PLW0603
+    if not _pending:  # or one that comes just now, between a load and a store, would be lost
+        return False
+    _pending = False
+    return True
 
 
 def wait(event: threading.Event, seconds: float) -> bool:
-    """Wait for the event, as ``event.wait`` does. Raises KeyboardInterrupt when one comes, or is pending."""
+    """Wait for the event, as ``event.wait`` does. Raises Interrupted when an interrupt comes, or is pending."""
     if threading.current_thread() is not threading.main_thread():
         return event.wait(seconds)
     deadline = time.monotonic() + seconds
     while True:
         if take():
-            raise KeyboardInterrupt
+            raise Interrupted
         left = deadline - time.monotonic()
         if event.wait(min(GLANCE, max(0.0, left))):
             return True

@@ -58,18 +58,25 @@ def add_parser(commands: Any) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run it, write the result, print the summary; return the exit code."""
+    """Run it, and conclude; return the exit code."""
     config = settings.config_from(options, options.limit, defaults=DEFAULTS)
-    wanted = config.producers * options.each
     files = results.Files(options.out, options.json, "stress")
     try:
         with interrupts.kept():  # from before the first word, or an interrupt in between would count as the second
             say(f"stress: {config.producers} producers, {options.each:,} payloads each")
             counted, outcome = census.take(config, options.limit, options.each, LOOK)
             outcome.interrupted |= interrupts.take()
+            return _conclude(options, config, counted, outcome, files)
     except KeyboardInterrupt:
         complain("interrupted again: there is no result")
         return 130
+
+
+def _conclude(
+    options: argparse.Namespace, config: Config, counted: CensusResult, outcome: Outcome, files: results.Files
+) -> int:
+    """Judge, write the result, print the summary; return the exit code."""
+    wanted = config.producers * options.each
     finding = judge(config, counted, outcome, wanted)
     rate = counted.delivered / (outcome.load_seconds + (outcome.drain_seconds or 0.0))
     place = environment.describe()

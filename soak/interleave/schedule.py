@@ -170,7 +170,7 @@ class Schedule:
                     self.run(actor)
         self.actors.clear()
         for made in self._made:  # nobody else makes locks by it again
-            self._globals["_LOCKS"].pop(made, None)
+            self._globals["_LOCKS"].pop((made, RLock), None)
 
     # -- In an actor's thread ----------------------------------------------------------------------------------------
 

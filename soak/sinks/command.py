@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import tempo
-from soak import environment, handover, heap, micro, results, settings
+from soak import environment, handover, heap, interrupts, micro, results, settings
 from soak.calibration import calibrate
 from soak.config import Config
 from soak.debian import SetupError
@@ -133,18 +133,17 @@ def main(options: argparse.Namespace) -> int:
     place = environment.describe()
     config = settings.config_from(options, options.duration)
     files = results.Files(options.out, options.json, kind="sinks")
-    before = calibrate(config, config.pass_seconds(1.0, 3.0))
-    say(f"calibration: {before.events_per_second:,.0f} events/s with no dispatcher")
     rows: list[Row] = []
     left_out: list[str] = []
     peers: dict[str, list[float]] = {}
-    interrupted = False
-    with tempfile.TemporaryDirectory(prefix="tempo-sinks-") as text:
+    with interrupts.kept(), tempfile.TemporaryDirectory(prefix="tempo-sinks-") as text:
+        before = calibrate(config, config.pass_seconds(1.0, 3.0))
+        say(f"calibration: {before.events_per_second:,.0f} events/s with no dispatcher")
         folder = Path(text)
         folder.chmod(0o711)  # PostgreSQL's user passes through
         try:
             if before.interrupted:
-                raise KeyboardInterrupt
+                raise interrupts.Interrupted
             for name in options.only:
                 with closing(_loads(name, options.faults, config, folder, left_out)) as loads:
                     for row in loads:
@@ -152,9 +151,10 @@ def main(options: argparse.Namespace) -> int:
                         rows.append(row)
                         say(_line(row))
                         if row.interrupted:
-                            raise KeyboardInterrupt
+                            raise interrupts.Interrupted
             peers = _beside(folder, options.only)
-        except KeyboardInterrupt:
+            interrupted = interrupts.take()
+        except interrupts.Interrupted:
             interrupted = True
     result = {
         "started": files.started,

@@ -6095,7 +6095,8 @@ def test_ctrl_c_ends_the_processes_of_soak_interleave_without_a_word() -> None:
 
 
 EMULATED = """#!{python}
-import time
+import signal, time
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 try:
     print("now: emulated", flush=True)
     time.sleep(600)
@@ -6121,13 +6122,17 @@ sys.exit(entry())
 """
 
 
-def test_ctrl_c_lets_a_soak_that_is_emulated_end_in_its_own_way(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", [True, False], ids=["Ctrl-C", "SIGTERM"])
+def test_ctrl_c_lets_a_soak_that_is_emulated_end_in_its_own_way(key: bool, tmp_path: Path) -> None:
     emulator = tmp_path / "emulator"
     emulator.write_text(EMULATED.format(python=sys.executable), encoding="utf-8")
     emulator.chmod(0o755)
     with OnTerminal("-c", ON_PI, str(emulator), "pi", "run") as terminal:
         terminal.read_until("now: emulated")
-        terminal.interrupt()
+        if key:
+            terminal.interrupt()
+        else:
+            terminal.send_signal(signal.SIGTERM)
         assert terminal.exit_code() == 7, terminal.text
     assert "ended well" in terminal.text
     assert "Traceback" not in terminal.text

@@ -76,18 +76,27 @@ def main(options: argparse.Namespace) -> int:
     if not any(word.partition("=")[0] == "--out" for word in words) and options.of != "baseline":
         words += ["--out", OUT]
     say(f"pi: this is {machine}; emulated: {EMULATOR} -cpu {CPU}, Debian's arm64 {python.name}")
-    # Ctrl-C at a terminal reaches both: what is emulated ends in its own way, and is waited for. A handler, unlike
-    # SIG_IGN, is not handed down to it.
-    before = signal.signal(signal.SIGINT, lambda *_: None)
+    # Ctrl-C at a terminal reaches both, and SIGTERM is passed on: what is emulated ends in its own way, and is waited
+    # for. A handler, unlike SIG_IGN, is not handed down to it.
+    running: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, _: object) -> None:
+        for process in running:
+            process.send_signal(number)
+
+    handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: pass_on}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        return subprocess.run(
+        with subprocess.Popen(
             [str(emulator), "-cpu", CPU, "-L", str(root), str(python), "-m", "soak", *words],
             cwd=ROOT,
             env={**os.environ, environment.EMULATED: f"Cortex-A72, emulated by qemu-user on {machine}"},
-            check=False,
-        ).returncode
+        ) as emulated:
+            running.append(emulated)
+            return emulated.wait()
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def provide() -> tuple[Path, Path]:

@@ -1304,12 +1304,30 @@ def test_resting_producers_go_on_in_turn() -> None:
             producers.append(Worker(rest_once, name))
             resting(d, len(producers))
             rested.add(name)
-        for producer in producers:
+        for left, producer in zip((2, 1, 0), producers):
             d.get(timeout=0)  # one batch is one turn's worth
+            d.stats()  # a section in which no turn comes
+            assert len(d._state.resting) == left
             producer.result()
 
     assert order == [b"a", b"b", b"c"]
     d._check()
+
+
+def test_what_the_handler_has_does_not_keep_a_flush_that_is_of_before() -> None:
+    gate = threading.Event()
+    d = make()
+    d.start(lambda batch: batch[0] == b"before" or gate.wait(LIMIT))
+    d.enqueue(b"before")
+    assert d.flush(LIMIT)
+    d.enqueue(b"after")
+    d.flush(0)
+    wait_until(lambda: d.stats().in_flight == 1)
+
+    assert d._delivered(d._state, 1)
+    assert not d._delivered(d._state, 2)
+    gate.set()
+    d.shutdown(LIMIT)
 
 
 def test_nobody_rests_long_when_no_consumer_comes() -> None:

@@ -87,6 +87,8 @@ _PACE_ITEMS: Final = 64  # payloads over which their pace is measured
 _REST_FLOOR: Final = 64 * KiB  # producers do not rest where the buffer is smaller
 _FORK_PATIENCE: Final = 1.0  # seconds for which a fork in a wait for the lock waits for it
 _PATIENCE: Final = 0.01  # seconds for which resting producers trust that consumers come
+# From CPython 3.14 on, an interrupt may come between the getting of a lock and its `with`, which then keeps it.
+_WITH_LEAKS: Final = sys.implementation.name == "cpython" and sys.version_info >= (3, 14)
 
 _RUNNING: Final = "running"
 _SHUTTING_DOWN: Final = "shutting_down"
@@ -831,8 +833,10 @@ class Dispatcher:
             with contextlib.suppress(AttributeError):  # a patched one may have other names
                 if not s.lock._is_owned():
                     s.lock._at_fork_reinit()
+        lock = s.lock
+        depth = lock._recursion_count() if _WITH_LEAKS else 0
         try:
-            with s.lock:
+            with lock:
                 try:
                     s.owner = me
                     s.calm = False
@@ -850,6 +854,9 @@ class Dispatcher:
                     finally:
                         s.owner = 0
         finally:
+            if _WITH_LEAKS:  # pragma: no cover - from CPython 3.14 on
+                while lock._recursion_count() > depth:
+                    lock.release()
             if s.outbox:
                 try:
                     self._post(s)

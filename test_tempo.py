@@ -1317,7 +1317,7 @@ def test_resting_producers_go_on_in_turn() -> None:
 def test_what_the_handler_has_does_not_keep_a_flush_that_is_of_before() -> None:
     gate = threading.Event()
     d = make()
-    d.start(lambda batch: batch[0] == b"before" or gate.wait(LIMIT))
+    d.start(lambda batch: bytes(batch[0]) == b"before" or gate.wait(LIMIT))
     d.enqueue(b"before")
     assert d.flush(LIMIT)
     d.enqueue(b"after")

@@ -269,6 +269,9 @@ class RLock(Lock):
             self._owner = 0
             super().release()
 
+    def _recursion_count(self) -> int:
+        return self._depth if self._owner == threading.get_ident() else 0
+
     def __enter__(self) -> bool:
         return self.acquire()
 

@@ -87,7 +87,8 @@ _PACE_ITEMS: Final = 64  # payloads over which their pace is measured
 _REST_FLOOR: Final = 64 * KiB  # producers do not rest where the buffer is smaller
 _FORK_PATIENCE: Final = 1.0  # seconds for which a fork in a wait for the lock waits for it
 _PATIENCE: Final = 0.01  # seconds for which resting producers trust that consumers come
-# From CPython 3.14 on, an interrupt may come between the getting of a lock and its `with`, which then keeps it.
+# From CPython 3.14 on, an interrupt may come between the getting of a lock and its `with`, which then keeps it: there
+# `with` calls __enter__ as any function, and signals are looked for after a call.
 _WITH_LEAKS: Final = sys.implementation.name == "cpython" and sys.version_info >= (3, 14)
 
 _RUNNING: Final = "running"
@@ -582,7 +583,7 @@ class Dispatcher:
     """
 
     __slots__ = (
-        "__weakref__", "_ahead", "_clock", "_ident", "_interval", "_known", "_local", "_max_batch", "_max_buffered",
+        "__weakref__", "_ahead", "_clock", "_ident", "_interval", "_local", "_max_batch", "_max_buffered",
         "_most_small", "_new_lock", "_new_rlock", "_new_thread", "_push", "_state", "_turn", "_unseen",
     )  # fmt: skip
 
@@ -608,17 +609,17 @@ class Dispatcher:
         self._unseen = self._interval / 8
         self._clock = time.monotonic
         self._push: tuple[_Handler, _OnError | None, float] | None = None  # set once, under the lock
-        self._resolve()
         self._ident = threading.get_ident
+        self._local = threading.local()
+        self._resolve()
         self._renew()
         _DISPATCHERS.add(self)
 
     def _resolve(self) -> None:
-        """Look up what makes locks and threads, now."""
-        known = _primitives()
-        _, self._new_lock, self._new_rlock, self._new_thread, new_local = known
-        self._local = new_local()
-        self._known = known
+        """Look up what makes locks and threads, now. What threads have noted in _local stays, if it is still of use."""
+        self._new_lock, self._new_rlock, self._new_thread = threading.Lock, threading.RLock, threading.Thread
+        if type(self._local) is not threading.local:
+            self._local = threading.local()
 
     def _renew(self) -> None:
         """Begin anew, with nothing accepted; also in a forked child, by its only thread."""
@@ -854,7 +855,7 @@ class Dispatcher:
                     finally:
                         s.owner = 0
         finally:
-            if _WITH_LEAKS:  # pragma: no cover - from CPython 3.14 on
+            if _WITH_LEAKS:
                 while lock._recursion_count() > depth:
                     lock.release()
             if s.outbox:
@@ -2156,10 +2157,6 @@ def _dispatchers() -> list[Dispatcher]:
             continue
 
 
-def _primitives() -> tuple[Callable[[], int], Callable[[], Any], Callable[[], Any], type[threading.Thread], type[Any]]:
-    return threading.get_ident, threading.Lock, threading.RLock, threading.Thread, threading.local
-
-
 def _first_ident(reference: weakref.ref[Dispatcher]) -> int:
     """As a dispatcher's _ident, at its first call in a forked child: what was monkey-patched since is looked up anew.
 
@@ -2169,8 +2166,7 @@ def _first_ident(reference: weakref.ref[Dispatcher]) -> int:
     d = reference()
     if d is not None:
         s = d._state
-        if _primitives() != d._known:
-            d._resolve()
+        d._resolve()
         s.lock = d._shared_lock()
         if s is d._state:  # else a signal handler has forked: the child's next call looks again
             d._ident = threading.get_ident

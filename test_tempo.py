@@ -4026,7 +4026,7 @@ def test_a_producer_that_is_queued_as_a_signal_handler_forks_goes_on_in_the_chil
         fork_here(d)
         return threading.Lock()
 
-    d._new_lock = new_lock
+    d._new_lock = new_lock  # type: ignore[assignment]
     Worker(d.enqueue, b"child", timeout=None).result()
     assert payloads(d.stop()) == [b"child"]
 
@@ -7752,6 +7752,50 @@ def interrupt_at(position: int, work: Callable[[], object]) -> bool:
     return seen >= position
 
 
+class LeakyRLock:
+    """An RLock as CPython 3.14 has it: an interrupt comes, once, when it was got and `with` does not guard it yet."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.depth = 0
+        self.leaks = False
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+        self.depth += 1
+        if self.leaks:
+            self.leaks = False
+            raise KeyboardInterrupt
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        self.depth -= 1
+        self.lock.release()
+
+    def _recursion_count(self) -> int:
+        return self.depth  # asked by its holder alone here
+
+
+@pytest.mark.parametrize("held", [0, 1, 2])
+def test_an_interrupt_between_the_getting_of_the_lock_and_its_with_leaves_it_as_it_was(held: int) -> None:
+    d = make()
+    d.enqueue(b"first")
+    lock = d._state.lock = LeakyRLock()
+    with mock.patch.object(tempo, "_WITH_LEAKS", True):
+        for _ in range(held):  # by a section of another dispatcher, which this call interrupts
+            lock.__enter__()
+        lock.leaks = True
+        with pytest.raises(KeyboardInterrupt):
+            d.stats()
+        assert lock.depth == held
+        for _ in range(held):
+            lock.release()
+        assert assert_it_works(d) == [b"first"]
+        assert lock.depth == 0
+
+
 def assert_it_works(d: tempo.Dispatcher) -> list[bytes]:
     """Take all that is there, and see a payload through, in this thread and in another; return what was there."""
     there = payloads(drained(d))
@@ -9145,7 +9189,7 @@ def test_a_producer_does_not_rest_when_no_lock_can_be_had() -> None:
     def no_lock() -> None:
         raise RuntimeError("can't allocate lock")
 
-    d._new_lock = no_lock
+    d._new_lock = no_lock  # type: ignore[assignment]
     Worker(send, d, b"", 5000).result()
 
     assert d.stats().accepted == 5009

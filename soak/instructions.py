@@ -30,7 +30,7 @@ FILE = baseline.FOLDER / "bench" / "instructions.json"
 TOLERANCE = 0.02
 """A figure may exceed the recorded one by that much: valgrind and the C library have a part in it, too."""
 FEWER, MORE = 8, 40
-"""Times that so many payloads go through; the fewer are also what warms up."""
+"""Times that as many payloads as ``soak.micro`` has go through; the fewer are also what warms up."""
 PATIENCE = 600.0
 
 SUBJECTS = {

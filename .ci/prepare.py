@@ -76,9 +76,9 @@ def provide(groups: list[str]) -> Path:
         if "pip" in held or install_pip(python):
             held["pip"] = "25.1 or later"
             for group in missing:
-                # No sources: small machines have no compiler, nor the time.
-                wheels = ("--only-binary", ":all:", "--group", f"{ROOT / 'pyproject.toml'}:{group}")
-                if run(python, "-m", "pip", "install", "--quiet", "--no-input", *wheels):
+                # An older wheel rather than a newer source: small machines have no compiler, nor the time.
+                options = ("--quiet", "--no-input", "--prefer-binary", "--group", f"{ROOT / 'pyproject.toml'}:{group}")
+                if run(python, "-m", "pip", "install", *options):
                     held[group] = digest
     stamp.write_text(json.dumps(held), encoding="utf-8")
     if lacking := [group for group in groups if held.get(group) != digest]:

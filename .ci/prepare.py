@@ -60,11 +60,11 @@ def provide(groups: list[str]) -> Path:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     table = text.partition("\n[dependency-groups]\n")[2].partition("\n[")[0]
     digest = hashlib.sha256(table.encode()).hexdigest()
-    made_by = sys.version + sys.base_prefix
     # Another implementation, or a build without a GIL, has packages of its own.
     home = VENVS / f"{sys.implementation.cache_tag}{getattr(sys, 'abiflags', '')}"
     python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     stamp = home / "stamp.json"
+    made_by = f"{sys.version}, {sys.base_prefix}, {home}"
     held: dict[str, str] = {}
     with contextlib.suppress(FileNotFoundError, ValueError):
         held = json.loads(stamp.read_text(encoding="utf-8"))

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import tempo
@@ -21,11 +22,11 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 
 EMULATED = "SOAK_EMULATED_MACHINE"
-"""The environment variable in which ``pi`` says what is emulated: the files of /proc and /sys are the host's."""
+"""The environment variable with which ``pi`` names what is emulated: /proc and /sys are the host's."""
 
 
 def describe() -> dict[str, object]:
-    """Return what a reader must know beside a figure; None where the machine does not tell."""
+    """Return what a reader must know about a figure; None where the machine does not tell."""
     gil = bool(getattr(sys, "_is_gil_enabled", lambda: True)())
     free = "" if gil else ", no GIL"
     return {
@@ -38,7 +39,6 @@ def describe() -> dict[str, object]:
         "python": sys.version.split()[0],
         "implementation": platform.python_implementation(),
         "interpreter": f"{platform.python_implementation()} {sys.version_info[0]}.{sys.version_info[1]}{free}",
-        "executable": _executable(),
         "build": " ".join(platform.python_build()),
         "compiler": platform.python_compiler(),
         "gil": gil,
@@ -47,12 +47,16 @@ def describe() -> dict[str, object]:
     }
 
 
-def _executable() -> str:
-    """The interpreter; within the project without the way there, which says more about its user than about it."""
-    try:
-        return str(Path(sys.executable).relative_to(ROOT))
-    except ValueError:
-        return sys.executable
+LINE_KEYS = ("machine", "cores", "interpreter", "python", "build", "commit")
+
+
+def line(place: Mapping[str, object]) -> str:
+    """Return what a figure must never be shown without."""
+    commit = str(place["commit"] or "unknown")
+    return (
+        f"{place['machine']}, {place['cores']} cores, {place['interpreter']} ({place['python']}, {place['build']}),"
+        f" commit {commit[:12]}{'-dirty' * commit.endswith('-dirty')}"
+    )
 
 
 def cores() -> int:

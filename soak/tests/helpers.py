@@ -103,7 +103,7 @@ def skip_what_is_not_installed(source: str) -> None:
 class OnTerminal:
     """A process on a pseudo-terminal. A context manager, which ends the process."""
 
-    def __init__(self, *args: str) -> None:
+    def __init__(self, *args: str, **variables: str) -> None:
         self.text = ""
         self._end = time.monotonic() + LIMIT
         self._master, slave = os.openpty()
@@ -113,7 +113,7 @@ class OnTerminal:
             stdout=slave,
             stderr=slave,
             cwd=ROOT,
-            env={**ENVIRONMENT, "TERM": "xterm"},
+            env={**ENVIRONMENT, "TERM": "xterm", **variables},
             start_new_session=True,
         )
         os.close(slave)

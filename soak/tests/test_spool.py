@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tempo
-from soak import spool as soak_spool
-from soak.spool import Spool, SpoolError, SpoolFull
+from soak.recipes import spool as soak_spool
+from soak.recipes.spool import Spool, SpoolError, SpoolFull
 from soak.tests.helpers import (
     LIMIT,
     Worker,
@@ -366,7 +366,7 @@ def test_a_call_that_interrupts_the_spool_is_refused(spool: Spool) -> None:
 def test_a_forked_child_is_refused_by_the_spool_and_its_exit_does_no_harm(tmp_path: Path) -> None:
     program = """
 import os, sys
-from soak.spool import Spool, SpoolError
+from soak.recipes.spool import Spool, SpoolError
 
 spool = Spool("spool", max_bytes=10_000)
 spool.put([b"before"])
@@ -467,7 +467,7 @@ def test_producers_a_failing_handler_and_a_replay_share_a_spool(spool: Spool) ->
 KILLED = """
 import os, random, signal, sys, threading, time, traceback
 import tempo
-from soak.spool import Spool, SpoolFull
+from soak.recipes.spool import Spool, SpoolFull
 
 KILLS = 50
 seed = int(sys.argv[1])

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import random
 import sqlite3
@@ -77,32 +76,6 @@ def test_what_is_kept_stays_at_its_place_and_what_is_new_goes_behind(spool: Spoo
     assert due(d).tolist() == [b"1", b"2", b"3", b"direct", b"4"]
 
 
-def test_what_stop_returns_and_what_a_drain_leaves_can_be_kept(spool: Spool) -> None:
-    stopped, late = make(), make()
-    stopped.enqueue_many([b"1", b"2"])
-    spool.keep(stopped.stop())
-    late.enqueue_many([b"3", b"4"])
-    with pytest.raises(tempo.DrainTimeout) as caught:
-        late.shutdown(timeout=0)
-    spool.keep(caught.value.undelivered)
-    d = make()
-    spool.replay(d)
-    assert due(d).tolist() == [b"1", b"2", b"3", b"4"]
-    assert len(spool) == 4
-
-
-def test_replay_gives_what_there_is_room_for_in_order(spool: Spool) -> None:
-    d = make(max_buffered_bytes=5)
-    spool.put([b"%02d" % i for i in range(5)])
-    given = []
-    while len(spool):
-        assert spool.replay(d) == min(2, len(spool))
-        batch = due(d)
-        spool.done(batch)
-        given += batch.tolist()
-    assert given == [b"%02d" % i for i in range(5)]
-
-
 def test_no_more_than_a_bound_is_in_flight_but_one_record_always(spool: Spool) -> None:
     d = make(max_buffered_bytes=10 * tempo.MiB)
     half = soak_spool.IN_FLIGHT_BYTES // 2 - soak_spool.RECORD_OVERHEAD
@@ -141,7 +114,7 @@ def test_replay_returns_when_something_is_kept(spool: Spool) -> None:
 
     with make(interval=0.001, max_buffered_bytes=30) as d:
         d.start(handler, on_error=lambda exc, batch: spool.keep([batch]))
-        replay = Worker(spool.replay, d, timeout=None)
+        replay = Worker(spool.replay, d, timeout=LIMIT)
         assert 0 < replay.result() < 200
     assert len(spool) == 200
 
@@ -190,19 +163,6 @@ def test_a_full_spool_takes_all_of_a_call_or_nothing(tmp_path: Path) -> None:
         assert (full.value.accepted, full.value.rest) == (2, [b"cccc"])
         assert (len(spool), spool.nbytes) == (3, 3 * one)
     assert in_file(tmp_path / "spool") == [b"0000", b"1111", b"2222"]
-
-
-def test_a_full_spool_does_not_forget_what_came_from_it(tmp_path: Path) -> None:
-    d = make()
-    with Spool(tmp_path / "spool", max_bytes=2 * (1 + soak_spool.RECORD_OVERHEAD)) as spool:
-        spool.put([b"1", b"2"])
-        spool.replay(d)
-        d.enqueue(b"3")
-        with pytest.raises(SpoolFull) as full:
-            spool.keep([due(d)])
-        assert full.value.rest == [b"3"]
-        assert spool.replay(d) == 2
-        assert spool.done(due(d)) == 2
 
 
 def test_a_full_disk_is_an_error_that_changes_nothing(spool: Spool, tmp_path: Path) -> None:
@@ -263,48 +223,19 @@ def test_a_change_that_does_not_come_to_its_end_changes_nothing(
     assert spool.done(due(d)) == 1
 
 
-@pytest.mark.parametrize(
-    ("path", "arguments", "error", "message"),
-    [
-        (7, {}, TypeError, "path must be a str or os.PathLike, not int: 7"),
-        ("", {}, ValueError, "path must name a file, not ''"),
-        ("a\0b", {}, ValueError, r"path must name a file, not 'a\x00b'"),
-        ("spool", {"max_bytes": 0}, ValueError, "max_bytes must be > 0, not 0"),
-        ("spool", {"max_bytes": True}, TypeError, "max_bytes must be an int, not bool: True"),
-        ("spool", {"max_bytes": "1MiB"}, TypeError, "max_bytes must be an int, not str: '1MiB'"),
-        ("spool", {"synchronous": "OFF"}, ValueError, "synchronous must be 'NORMAL' or 'FULL', not 'OFF'"),
-    ],
-)
-def test_a_bad_argument_of_the_spool_is_named(
-    tmp_path: Path, path: Any, arguments: Any, error: Any, message: str
-) -> None:
-    with pytest.raises(error) as caught:
-        Spool(tmp_path / path if path == "spool" else path, **{"max_bytes": 1000, **arguments})
-    assert str(caught.value) == message
+@pytest.mark.parametrize("arguments", [{"max_bytes": 0}, {"max_bytes": 9, "synchronous": "OFF"}])
+def test_a_bad_argument_of_the_spool_is_named(tmp_path: Path, arguments: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{list(arguments)[-1]} must be "):
+        Spool(tmp_path / "spool", **arguments)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda s: s.put(b"abc"), TypeError, "records must be an iterable of bytes-like objects, not bytes: b'abc'"),
-        (lambda s: s.put(None), TypeError, "records must be an iterable of bytes-like objects, not NoneType: None"),
-        (lambda s: s.put([b"a", "b"]), TypeError, "records[1] must be a bytes-like object, not str: 'b'"),
-        (lambda s: s.done(["b"]), TypeError, "records[0] must be a bytes-like object, not str: 'b'"),
-        (lambda s: s.enqueue_many(make(), [b"a", 1]), TypeError, "payloads[1] must be a bytes-like object, not int: 1"),
-        (lambda s: s.keep([b"a"]), TypeError, "batches[0] must be a tempo.Batch, not bytes: b'a'"),
-        (lambda s: s.keep(None), TypeError, "batches must be an iterable of tempo.Batch, not NoneType: None"),
-        (lambda s: s.replay(make(), timeout="1"), TypeError, "timeout must be a number of seconds, not str: '1'"),
-        (lambda s: s.replay(make(), timeout=-1), ValueError, "timeout must be >= 0 seconds, not -1"),
-        (lambda s: s.replay(make(), timeout=math.nan), ValueError, "timeout must be >= 0 seconds, not nan"),
-    ],
-)
-def test_a_bad_argument_of_a_spools_method_is_named(spool: Spool, call: Any, error: Any, message: str) -> None:
-    spool.put([b"there"])
-    with pytest.raises(error) as caught:
-        call(spool)
-    assert str(caught.value) == message
-    assert len(spool) == 1
+@pytest.mark.parametrize("records", [b"secret", "secret", None, [b"a", "secret"]])
+def test_records_that_are_none_are_refused_and_not_shown(spool: Spool, records: Any) -> None:
+    with pytest.raises(TypeError) as caught:
+        spool.put(records)
+    assert "secret" not in str(caught.value)
+    assert len(spool) == 0
 
 
 def test_one_spool_at_a_time_has_the_file(spool: Spool, tmp_path: Path) -> None:
@@ -429,39 +360,6 @@ def test_equal_records_keep_their_number(steps: list[tuple[str, bytes]]) -> None
             spool.done(batch)
             came.update(batch.tolist())
         assert came == expected
-
-
-def test_producers_a_failing_handler_and_a_replay_share_a_spool(spool: Spool) -> None:
-    came: Counter[bytes] = Counter()
-    dice = random.Random(0)
-
-    def handler(batch: tempo.Batch) -> None:
-        if dice.random() < 0.3:
-            raise OSError("not sent")
-        came.update(batch.tolist())
-        spool.done(batch)
-
-    def produce(name: int) -> None:
-        for i in range(0, 300, 3):
-            records = [b"%d-%03d" % (name, i + k) for k in range(3)]
-            spool.enqueue(d, records[0])
-            spool.enqueue_many(d, records[1:])
-
-    d = make(interval=0.001, max_batch_bytes=50, max_buffered_bytes=100)
-    d.start(handler, on_error=lambda exc, batch: spool.keep([batch]))
-    producers = [Worker(produce, name) for name in range(4)]
-
-    def replay() -> None:
-        while any(producer.is_alive() for producer in producers) or len(spool) or d.stats().delivered < 1200:
-            spool.replay(d, timeout=0.05)
-            d.flush(LIMIT)
-
-    replayer = Worker(replay)
-    for worker in (*producers, replayer):
-        worker.result()
-    d.shutdown(LIMIT)
-    assert came == {b"%d-%03d" % (name, i): 1 for name in range(4) for i in range(300)}
-    assert d.stats().failed > 0
 
 
 KILLED = """

@@ -134,9 +134,7 @@ def drive(config: Config, seconds: float, work: Work, sample: Sampler | None = N
     outcome, crew, halt = Outcome(), Crew(), list[bool]()
     patience = PATIENCE + config.longest_drain
     dispatcher = tempo.Dispatcher(
-        interval=config.interval,
-        max_batch_bytes=config.max_batch_bytes,
-        max_buffered_bytes=config.max_buffered_bytes,
+        interval=config.interval, max_batch_bytes=config.max_batch_bytes, max_buffered_bytes=config.max_buffered_bytes
     )
     producers: list[threading.Thread] = []
     consumers: list[threading.Thread] = []

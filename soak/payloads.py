@@ -46,10 +46,7 @@ PROBE = (
 )
 
 # Twenty events: one page view, four form inputs, clicks, scrolls and heartbeats five each. 163 bytes on average.
-MIX = (
-    *(PAGE, CLICK, SCROLL, HEARTBEAT),
-    *(FORM, CLICK, SCROLL, HEARTBEAT) * 4,
-)
+MIX = (*(PAGE, CLICK, SCROLL, HEARTBEAT), *(FORM, CLICK, SCROLL, HEARTBEAT) * 4)
 
 STRIDE = 1024
 """A probe and the search for it cost several times what another event does."""

@@ -8,10 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from soak.tests.helpers import (
-    ROOT,
-    run_python,
-)
+from soak.tests.helpers import ROOT, run_python
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 

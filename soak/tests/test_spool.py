@@ -21,12 +21,7 @@ from hypothesis import strategies as st
 import tempo
 from soak.recipes import spool as soak_spool
 from soak.recipes.spool import Spool, SpoolError, SpoolFull
-from soak.tests.helpers import (
-    LIMIT,
-    Worker,
-    make,
-    run_python,
-)
+from soak.tests.helpers import LIMIT, Worker, make, run_python
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 

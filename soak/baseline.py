@@ -41,9 +41,8 @@ exit code: 0 recorded, 1 a run failed or the file cannot be written, 2 a bad opt
 """
 
 
-def setting_keys() -> list[str]:
-    """Return which settings must be equal: all but the duration."""
-    return [*settings.OPTIONS, "sink"]
+SETTING_KEYS = (*settings.OPTIONS, "sink")
+"""Settings that must be equal: all but the duration."""
 
 
 @dataclass(frozen=True)
@@ -62,39 +61,36 @@ class Baseline:
 
     def differences(self, config: Mapping[str, object], environment: Mapping[str, object]) -> list[str]:
         """Return in which keys it is of another machine, interpreter or settings."""
-        parts = (("environment", environment, MACHINE_KEYS), ("config", config, setting_keys()))
-        return [key for part, ours, keys in parts for key in keys if self._part(part).get(key) != ours.get(key)]
-
-    def _part(self, name: str) -> Mapping[str, object]:
-        part = self.content.get(name)
-        return part if isinstance(part, dict) else {}
+        parts = (("environment", environment, MACHINE_KEYS), ("config", config, SETTING_KEYS))
+        return [key for part, ours, keys in parts for key in keys if self.content[part].get(key) != ours.get(key)]
 
     def record(self) -> str | None:
-        """Return the best figure of a record in words; None for a baseline, or when there is none."""
-        runs = self.content.get("runs")
-        rates = [run.get("delivered_per_second") for run in runs] if isinstance(runs, list) else []
-        rates = [rate for rate in rates if isinstance(rate, (int, float))]
-        if not rates or self.expected("ratio") is not None:
+        """Return the best figure of a record in words; None for a baseline."""
+        if self.expected("ratio") is not None:
             return None
-        return f"{self.content.get('what')}: {max(rates):,.0f}/s on {self.content.get('machine')}"
+        rate = max(run["delivered_per_second"] for run in self.content["runs"])
+        return f"{self.content['what']}: {rate:,.0f}/s on {self.content['machine']}"
 
 
 def load(name: str, folder: Path = FOLDER) -> Baseline:
-    """Read one baseline. Raises ArgumentTypeError when there is no such file or it is no baseline."""
+    """Read one baseline. Raises ArgumentTypeError when there is no such file or it is none."""
     known = sorted(path.stem for path in folder.glob("*.json"))
     if name not in known:
         raise argparse.ArgumentTypeError(f"{name!r} is not a baseline (there are: auto, none, {', '.join(known)})")
     try:
         content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{name!r}: the baseline cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise argparse.ArgumentTypeError(f"{name!r}: the baseline is not a JSON object")
-    return Baseline(name, content)
+        one = Baseline(name, content)
+        if one.expected("ratio") is None:
+            one.record()
+        else:
+            one.differences({}, {})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise argparse.ArgumentTypeError(f"{name!r} holds no baseline: {type(error).__name__} {error}") from None
+    return one
 
 
 def readable(folder: Path = FOLDER) -> list[Baseline]:
-    """Return all that can be read, by name."""
+    """Return all that can be read, by name; tell about the others."""
     found = []
     for path in sorted(folder.glob("*.json")):
         try:

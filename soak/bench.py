@@ -24,7 +24,7 @@ from soak.cli import complain, format_seconds, say
 
 FOLDER = baseline.FOLDER / "bench"
 OUT = environment.ROOT / "soak" / "out" / "bench.json"
-GROUPS = ("calls", "threads", "coroutines", "soaks")
+GROUPS = ("calls", "large", "threads", "full", "peers", "coroutines", "soaks")
 PATIENCE = 900.0
 """Seconds after which a round of one group counts as hung."""
 FLOOR = 0.10

@@ -20,6 +20,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from time import perf_counter
 from typing import Any
@@ -43,17 +44,53 @@ SOURCE = (PAYLOADS * (COUNT // len(PAYLOADS) + 1))[:COUNT]
 BATCH = 64 * KIB
 
 Subject = Callable[[], float]
+CALLS = len(PAYLOADS)
 
 
-# Calls, on one thread. Each makes len(PAYLOADS) of them.
+# Calls, on one thread: CALLS of them.
 
 
-def timed_calls(call: Callable[[bytes], object]) -> float:
-    """Return what calling it with each payload takes."""
+def timed(call: Callable[[bytes], object], refused: type[Exception] | None = None) -> float:
+    """Return what calling it with each payload takes; refused: what each call must raise."""
+    count = 0
     started = perf_counter()
+    if refused is None:
+        for payload in PAYLOADS:
+            call(payload)
+        return perf_counter() - started
     for payload in PAYLOADS:
-        call(payload)
-    return perf_counter() - started
+        try:
+            call(payload)
+        except refused:
+            count += 1
+    seconds = perf_counter() - started
+    assert count == CALLS
+    return seconds
+
+
+def roomy(**limits: Any) -> tempo.Dispatcher:
+    """A dispatcher that takes all payloads; batches close by size."""
+    return tempo.Dispatcher(**{"interval": 60, "max_batch_bytes": 320 * KIB, "max_buffered_bytes": 2 * MIB, **limits})
+
+
+def enqueue() -> float:
+    """``enqueue``: payloads are counted and packed, and batches close."""
+    dispatcher = roomy()
+    seconds = timed(dispatcher.enqueue)
+    assert sum(map(len, dispatcher.stop())) == CALLS
+    return seconds
+
+
+def enqueue_many() -> float:
+    """``enqueue_many`` of lists of 512."""
+    dispatcher = roomy()
+    chunks = [PAYLOADS[i : i + CHUNK] for i in range(0, CALLS, CHUNK)]
+    started = perf_counter()
+    for chunk in chunks:
+        dispatcher.enqueue_many(chunk)
+    seconds = perf_counter() - started
+    assert sum(map(len, dispatcher.stop())) == CALLS
+    return seconds
 
 
 class Appender:
@@ -63,14 +100,14 @@ class Appender:
         self.items: list[bytes] = []
 
     def put(self, item: bytes) -> None:
-        """Append."""
+        """Append to a list."""
         self.items.append(item)
 
 
 def append() -> float:
     """A method that only appends to a list."""
     appender = Appender()
-    seconds = timed_calls(appender.put)
+    seconds = timed(appender.put)
     assert appender.items == PAYLOADS
     return seconds
 
@@ -78,56 +115,17 @@ def append() -> float:
 def queue_put() -> float:
     """``queue.Queue.put``, unbounded."""
     target: queue.Queue[bytes] = queue.Queue()
-    seconds = timed_calls(target.put)
-    assert target.qsize() == len(PAYLOADS)
+    seconds = timed(target.put)
+    assert target.qsize() == CALLS
     return seconds
-
-
-class Enqueue:
-    """``enqueue``: payloads are counted and packed, batches close by size and are taken outside of the clock."""
-
-    def __init__(self) -> None:
-        self.dispatcher = tempo.Dispatcher(interval=60, max_batch_bytes=320 * KIB, max_buffered_bytes=2 * MIB)
-        self.received = self.sent = 0
-
-    def put(self) -> None:
-        """Enqueue all payloads."""
-        enqueue = self.dispatcher.enqueue
-        for payload in PAYLOADS:
-            enqueue(payload)
-
-    def __call__(self) -> float:
-        started = perf_counter()
-        self.put()
-        seconds = perf_counter() - started
-        self.sent += len(PAYLOADS)
-        try:
-            while True:
-                self.received += self.dispatcher.get(timeout=0).nbytes
-        except queue.Empty:
-            pass
-        stats = self.dispatcher.stats()
-        assert stats.accepted == self.sent
-        assert self.received + stats.buffered_bytes == self.sent * SIZE
-        return seconds
-
-
-class EnqueueMany(Enqueue):
-    """``enqueue_many`` of lists of 512."""
-
-    chunks = tuple(PAYLOADS[i : i + CHUNK] for i in range(0, len(PAYLOADS), CHUNK))
-
-    def put(self) -> None:
-        for chunk in self.chunks:
-            self.dispatcher.enqueue_many(chunk)
 
 
 def refusal() -> float:
     """``enqueue`` into a full buffer: ``QueueFull`` each time."""
-    dispatcher = tempo.Dispatcher(interval=60, max_buffered_bytes=SIZE)
+    dispatcher = roomy(max_buffered_bytes=SIZE)
     dispatcher.enqueue(PAYLOADS[0])
-    seconds = _refused(dispatcher.enqueue, tempo.QueueFull)
-    assert dispatcher.stats().rejected == len(PAYLOADS)
+    seconds = timed(dispatcher.enqueue, tempo.QueueFull)
+    assert dispatcher.stats().rejected == CALLS
     dispatcher.stop()
     return seconds
 
@@ -136,77 +134,46 @@ def queue_full() -> float:
     """``queue.Queue.put_nowait`` into a full queue: ``queue.Full`` each time."""
     target: queue.Queue[bytes] = queue.Queue(1)
     target.put(PAYLOADS[0])
-    return _refused(target.put_nowait, queue.Full)
+    return timed(target.put_nowait, queue.Full)
 
 
-def _refused(put: Callable[[bytes], object], error: type[Exception]) -> float:
-    refused = 0
-    started = perf_counter()
-    for payload in PAYLOADS:
-        try:
-            put(payload)
-        except error:
-            refused += 1
-    seconds = perf_counter() - started
-    assert refused == len(PAYLOADS)
-    return seconds
-
-
-class Way:
+def way() -> float:
     """512 payloads enqueued, then taken as one packed batch, over and over."""
-
-    def __init__(self) -> None:
-        self.dispatcher = tempo.Dispatcher(interval=60, max_batch_bytes=CHUNK * SIZE, max_buffered_bytes=2 * MIB)
-
-    def __call__(self) -> float:
-        enqueue, get = self.dispatcher.enqueue, self.dispatcher.get
-        last = memoryview(b"")
-        started = perf_counter()
-        for first in range(0, len(PAYLOADS), CHUNK):
-            for payload in PAYLOADS[first : first + CHUNK]:
-                enqueue(payload)
-            last = get().data
-        seconds = perf_counter() - started
-        assert last == b"".join(PAYLOADS[-CHUNK:])
-        assert self.dispatcher.stats().buffered == 0
-        return seconds
+    dispatcher = roomy(max_batch_bytes=CHUNK * SIZE)
+    return _way(dispatcher.enqueue, lambda: dispatcher.get().data)
 
 
 def queue_way(kind: Callable[[], Any]) -> float:
     """The same with a queue: put, get, join."""
     target = kind()
-    put, get = target.put, target.get
-    last = b""
+    return _way(target.put, lambda: memoryview(b"".join([target.get() for _ in range(CHUNK)])))
+
+
+def _way(put: Callable[[bytes], object], take: Callable[[], memoryview]) -> float:
+    last = memoryview(b"")
     started = perf_counter()
-    for first in range(0, len(PAYLOADS), CHUNK):
+    for first in range(0, CALLS, CHUNK):
         for payload in PAYLOADS[first : first + CHUNK]:
             put(payload)
-        last = b"".join([get() for _ in range(CHUNK)])
+        last = take()
     seconds = perf_counter() - started
     assert last == b"".join(PAYLOADS[-CHUNK:])
     return seconds
 
 
-class OneThread:
+def one_thread() -> float:
     """Events of a load formatted, enqueued, taken in batches, and searched for probes."""
-
-    def __init__(self) -> None:
-        self._load = Load(soak_config(producers=1))
-        self._source = events(None, 0, self._load.sent[0])
-        self._dispatcher = Enqueue().dispatcher
-
-    def __call__(self) -> float:
-        dispatcher, taken = self._dispatcher, self._load.taken[0]
-        started = perf_counter()
-        for payload in islice(self._source, len(PAYLOADS)):
-            dispatcher.enqueue(payload)
-        dispatcher.flush(timeout=0)
-        while dispatcher.stats().buffered:
-            taken.add(dispatcher.get())
-        seconds = perf_counter() - started
-        assert taken.events == dispatcher.stats().accepted
-        assert taken.probes == self._load.sent[0].probes
-        return seconds
+    load, dispatcher = Load(soak_config(producers=1)), roomy()
+    taken, sent = load.taken[0], load.sent[0]
+    started = perf_counter()
+    for payload in islice(events(None, 0, sent), CALLS):
+        dispatcher.enqueue(payload)
+    dispatcher.flush(0)
+    while dispatcher.stats().buffered:
+        taken.add(dispatcher.get())
+    seconds = perf_counter() - started
+    assert (taken.events, taken.probes) == (CALLS, sent.probes)
+    return seconds
 
 
 BLOCKS = [os.urandom(LARGE) for _ in range(5 * MIB // LARGE)]
@@ -214,13 +181,14 @@ BLOCKS = [os.urandom(LARGE) for _ in range(5 * MIB // LARGE)]
 
 def large() -> float:
     """10 KiB payloads, 5 MiB of them, enqueued and taken as one batch."""
-    dispatcher = tempo.Dispatcher(interval=60, max_batch_bytes=5 * MIB, max_buffered_bytes=16 * MIB)
+    dispatcher = roomy(max_batch_bytes=5 * MIB, max_buffered_bytes=16 * MIB)
     started = perf_counter()
     for payload in BLOCKS:
         dispatcher.enqueue(payload)
     data = dispatcher.get().data
     seconds = perf_counter() - started
-    assert (data.nbytes, data[-LARGE:]) == (5 * MIB, BLOCKS[-1])
+    assert data.nbytes == 5 * MIB
+    assert data[-LARGE:] == BLOCKS[-1]
     return seconds
 
 
@@ -256,7 +224,7 @@ def handover(count: int = COUNT, interval: float = 0.01, buffer: int = 2 * MIB, 
     def produce() -> None:
         enqueue = dispatcher.enqueue
         for payload in SOURCE[:count]:
-            enqueue(payload, timeout=None)
+            enqueue(payload, None)
         dispatcher.shutdown()
 
     def consume() -> None:
@@ -310,11 +278,6 @@ FULL_COUNT, FULL_ROOM = 5_000, 64
 def full_buffer() -> float:
     """tempo: a buffer that is full long before its interval is over, and a consumer that waits."""
     return handover(FULL_COUNT, interval=0.05, buffer=FULL_ROOM * SIZE, batch=None)
-
-
-def full_queue() -> float:
-    """A bounded ``queue.Queue`` with as much room."""
-    return batcher(lambda: queue.Queue(FULL_ROOM), FULL_COUNT)
 
 
 def queue_listener() -> float:
@@ -397,9 +360,6 @@ def kafka() -> float:
 def coroutines() -> float:
     """tempo: ``aenqueue`` and ``async for``."""
 
-    if not hasattr(tempo.Dispatcher, "aenqueue"):
-        raise ImportError("tempo before 0.2.0")
-
     async def main() -> int:
         dispatcher = tempo.Dispatcher(interval=0.01, max_batch_bytes=BATCH, max_buffered_bytes=2 * MIB)
 
@@ -417,26 +377,13 @@ def coroutines() -> float:
     return _run_loop(main)
 
 
-def asyncio_queue() -> float:
-    """A batcher on a bounded ``asyncio.Queue``."""
-    return _queue_loop(lambda: asyncio.Queue(2 * MIB // SIZE))
+def loop_queue(kind: str) -> float:
+    """A batcher on a bounded ``asyncio.Queue``, or on one that threads can use as well (janus, culsans)."""
+    module = importlib.import_module(kind)
 
-
-def janus() -> float:
-    """The same on a ``janus.Queue``, which threads can use as well."""
-    module = importlib.import_module("janus")
-    return _queue_loop(lambda: module.Queue(2 * MIB // SIZE).async_q)
-
-
-def culsans() -> float:
-    """The same on a ``culsans.Queue``."""
-    module = importlib.import_module("culsans")
-    return _queue_loop(lambda: module.Queue(2 * MIB // SIZE).async_q)
-
-
-def _queue_loop(make: Callable[[], Any]) -> float:
     async def main() -> int:
-        target = make()
+        made = module.Queue(2 * MIB // SIZE)
+        target = made if kind == "asyncio" else made.async_q
 
         async def produce() -> None:
             for payload in SOURCE[:SLOW_COUNT]:
@@ -498,79 +445,79 @@ def bare(name: str, seconds: float) -> float:
     return 1 / calibrate(SOAKS[name], seconds).events_per_second
 
 
-CALLS = len(PAYLOADS)
-GROUPS: dict[str, dict[str, tuple[int, Callable[[], Subject]]]] = {
-    "calls": {
-        "enqueue": (CALLS, Enqueue),
-        "enqueue_many": (CALLS, EnqueueMany),
-        "append": (CALLS, lambda: append),
-        "queue_put": (CALLS, lambda: queue_put),
-        "refusal": (CALLS, lambda: refusal),
-        "queue_full": (CALLS, lambda: queue_full),
-        "way": (CALLS, Way),
-        "simple_queue_way": (CALLS, lambda: lambda: queue_way(queue.SimpleQueue)),
-        "queue_way": (CALLS, lambda: lambda: queue_way(queue.Queue)),
-        "large": (len(BLOCKS), lambda: large),
-        "join": (len(BLOCKS), lambda: join_bytes),
-    },
-    "threads": {
-        "handover": (COUNT, lambda: handover),
-        "simple_queue_batcher": (COUNT, lambda: lambda: batcher(queue.SimpleQueue)),
-        "queue_batcher": (COUNT, lambda: lambda: batcher(queue.Queue)),
-        "full_buffer": (FULL_COUNT, lambda: full_buffer),
-        "full_queue": (FULL_COUNT, lambda: full_queue),
-        "queue_listener": (SLOW_COUNT, lambda: queue_listener),
-        "opentelemetry": (SLOW_COUNT, lambda: opentelemetry),
-        "kafka": (SLOW_COUNT, lambda: kafka),
-    },
-    "coroutines": {
-        "coroutines": (SLOW_COUNT, lambda: coroutines),
-        "asyncio_queue": (SLOW_COUNT, lambda: asyncio_queue),
-        "janus": (SLOW_COUNT, lambda: janus),
-        "culsans": (SLOW_COUNT, lambda: culsans),
-    },
+GROUPS: dict[str, tuple[int, dict[str, Subject]]] = {
+    "calls": (
+        CALLS,
+        {
+            "enqueue": enqueue,
+            "enqueue_many": enqueue_many,
+            "append": append,
+            "queue_put": queue_put,
+            "refusal": refusal,
+            "queue_full": queue_full,
+            "way": way,
+            "simple_queue_way": partial(queue_way, queue.SimpleQueue),
+            "queue_way": partial(queue_way, queue.Queue),
+        },
+    ),
+    "large": (len(BLOCKS), {"large": large, "join": join_bytes}),
+    "threads": (
+        COUNT,
+        {
+            "handover": handover,
+            "simple_queue_batcher": partial(batcher, queue.SimpleQueue),
+            "queue_batcher": partial(batcher, queue.Queue),
+        },
+    ),
+    "full": (
+        FULL_COUNT,
+        {"full_buffer": full_buffer, "full_queue": partial(batcher, partial(queue.Queue, FULL_ROOM), FULL_COUNT)},
+    ),
+    "peers": (SLOW_COUNT, {"queue_listener": queue_listener, "opentelemetry": opentelemetry, "kafka": kafka}),
+    "coroutines": (
+        SLOW_COUNT,
+        {
+            "coroutines": coroutines,
+            "asyncio_queue": partial(loop_queue, "asyncio"),
+            "janus": partial(loop_queue, "janus"),
+            "culsans": partial(loop_queue, "culsans"),
+        },
+    ),
 }
-"""By group and name: how many payloads go through, and what makes the subject."""
-PACKAGES = {
-    "opentelemetry": "opentelemetry.sdk.trace",
-    "kafka": "confluent_kafka",
-    "janus": "janus",
-    "culsans": "culsans",
-}
+"""By group: how many payloads go through, and the subjects."""
+PACKAGES = {"opentelemetry": "opentelemetry.sdk", "kafka": "confluent_kafka", "janus": "janus", "culsans": "culsans"}
 """Subjects that need one."""
 
 
 def main() -> None:
     """Run pyperf's runner."""
-    import pyperf  # noqa: PLC0415 - the subjects are used without it
+    import pyperf  # type: ignore[import-untyped, import-not-found, unused-ignore]  # noqa: PLC0415 - the subjects are used without it
 
     def hand_on(command: list[str], options: argparse.Namespace) -> None:
         command += ["--groups", ",".join(options.groups), "--duration", f"{options.duration * 1e9:.0f}ns"]
 
-    runner = pyperf.Runner(
-        processes=1, values=3, warmups=1, loops=1, program_args=("-m", "soak.benchmarks"), add_cmdline_args=hand_on
-    )
+    module = ("-m", "soak.benchmarks")
+    runner = pyperf.Runner(processes=1, values=3, warmups=1, loops=1, program_args=module, add_cmdline_args=hand_on)
     add = runner.argparser.add_argument
     add("--groups", type=names(*GROUPS, "soaks"), default="all", help=f"of {', '.join(GROUPS)}, soaks, or all")
     add("--duration", type=duration, default="1s", help="how long a soak lasts (%(default)s)")
     options = runner.parse_args()
     for group in options.groups:
-        for name, (count, make) in GROUPS.get(group, {}).items():
-            if name in PACKAGES and not available(PACKAGES[name]):
-                if not options.worker:
-                    print(f"{name} is left out: {PACKAGES[name]} is not installed", file=sys.stderr, flush=True)
-                continue
-            subject = make()
-            runner.bench_time_func(name, lambda _, subject=subject: subject(), inner_loops=count)
-        for name in SOAKS if group == "soaks" else ():
-            runner.bench_time_func(name, lambda _, name=name: soak(name, options.duration))
-            runner.bench_time_func(f"{name}_bare", lambda _, name=name: bare(name, options.duration))
+        count, subjects = GROUPS.get(group, (1, {}))
+        if group == "soaks":
+            subjects = {name: partial(soak, name, options.duration) for name in SOAKS}
+            subjects |= {f"{name}_bare": partial(bare, name, options.duration) for name in SOAKS}
+        for name, subject in sorted(subjects.items()):
+            if available(name):
+                runner.bench_time_func(name, lambda _, subject=subject: subject(), inner_loops=count)
+            elif not options.worker:
+                print(f"{name} is left out: {PACKAGES[name]} is not installed", file=sys.stderr, flush=True)
 
 
-def available(module: str) -> bool:
-    """Return whether a package can be imported."""
+def available(name: str) -> bool:
+    """Return whether the package that a subject needs can be imported."""
     try:
-        importlib.import_module(module)
+        importlib.import_module(PACKAGES.get(name, "tempo"))
     except ImportError:
         return False
     return True

@@ -47,25 +47,29 @@ def send(
     dispatcher: tempo.Dispatcher,
     halt: list[bool],
     account: Account,
+    checked: bool = True,
 ) -> None:
-    """Send what ``source`` yields as the load does, until ``halt`` holds something, and account for each event."""
+    """Send what ``source`` yields until ``halt`` holds something. checked: account for each event, or only count."""
     timeout = None if config.on_full == "block" else 0.0
     while not halt and (payloads := list(islice(source, config.bulk))):
         taken = len(payloads)
         try:
             if config.bulk == 1:
-                dispatcher.enqueue(payloads[0], timeout=timeout)
+                dispatcher.enqueue(payloads[0], timeout)
             else:
-                dispatcher.enqueue_many(payloads, timeout=timeout)
+                dispatcher.enqueue_many(payloads, timeout)
         except tempo.QueueFull as full:
             taken = full.accepted if config.bulk > 1 else 0
-        for payload in payloads[:taken]:
-            account.add(payload)
-        if taken < len(payloads):
             account.refused += len(payloads) - taken
             for payload in payloads[taken:]:
                 sent.take_back(payload)
             time.sleep(0)  # let a consumer have the CPU
+        if checked:
+            for payload in payloads[:taken]:
+                account.add(payload)
+        else:
+            account.events += taken
+        del payloads  # before the next ones are made
 
 
 class Census:

@@ -15,39 +15,16 @@ import math
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from soak.cli import format_seconds
 
 Theme = Mapping[str, str]
+NAMES = ("ink", "muted", "grid", "main", "limit", "page", "card", "pass", "warn", "fail", "badge")
 # Blue and vermilion are told apart with any colour vision (Okabe and Ito); limits are dashed as well.
-LIGHT: Theme = {
-    "ink": "#1c2128",
-    "muted": "#57606b",
-    "grid": "#d5dae0",
-    "main": "#0072b2",
-    "limit": "#c04a00",
-    "page": "#f3f5f7",
-    "card": "#fefefe",
-    "pass": "#00664e",
-    "warn": "#7a5200",
-    "fail": "#a8321f",
-    "badge": "#fffffe",
-}
-DARK: Theme = {
-    "ink": "#e8ebef",
-    "muted": "#a3adb8",
-    "grid": "#3a424c",
-    "main": "#56b4e9",
-    "limit": "#ff9f5a",
-    "page": "#12161b",
-    "card": "#1b2128",
-    "pass": "#4fd1a5",
-    "warn": "#f0bd4a",
-    "fail": "#ff9584",
-    "badge": "#12161a",
-}
+_LIGHT = "#1c2128 #57606b #d5dae0 #0072b2 #c04a00 #f3f5f7 #fefefe #00664e #7a5200 #a8321f #fffffe"
+_DARK = "#e8ebef #a3adb8 #3a424c #56b4e9 #ff9f5a #12161b #1b2128 #4fd1a5 #f0bd4a #ff9584 #12161a"
+LIGHT, DARK = (dict(zip(NAMES, colours.split())) for colours in (_LIGHT, _DARK))
 WIDTH, HEIGHT = 4.4, 2.5
 """Inches of one chart, so that its letters have a readable size on a telephone."""
 MOST_POINTS = 200
@@ -57,8 +34,7 @@ Point = tuple[float, float]
 Draw = Callable[[Any, Theme], None]
 
 
-@dataclass(frozen=True)
-class Chart:
+class Chart(NamedTuple):
     """One picture with its words."""
 
     title: str
@@ -89,80 +65,58 @@ def curve(points: Sequence[Point], label: str, limit: tuple[float, str] | None =
     """Return what draws a figure over the time of the load (seconds), from 0 up, and its limit (value, words)."""
 
     def draw(axes: Any, theme: Theme) -> None:
-        minutes = points[-1][0] > 300
-        drawn = downsample([(time / 60 if minutes else time, value) for time, value in points])
-        times = [point.time for point in drawn]
-        band = [point.low for point in drawn], [point.high for point in drawn]
-        axes.fill_between(times, *band, color=theme["main"], alpha=0.25, linewidth=0)
-        axes.plot(times, [point.mean for point in drawn], color=theme["main"], linewidth=1.6)
-        top = max([*band[1], limit[0] if limit else 0.0])
+        times, low, mean, high = zip(*downsample(points))
+        axes.fill_between(times, low, high, color=theme["main"], alpha=0.25, linewidth=0)
+        axes.plot(times, mean, color=theme["main"], linewidth=1.6)
+        top = max([*high, limit[0] if limit else 0.0])
         axes.set(ylim=(0, top * 1.06 or 1), xlim=(0, times[-1] or 1), ylabel=label)
-        axes.set_xlabel(f"time since the load began ({'min' if minutes else 's'})")
+        axes.set_xlabel("time since the load began (s)")
         axes.yaxis.set_major_formatter("{x:,.10g}")
         axes.grid(False, axis="x")
         if limit is not None:
             axes.axhline(limit[0], color=theme["limit"], linewidth=1.4, linestyle="--")
-            _word(axes, limit[1], theme, 1.0)
+            _word(axes, limit[1], theme)
 
     return draw
 
 
-def bars(values: Sequence[tuple[str, float]], label: str, limit: tuple[float, str]) -> Draw:
-    """Return what draws a few bars (name, value), and a limit (value, words)."""
+def bars(values: Mapping[str, float], label: str, limit: tuple[float, str]) -> Draw:
+    """Return what draws a few bars, and a limit (value, words)."""
 
     def draw(axes: Any, theme: Theme) -> None:
-        names = [name for name, _ in values]
-        axes.barh(range(len(names)), [value for _, value in values], 0.55, color=theme["main"])
-        axes.set_yticks(range(len(names)), names)
-        axes.set(xlim=(0, 1.12 * max([limit[0], *(value for _, value in values)])), xlabel=label)
+        axes.barh(list(values), list(values.values()), 0.55, color=theme["main"])
+        axes.set(xlim=(0, 1.12 * max(limit[0], *values.values())), xlabel=label)
         axes.invert_yaxis()
         axes.grid(False, axis="y")
         axes.axvline(limit[0], color=theme["limit"], linewidth=1.4, linestyle="--")
-        _word(axes, limit[1], theme, 1.0)
+        _word(axes, limit[1], theme)
 
     return draw
 
 
-def histogram(buckets: Sequence[Point], label: str, marks: Sequence[tuple[float, str]]) -> Draw:
-    """Return what draws counts of times, pairs (from seconds, count) that rise; and marks (seconds, words)."""
+def histogram(buckets: Sequence[Point], label: str, marks: Mapping[str, float]) -> Draw:
+    """Return what draws counts of times, pairs (from seconds, count) that rise; and marks (words: seconds)."""
 
     def draw(axes: Any, theme: Theme) -> None:
-        each = max(1, math.ceil(len(buckets) / 64))
-        groups = [buckets[start : start + each] for start in range(0, len(buckets), each)]
-        edges = [group[0][0] for group in groups]
-        edges.append(edges[-1] * (edges[-1] / edges[-2] if len(edges) > 1 else 1.1))
-        counts = [sum(count for _, count in group) for group in groups]
+        edges, counts = [low for low, _ in buckets], [count for _, count in buckets]
         # On a logarithmic axis buckets differ in width: what is drawn is the share for each doubling of the time.
-        shares = [
-            100 * count / sum(counts) / math.log2(high / low) for count, low, high in zip(counts, edges, edges[1:])
-        ]
-        axes.stairs(shares, edges, fill=True, color=theme["main"], alpha=0.6, linewidth=0)
-        axes.set_xscale("log")
+        pairs = zip(edges, [*edges[1:], edges[-1] * 1.1])
+        shares = [100 * count / sum(counts) / math.log2(high / low) for count, (low, high) in zip(counts, pairs)]
+        axes.stairs(shares, [*edges, edges[-1] * 1.1], fill=True, color=theme["main"], alpha=0.6, linewidth=0)
+        axes.set(xscale="log", xlabel=label, ylabel="probes per doubling (%)")
         ticker = importlib.import_module("matplotlib.ticker")
-        axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda seconds, _: short_time(seconds)))
+        axes.xaxis.set_major_formatter(ticker.EngFormatter(unit="s", sep=" "))
         axes.xaxis.set_minor_formatter(ticker.NullFormatter())
-        axes.set(xlabel=label, ylabel="probes per doubling (%)")
-        for seconds, _ in marks:
+        for seconds in marks.values():
             axes.axvline(seconds, color=theme["limit"], linewidth=1.4, linestyle="--")
-        _word(axes, ", ".join(f"{words} {format_seconds(seconds)}" for seconds, words in marks), theme, 1.0)
+        _word(axes, ", ".join(f"{words} {format_seconds(seconds)}" for words, seconds in marks.items()), theme)
 
     return draw
 
 
-def _word(axes: Any, text: str, theme: Theme, place: float) -> None:
+def _word(axes: Any, text: str, theme: Theme) -> None:
     """Write above the plot, where no curve gets in the way."""
-    axes.annotate(text, (place, 1.02), xycoords="axes fraction", ha="right", va="bottom", color=theme["limit"])
-
-
-def short_time(seconds: float) -> str:
-    """Return a round time as a tick shows it.
-
-    >>> short_time(0.01), short_time(0.5), short_time(2e-05), short_time(5.0)
-    ('10 ms', '500 ms', '20 us', '5 s')
-    """
-    units = ((1, "s"), (1e-3, "ms"), (1e-6, "us"))
-    by, unit = next(((by, unit) for by, unit in units if seconds >= 0.999 * by), (1e-9, "ns"))
-    return f"{seconds / by:.3g} {unit}"
+    axes.annotate(text, (1, 1.02), xycoords="axes fraction", ha="right", va="bottom", color=theme["limit"])
 
 
 def svg(chart: Chart, theme: Theme) -> str:
@@ -175,14 +129,9 @@ def svg(chart: Chart, theme: Theme) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def png(head: Sequence[str], status: str, tiles: Sequence[tuple[str, str]], charts: Sequence[Chart]) -> bytes:
-    """Return all in one picture, light: the verdict (``head``, its first line large), the key figures, the charts.
-
-    Raises ImportError when there is no matplotlib.
-    """
-    text = [line for words in head[1:] for line in textwrap.wrap(words, 120, subsequent_indent="    ")]
-    figures_of = "   ".join(f"{name}: {value}" for name, value in tiles)
-    text += ["", *textwrap.wrap(figures_of, 120)]
+def png(head: str, status: str, lines: Sequence[str], charts: Sequence[Chart]) -> bytes:
+    """Return all in one picture, light: the verdict, lines of text, the charts. Raises ImportError as svg."""
+    text = [line for words in lines for line in textwrap.wrap(words, 120, subsequent_indent="    ")]
     rows = math.ceil(len(charts) / 2)
     heights = [0.6 + 0.2 * len(text), *[HEIGHT + 0.5] * rows]
     with _matplotlib(LIGHT) as figures:
@@ -190,7 +139,7 @@ def png(head: Sequence[str], status: str, tiles: Sequence[tuple[str, str]], char
         grid = figure.add_gridspec(1 + rows, 2, height_ratios=heights)
         top = figure.add_subplot(grid[0, :])
         top.set_axis_off()
-        top.set_title(textwrap.shorten(head[0], 90), loc="left", size=17, weight="bold", color=LIGHT[status])
+        top.set_title(textwrap.shorten(head, 90), loc="left", size=17, weight="bold", color=LIGHT[status])
         top.text(0, 1, "\n".join(text), va="top", transform=top.transAxes, linespacing=1.35)
         for place, chart in enumerate(charts):
             axes = figure.add_subplot(grid[1 + place // 2, place % 2])
@@ -209,20 +158,9 @@ def _matplotlib(theme: Theme) -> Iterator[Any]:
         warnings.simplefilter("ignore")  # a letter that no font has
         matplotlib = importlib.import_module("matplotlib")
         figures = importlib.import_module("matplotlib.figure")
-        style: dict[str, Any] = {
-            "svg.fonttype": "none",
-            "svg.hashsalt": "tempo",
-            "text.parse_math": False,
-            "font.family": "sans-serif",
-            "font.size": 10,
-            "axes.facecolor": "none",
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.spines.left": False,
-        }
-        muted = ("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-        style |= {**dict.fromkeys(muted, theme["muted"]), "text.color": theme["ink"], "grid.color": theme["grid"]}
-        with matplotlib.rc_context(style):
+        style: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": "tempo", "text.parse_math": False}
+        style |= {"font.size": 10, "axes.facecolor": "none", "axes.grid": True, "axes.axisbelow": True}
+        style |= {f"axes.spines.{side}": False for side in ("top", "right", "left")}
+        style |= dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), theme["muted"])
+        with matplotlib.rc_context({**style, "text.color": theme["ink"], "grid.color": theme["grid"]}):
             yield figures

@@ -28,7 +28,7 @@ EMULATED = "SOAK_EMULATED_MACHINE"
 def describe() -> dict[str, object]:
     """Return what a reader must know about a figure; None where the machine does not tell."""
     gil = bool(getattr(sys, "_is_gil_enabled", lambda: True)())
-    free = "" if gil else ", no GIL"
+    implementation = platform.python_implementation()
     return {
         "machine": machine(),
         "cpu": _cpu(),
@@ -36,12 +36,10 @@ def describe() -> dict[str, object]:
         "cores": cores(),
         "memory_bytes": _memory(),
         "kernel": f"{platform.system()} {platform.release()}",
-        "python": sys.version.split()[0],
-        "implementation": platform.python_implementation(),
-        "interpreter": f"{platform.python_implementation()} {sys.version_info[0]}.{sys.version_info[1]}{free}",
+        "python": platform.python_version(),
+        "interpreter": f"{implementation} {sys.version_info[0]}.{sys.version_info[1]}{'' if gil else ', no GIL'}",
         "build": " ".join(platform.python_build()),
         "compiler": platform.python_compiler(),
-        "gil": gil,
         "tempo": tempo.__version__,
         "commit": _commit(),
     }
@@ -118,17 +116,13 @@ def _memory() -> int | None:
 
 def _commit() -> str | None:
     """Return the commit that git names for this tree, marked when tempo.py or soak/ differ from it."""
-    commit = _git("rev-parse", "HEAD")
-    if not commit:
-        return None
-    return commit + ("-dirty" if _git("status", "--porcelain", "--", "tempo.py", "soak") else "")
-
-
-def _git(*words: str) -> str:
     try:
-        answer = subprocess.run(
-            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=5, check=False
+        commit, changed = (
+            subprocess.run(
+                ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=5, check=True
+            ).stdout
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "tempo.py", "soak"])
         )
     except (OSError, subprocess.SubprocessError):
-        return ""
-    return answer.stdout.strip() if answer.returncode == 0 else ""
+        return None
+    return commit.strip() + ("-dirty" if changed else "")

@@ -30,12 +30,12 @@ TOLERANCE = 0.02
 FEWER, MORE = 8, 40
 """Times that the payloads of ``soak.benchmarks`` go through; the fewer also warm up."""
 SUBJECTS = {
-    "enqueue": "Enqueue()",
-    "enqueue_many": "EnqueueMany()",
-    "way": "Way()",
+    "enqueue": "enqueue",
+    "enqueue_many": "enqueue_many",
+    "way": "way",
     "large": "large",
     "queue_put": "queue_put",  # the control: it changes with the interpreter alone
-    "load": "OneThread()",
+    "load": "one_thread",
 }
 PROGRAM = (
     "import sys; sys.path.insert(0, {root!r}); from soak.benchmarks import *; d = {setup}\nfor _ in range({times}): d()"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from time import perf_counter, perf_counter_ns, sleep
 from typing import TYPE_CHECKING
@@ -26,69 +26,57 @@ ROUND = 64
 """The most events between two looks at ``halt``."""
 LONG_ROUND = 0.1
 """Seconds after which a round is halved: with slow consumers ROUND events can take minutes."""
-_BITS = 6
-"""A latency's bucket keeps its leading 6 bits: a bucket is at most 1/32 of its value wide."""
-MOST_BUCKETS = 200
-"""In a result; neighbours are added up until they are so few."""
 
 
 class Latencies:
-    """A histogram of times whose buckets widen with the value: memory is bounded, and every probe counts.
-
-    A quantile is the middle of its bucket, so within 1.6 %; the maximum is exact.
-    """
+    """Counts of times, each rounded down to three digits: memory is bounded, and every probe counts."""
 
     def __init__(self) -> None:
         self.most = 0
-        self._buckets: Counter[int] = Counter()
+        self._counts: Counter[int] = Counter()
 
     def add(self, nanoseconds: int) -> None:
         """Count one time (a negative one as 0: the clocks of two cores may differ by some ns)."""
         nanoseconds = max(nanoseconds, 0)
-        shift = max(nanoseconds.bit_length() - _BITS, 0)
-        self._buckets[(shift << _BITS) + (nanoseconds >> shift)] += 1
+        self._counts[_rounded(nanoseconds, 3)] += 1
         self.most = max(self.most, nanoseconds)
 
     def merge(self, other: Latencies) -> None:
         """Add all that ``other`` counted."""
-        self._buckets.update(other._buckets)
+        self._counts.update(other._counts)
         self.most = max(self.most, other.most)
 
     def quantile(self, share: float) -> float | None:
         """Return the time in seconds that ``share`` of all did not exceed; None when nothing was counted."""
-        remaining = share * self._buckets.total()
-        for bucket in sorted(self._buckets):
-            remaining -= self._buckets[bucket]
+        remaining = share * self._counts.total()
+        for nanoseconds in sorted(self._counts):
+            remaining -= self._counts[nanoseconds]
             if remaining <= 0:
-                shift, value = bucket >> _BITS, bucket & (1 << _BITS) - 1
-                return min((value + 0.5) * (1 << shift) if shift else value, self.most) / 1e9
+                return nanoseconds / 1e9
         return None
 
     def as_json(self) -> dict[str, object]:
-        """Return the quantiles in seconds, null where nothing was measured, and the distribution."""
-        total = self._buckets.total()
+        """Return the quantiles in seconds, null where nothing was measured, and pairs (from seconds, count), rising."""
+        coarse: Counter[int] = Counter()
+        for nanoseconds, count in self._counts.items():
+            coarse[_rounded(nanoseconds, 2)] += count
         return {
             "p50": self.quantile(0.5),
             "p99": self.quantile(0.99),
-            "max": self.most / 1e9 if total else None,
-            "samples": total,
-            "buckets": self.buckets(),
+            "max": self.most / 1e9 if coarse else None,
+            "samples": coarse.total(),
+            "buckets": [(nanoseconds / 1e9, coarse[nanoseconds]) for nanoseconds in sorted(coarse)],
         }
 
-    def buckets(self) -> list[tuple[float, int]]:
-        """Return pairs (from seconds, count), rising: a bucket ends where the next begins, the last at the maximum."""
-        counts, coarse = dict(self._buckets), 0
-        while counts and max(counts) - min(counts) >= MOST_BUCKETS:
-            coarse += 1
-            counts = {}
-            for bucket, number in self._buckets.items():
-                counts[bucket >> coarse] = counts.get(bucket >> coarse, 0) + number
-        pairs = []
-        for bucket in range(min(counts), max(counts) + 1) if counts else ():
-            shift, value = bucket << coarse >> _BITS, bucket << coarse & (1 << _BITS) - 1
-            if not shift or value >> _BITS - 1:  # without its leading bit, a value has a smaller shift
-                pairs.append(((value << shift) / 1e9, counts.get(bucket, 0)))
-        return pairs
+
+def _rounded(number: int, digits: int) -> int:
+    """Round down to some digits.
+
+    >>> _rounded(123456, 3), _rounded(99, 3)
+    (123000, 99)
+    """
+    unit = int(10 ** max(0, len(str(number)) - digits))
+    return number // unit * unit
 
 
 class Taken:
@@ -134,7 +122,7 @@ class Load:
         self.accepted = [0] * config.producers
         self.refused = [0] * config.producers
         self.sent = [Sent(config.payload_size) for _ in range(config.producers)]
-        self.accounts = [Account() for _ in range(config.producers if place is not None else 0)]
+        self.accounts = [Account() for _ in range(config.producers)]
         find = probe_finder(config.payload_size)
         self.taken = [Taken(config.producers, find) for _ in range(config.consumers)]
 
@@ -152,67 +140,29 @@ class Load:
 
     def produce(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
         """Format and send until ``halt`` holds something. A thread that raises leaves its count a round behind."""
-        if self.accounts:
-            self._produce_accounted(index, dispatcher, halt)
-        elif self.config.bulk > 1:
-            self._produce_bulk(index, dispatcher, halt)
-        elif self.config.on_full == "block":
-            self._produce_blocking(index, dispatcher, halt)
-        else:
-            self._produce_raising(index, dispatcher, halt)
-
-    def _produce_accounted(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
-        sent, account = self.sent[index], self.accounts[index]
+        sent = self.sent[index]
+        source = events(self.config.payload_size, index, sent)
+        if self.config.on_full == "block" and self.config.bulk == 1 and self._place is None:
+            self._produce_blocking(index, source, dispatcher, halt)
+            return
+        account = self.accounts[index]
         try:
-            send(self.config, events(self.config.payload_size, index, sent), sent, dispatcher, halt, account)
+            send(self.config, source, sent, dispatcher, halt, account, checked=self._place is not None)
         finally:
             self.accepted[index], self.refused[index] = account.events, account.refused
 
-    def _produce_blocking(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
-        source = events(self.config.payload_size, index, self.sent[index])
+    def _produce_blocking(
+        self, index: int, source: Iterator[bytes], dispatcher: tempo.Dispatcher, halt: list[bool]
+    ) -> None:
         enqueue, accepted = dispatcher.enqueue, self.accepted
         size, then = 1, perf_counter()
         while not halt:
             for payload in islice(source, size):
-                enqueue(payload, timeout=None)
+                enqueue(payload, None)
             accepted[index] += size
             now = perf_counter()
             size = max(1, size // 2) if now - then > LONG_ROUND else min(ROUND, size * 2)
             then = now
-
-    def _produce_raising(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
-        sent = self.sent[index]
-        source = events(self.config.payload_size, index, sent)
-        enqueue = dispatcher.enqueue
-        while not halt:
-            refused = 0
-            for payload in islice(source, ROUND):
-                try:
-                    enqueue(payload)
-                except tempo.QueueFull:
-                    refused += 1
-                    sent.take_back(payload)
-                    sleep(0)  # let a consumer have the CPU
-            self.refused[index] += refused
-            self.accepted[index] += ROUND - refused
-
-    def _produce_bulk(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
-        sent, bulk = self.sent[index], self.config.bulk
-        source = events(self.config.payload_size, index, sent)
-        timeout = None if self.config.on_full == "block" else 0.0
-        while not halt:
-            payloads = list(islice(source, bulk))
-            accepted = bulk
-            try:
-                dispatcher.enqueue_many(payloads, timeout=timeout)
-            except tempo.QueueFull as full:
-                accepted = full.accepted
-                for payload in payloads[accepted:]:
-                    sent.take_back(payload)
-                sleep(0)
-            self.accepted[index] += accepted
-            self.refused[index] += bulk - accepted
-            del payloads  # before the next ones are made
 
     def consume(self, index: int, dispatcher: tempo.Dispatcher) -> None:
         """Receive, count, look for probes, put into the place, rest."""

@@ -64,13 +64,16 @@ def main(options: argparse.Namespace) -> int:
     except ReportError as error:
         complain(str(error))
         return 1
-    head, found = head_of(report), charts_of(report)
-    files = []
+    head = f"{report.status().upper()}: {note_of(report)}"
+    lines = [f"{name} {status}: {note}" for name, status, note in findings_of(report)]
+    lines += [origin_of(report), "", "   ".join(f"{name}: {value}" for name, value in tiles_of(report).items())]
+    found = charts_of(report)
+    files: list[tuple[Path, bytes]] = []
     drawn: list[tuple[Chart, str, str]] = []
     remarks = [f"Nothing over time: {report.unsampled}."] if report.unsampled else []
     try:
         drawn = [(chart, charts.svg(chart, charts.LIGHT), charts.svg(chart, charts.DARK)) for chart in found]
-        files.append((png_path, charts.png([*head, origin_of(report)], report.status(), tiles_of(report), found)))
+        files.append((png_path, charts.png(head, report.status(), lines, found)))
     except ImportError:
         complain("no charts and no picture: matplotlib is not installed (make report installs it)")
         remarks.append("Without charts: matplotlib was not installed where this page was made.")
@@ -78,11 +81,9 @@ def main(options: argparse.Namespace) -> int:
         files.insert(0, (page_path, page(report, drawn, remarks).encode()))
     except ImportError:
         options.parser.error("report needs Jinja2: `make report` installs it, or: pip install jinja2")
-    written = [path for path, content in files if results.write(path, content)]
-    lines = head[:1]
-    if len(written) < len(files):
-        lines = [*head, *(f"{name}: {value}" for name, value in tiles_of(report)), origin_of(report)]
-    print("\n".join([*lines, f"written       {', '.join(map(str, written)) or 'nothing'}"]), flush=True)
+    written = [str(path) for path, content in files if results.write(path, content)]
+    shown = [head] if len(written) == len(files) else [head, *lines]
+    print("\n".join([*shown, f"written       {', '.join(written) or 'nothing'}"]), flush=True)
     return 0 if len(written) == len(files) else 1
 
 
@@ -164,9 +165,9 @@ def read_samples(lines: Iterator[str], started: object) -> Iterator[dict[str, fl
             yield figures
 
 
-def levels(samples: Sequence[Mapping[str, float]], key: str) -> list[Point]:
+def levels(samples: Sequence[Mapping[str, float]], key: str, unit: float = 1.0) -> list[Point]:
     """Return a figure of each sample that has it, over the time."""
-    return [(sample["elapsed"], sample[key]) for sample in samples if key in sample]
+    return [(sample["elapsed"], sample[key] / unit) for sample in samples if key in sample]
 
 
 def rates(samples: Sequence[Mapping[str, float]], key: str) -> list[Point]:
@@ -215,12 +216,6 @@ def findings_of(report: Report) -> list[tuple[str, str, str]]:
     return [(name, report.status(name), plain(report.get("verdict", name, "note"))) for name in parts]
 
 
-def head_of(report: Report) -> list[str]:
-    """Return the verdict, then a line for each part."""
-    lines = [f"{name} {status}: {note}" for name, status, note in findings_of(report)]
-    return [f"{report.status().upper()}: {note_of(report)}", *lines]
-
-
 def origin_of(report: Report) -> str:
     """Return one line that says what ran where: a figure is nothing without it."""
     place = {key: plain(report.get("environment", key)) for key in environment.LINE_KEYS}
@@ -231,27 +226,24 @@ def origin_of(report: Report) -> str:
     )
 
 
-def tiles_of(report: Report) -> list[tuple[str, str]]:
-    """Return the key figures: (what, how much)."""
+def tiles_of(report: Report) -> dict[str, str]:
+    """Return the key figures."""
     figure, ratio = report.number, report.number("ratio")
-    return [
-        ("delivered events/s", count(figure("delivered_per_second"))),
-        ("share of calibration", "not measured" if ratio is None else f"{ratio:.3f}"),
-        ("events delivered", count(figure("delivered"))),
-        ("lost", count(figure("lost"))),
-        ("repeated", count(figure("duplicated"))),
-        ("refused", count(figure("rejected"))),
-        (f"heap, bound {format_size(figure('heap', 'bound_bytes'))}", format_size(figure("peak_heap_bytes"))),
-        ("latency, median", format_seconds(figure("latency_seconds", "p50"))),
-        ("latency, 99th percentile", format_seconds(figure("latency_seconds", "p99"))),
-        ("drain", format_seconds(figure("drain_seconds"))),
-    ]
+    counts = {"delivered": "events delivered", "lost": "lost", "duplicated": "repeated", "rejected": "refused"}
+    return {
+        "delivered events/s": count(figure("delivered_per_second")),
+        "share of calibration": "not measured" if ratio is None else f"{ratio:.3f}",
+        **{words: count(figure(key)) for key, words in counts.items()},
+        f"heap, bound {format_size(figure('heap', 'bound_bytes'))}": format_size(figure("peak_heap_bytes")),
+        "latency, median": format_seconds(figure("latency_seconds", "p50")),
+        "latency, 99th percentile": format_seconds(figure("latency_seconds", "p99")),
+        "drain": format_seconds(figure("drain_seconds")),
+    }
 
 
 def charts_of(report: Report) -> list[Chart]:
     """Return the charts that there are figures for."""
-    figure, samples = report.number, report.samples
-    found = []
+    figure, found = report.number, list[Chart]()
 
     def over_time(title: str, caption: str, what: str, points: list[Point], limit: tuple[float, str] | None) -> None:
         if not any(value for _, value in points):
@@ -260,48 +252,37 @@ def charts_of(report: Report) -> list[Chart]:
         how = "each drawn" if each == 1 else f"drawn {each} by {each}: their mean, and a band from least to most"
         found.append(Chart(title, f"{caption} {len(points):,} points, {how}.", charts.curve(points, what, limit)))
 
-    def mib(points: list[Point]) -> list[Point]:
-        return [(time, value / MIB) for time, value in points]
-
     bare, limit = figure("calibration"), figure("config", "max_buffered_bytes")
     caption = "The load pass. Dashed: what the same producers reach when they only format the events (the calibration)."
     level = None if bare is None else (bare, f"no dispatcher: {count(bare)}/s")
-    over_time("Delivered", caption, "events/s", rates(samples, "delivered"), level)
+    over_time("Delivered", caption, "events/s", rates(report.samples, "delivered"), level)
 
-    peak = figure("stats", "peak_buffered_bytes")
-    caption = f"At the moment of each sample; by the dispatcher's own count at most {format_size(peak)}."
+    fullest = format_size(figure("stats", "peak_buffered_bytes"))
     level = None if limit is None else (limit / MIB, f"limit {format_size(limit)}")
-    over_time("Buffer", caption, "buffered (MiB)", mib(levels(samples, "buffered_bytes")), level)
+    caption = f"At the moment of each sample; by the dispatcher's own count at most {fullest}."
+    over_time("Buffer", caption, "buffered (MiB)", levels(report.samples, "buffered_bytes", MIB), level)
 
     if buckets := _buckets(report):
-        named = [(name, figure("latency_seconds", name)) for name in ("p50", "p99", "max")]
-        marks = [(seconds, name) for name, seconds in named if seconds]
-        caption = (
-            f"From enqueue to a consumer's hands, {count(figure('latency_seconds', 'samples'))} probes. The area is the"
-            " share of the probes: a doubling of the time is equally wide everywhere."
-        )
+        marks = {name: seconds for name in ("p50", "p99", "max") if (seconds := figure("latency_seconds", name))}
+        probes = count(figure("latency_seconds", "samples"))
+        caption = f"From enqueue to a consumer's hands, {probes} probes. The area is the share of the probes."
         found.append(Chart("Latency", caption, charts.histogram(buckets, "latency (logarithmic)", marks)))
 
-    peak = figure("peak_rss_bytes")
-    caption = f"Resident memory of the whole process, as the system counts it; at most {format_size(peak)}."
-    over_time("Resident memory", caption, "RSS (MiB)", mib(levels(samples, "rss_bytes")), None)
+    caption = f"Of the whole process, as the system counts it; at most {format_size(figure('peak_rss_bytes'))}."
+    over_time("Resident memory", caption, "RSS (MiB)", levels(report.samples, "rss_bytes", MIB), None)
 
-    if figure("rejected") or report.get("config", "on_full") == "raise":
-        caption = (
-            f"Refused because the buffer was full, and dropped by the producers: {count(figure('rejected'))} in all."
-        )
-        over_time("Refused", caption, "events/s", rates(samples, "rejected"), None)
+    if figure("rejected"):
+        caption = f"Because the buffer was full, and dropped by the producers: {count(figure('rejected'))} in all."
+        over_time("Refused", caption, "events/s", rates(report.samples, "rejected"), None)
     else:
         caption = "None was refused: a producer waits for room. So many did at the moment of each sample."
-        over_time("Waiting producers", caption, "producers", levels(samples, "waiting_producers"), None)
+        over_time("Waiting producers", caption, "producers", levels(report.samples, "waiting_producers"), None)
 
     heap, bound = figure("peak_heap_bytes"), figure("heap", "bound_bytes")
     if heap is not None and bound is not None:
-        caption = (
-            f"From a separate pass of {format_seconds(figure('heap', 'seconds'))} under tracemalloc, because tracing"
-            " slows a program: dispatcher, producers, consumers and harness together."
-        )
-        values = [("traced peak", heap / MIB), ("fullest buffer", (figure("heap", "peak_buffered_bytes") or 0) / MIB)]
+        took = format_seconds(figure("heap", "seconds"))
+        caption = f"From a separate pass of {took} under tracemalloc: dispatcher, producers, consumers and harness."
+        values = {"traced peak": heap / MIB, "fullest buffer": (figure("heap", "peak_buffered_bytes") or 0) / MIB}
         drawn = charts.bars(values, "bytes on the heap (MiB)", (bound / MIB, f"bound {format_size(bound)}"))
         found.append(Chart("Heap", caption, drawn))
     return found

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
+from starlette.applications import Starlette  # type: ignore[import-untyped, import-not-found, unused-ignore]
+from starlette.requests import Request  # type: ignore[import-untyped, import-not-found, unused-ignore]
+from starlette.responses import Response  # type: ignore[import-untyped, import-not-found, unused-ignore]
+from starlette.routing import Route  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
 import tempo
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import celery
-from celery.signals import worker_process_shutdown
+import celery  # type: ignore[import-untyped, import-not-found, unused-ignore]
+from celery.signals import worker_process_shutdown  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
 import tempo
 
@@ -25,13 +25,13 @@ events.start(send)
 app = celery.Celery("celery_app", broker=os.environ.get("BROKER", "amqp://"))
 
 
-@app.task(ignore_result=True)  # type: ignore[untyped-decorator]
+@app.task(ignore_result=True)  # type: ignore[untyped-decorator, misc, unused-ignore]
 def work(number: int) -> None:
     """A task that tells what it does."""
     events.enqueue(b"task %d" % number, timeout=1.0)
 
 
-@worker_process_shutdown.connect  # type: ignore[untyped-decorator]
+@worker_process_shutdown.connect  # type: ignore[untyped-decorator, misc, unused-ignore]
 def drain(**_: Any) -> None:
     """Deliver what this process of the pool has accepted."""
     events.shutdown(timeout=10.0)

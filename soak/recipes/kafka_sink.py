@@ -7,7 +7,7 @@ caller delivers again, can come twice.
 
 from __future__ import annotations
 
-import confluent_kafka
+import confluent_kafka  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
 import tempo
 

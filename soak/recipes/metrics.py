@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import tempo
 
 if TYPE_CHECKING:
-    from opentelemetry.metrics import Meter
+    from opentelemetry.metrics import Meter  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
 COUNTERS = ("accepted", "delivered", "failed", "rejected", "discarded", "batches")
 GAUGES = ("buffered", "buffered_bytes", "in_flight", "peak_buffered_bytes", "waiting_producers", "waiting_consumers")
@@ -26,10 +26,10 @@ class PrometheusCollector:
 
     def collect(self) -> Iterator[Any]:
         """Yield a family for each figure, with a sample for each dispatcher."""
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily  # noqa: PLC0415
+        from prometheus_client import core  # type: ignore[import-untyped, import-not-found, unused-ignore]  # noqa: PLC0415
 
         snapshots = {name: dispatcher.stats() for name, dispatcher in self._dispatchers.items()}
-        for kind, figures in ((CounterMetricFamily, COUNTERS), (GaugeMetricFamily, GAUGES)):
+        for kind, figures in ((core.CounterMetricFamily, COUNTERS), (core.GaugeMetricFamily, GAUGES)):
             for figure in figures:
                 family = kind(f"tempo_{figure}", f"{figure} of a tempo dispatcher", labels=["dispatcher"])
                 for name, stats in snapshots.items():
@@ -39,7 +39,7 @@ class PrometheusCollector:
 
 def observe(meter: Meter, name: str, dispatcher: tempo.Dispatcher) -> None:
     """Make OpenTelemetry's instruments for a dispatcher."""
-    from opentelemetry.metrics import Observation  # noqa: PLC0415
+    from opentelemetry.metrics import Observation  # type: ignore[import-untyped, import-not-found, unused-ignore]  # noqa: PLC0415
 
     def reader(figure: str) -> Any:
         return lambda _: [Observation(getattr(dispatcher.stats(), figure), {"dispatcher": name})]

@@ -241,7 +241,7 @@ class Spool:
                     self._flying[row] = _charge(data)
             return accepted
 
-    def done(self, records: Iterable[bytes] | tempo.Batch) -> int:
+    def done(self, records: Iterable[bytes | memoryview]) -> int:
         """Report records (a batch) as delivered; delete those that came from the file, and return how many.
 
         Cheap when none of them did. Call it when they are safe where they went, not before.
@@ -369,7 +369,7 @@ def _charge(record: bytes) -> int:
     return max(1, len(record)) + RECORD_OVERHEAD
 
 
-def _own(records: Iterable[bytes] | tempo.Batch) -> list[bytes]:
+def _own(records: Iterable[bytes | memoryview]) -> list[bytes]:
     """Return the records as bytes: themselves, or copies. Raises TypeError, which never shows one."""
     if isinstance(records, tempo.Batch):
         return records.tolist()

@@ -8,7 +8,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -121,7 +121,9 @@ class Fault(NamedTuple):
     again: Callable[[], object] = lambda: None
 
 
-def _loads(name: str, faults: Sequence[str], config: Config, folder: Path, left_out: list[str]) -> Iterator[Row]:
+def _loads(
+    name: str, faults: Sequence[str], config: Config, folder: Path, left_out: list[str]
+) -> Generator[Row, None, None]:
     """Yield the rows of one sink: without a fault, and with each."""
     if name == "null":
         yield _load(Row(name), "null", config)

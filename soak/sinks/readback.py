@@ -38,7 +38,9 @@ def read_back(place: Place, accepted: Sequence[Account], config: Config) -> Read
         if events is None:
             return ReadBack(read=False)
         return compare(events, accepted, config.payload_size, once=place.once, ordered=config.consumers == 1)
-    except (OSError, *place.errors) as error:
+    except Exception as error:
+        if not isinstance(error, (OSError, *place.errors)):
+            raise
         return ReadBack(read=False, problems=[f"read back: {describe(error)}"])
 
 

@@ -40,19 +40,17 @@ def ratios(pyperf: Any, *values: float) -> Any:
 
 
 def test_every_row_of_the_benchmark_is_measured() -> None:
-    subjects = {name for group in benchmarks.GROUPS.values() for name in group}
+    subjects = {name for _, group in benchmarks.GROUPS.values() for name in group}
     subjects |= {name + end for name in benchmarks.SOAKS for end in ("", "_bare")}
     assert {name for row in bench.ROWS for name in (row.subject, row.control)} == subjects
 
 
-@pytest.mark.parametrize("name", [name for group in benchmarks.GROUPS.values() for name in group])
+@pytest.mark.parametrize("name", [name for _, group in benchmarks.GROUPS.values() for name in group])
 def test_a_subject_of_the_benchmark_does_its_work(name: str) -> None:
-    if name in benchmarks.PACKAGES:
-        pytest.importorskip(benchmarks.PACKAGES[name])
-    if name == "coroutines" and not hasattr(benchmarks.tempo.Dispatcher, "aenqueue"):
-        pytest.skip("tempo before 0.2.0")
-    ((_, make),) = (group[name] for group in benchmarks.GROUPS.values() if name in group)
-    assert make()() > 0
+    if not benchmarks.available(name):
+        pytest.skip(f"{benchmarks.PACKAGES[name]} is not installed")
+    (subject,) = (group[name] for _, group in benchmarks.GROUPS.values() if name in group)
+    assert subject() > 0
 
 
 def test_a_soak_of_the_benchmark_and_its_control_do_their_work() -> None:
@@ -106,7 +104,7 @@ def test_a_baseline_that_there_is_not_is_named() -> None:
 
 def test_instructions_fail_when_there_are_more_than_recorded(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "instructions.json"
-    there = mock.patch.object(instructions.shutil, "which", return_value="valgrind")
+    there = mock.patch("shutil.which", return_value="valgrind")
     with mock.patch.object(instructions, "FILE", path), there:
         codes = []
         for counted, record in ((1000.0, "no"), (1000.0, "yes"), (1019.0, "no"), (1021.0, "no")):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -116,15 +115,6 @@ def test_a_verdict_of_fail_is_exit_code_1(tmp_path: Path) -> None:
     assert (code, result["verdict"]["overall"]) == (1, {"status": "fail", "note": "drain fail"})
 
 
-def test_stress_delivers_each_payload_of_each_producer(tmp_path: Path) -> None:
-    path = tmp_path / "result.json"
-    options = ("--producers", "8", "--each", "301", "--bulk", "4", "--out", str(tmp_path), "--json", str(path))
-    assert main(["stress", *options]) == 0
-    result = json.loads(path.read_text(encoding="utf-8"))
-    assert result["accepted"] == result["delivered"] == result["wanted"] == 8 * 301
-    assert result["verdict"]["overall"]["status"] == "pass"
-
-
 def test_stress_that_is_not_done_in_time_fails() -> None:
     one = replace(settings_of(producers=2), duration=1.0)
     counted, outcome = census.take(one, 5.0, each=10, every=0.001)
@@ -195,18 +185,11 @@ def test_each_command_has_help_with_an_example(command: str, capsys: pytest.Capt
     assert f"python3 -m soak {command}" in " ".join(capsys.readouterr().out.split("example", 1)[1].split())
 
 
-@pytest.mark.parametrize(
-    ("text", "size"), [("64", 64), ("64B", 64), ("320KiB", 327680), ("1.5MiB", 1572864), ("1GiB", 1 << 30)]
-)
-def test_sizes_are_read_with_their_units(text: str, size: int) -> None:
-    assert cli.size(text) == size
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("5m", 300), ("1m30s", 90), ("10ms", 0.01), ("10us", 1e-5), ("1.5h", 5400), ("7ns", 7e-9)]
-)
-def test_times_are_read_with_their_units(text: str, seconds: float) -> None:
-    assert cli.duration(text) == seconds
+def test_sizes_and_times_are_read_with_their_units() -> None:
+    sizes = {"64": 64, "64B": 64, "320KiB": 327680, "1.5MiB": 1572864, "1GiB": 1 << 30}
+    assert {text: cli.size(text) for text in sizes} == sizes
+    times = {"5m": 300, "1m30s": 90, "10ms": 0.01, "10us": 1e-5, "1.5h": 5400, "7ns": 7e-9}
+    assert {text: cli.duration(text) for text in times} == times
 
 
 @pytest.mark.parametrize(
@@ -481,17 +464,6 @@ def test_an_interrupt_is_not_kept_from_another_handler(number: signal.Signals) -
     assert came == [1]
 
 
-def test_interrupts_are_afterwards_as_they_were_before() -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with interrupts.kept():
-        signal.raise_signal(signal.SIGTERM)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        assert interrupts.take()
-        assert not interrupts.take()
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-
-
 @pytest.mark.parametrize("work", ["calibrate", "drive"])
 def test_an_interrupt_ends_a_pass_and_a_second_one_is_not_taken_for_the_first(work: str) -> None:
     one = settings_of(producers=2)
@@ -589,26 +561,12 @@ def test_a_recorded_baseline_is_found_by_machine_interpreter_and_settings(tmp_pa
         assert baseline.choose("auto", other, place, tmp_path)[0] is None
 
 
-def test_a_run_that_fails_is_not_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    failed = ran_well(verdict={"overall": {"status": "fail", "note": "correctness fail"}})
-    with mock.patch.object(run, "run", return_value=failed):
-        assert main(["baseline", "--runs", "2", "--out", str(tmp_path)]) == 1
-    assert "correctness fail: not recorded" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_pi_on_a_raspberry_pi_runs_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with mock.patch.object(environment, "machine", return_value="Raspberry Pi 4 Model B Rev 1.4"):
         assert main(["pi", "stress", "--producers", "2", "--each", "5", "--out", str(tmp_path)]) == 0
     assert "not emulated" in capsys.readouterr().err
     (path,) = tmp_path.iterdir()
     assert json.loads(path.read_text(encoding="utf-8"))["delivered"] == 10
-
-
-def test_pi_does_not_take_the_memory_of_the_host_for_its_own() -> None:
-    with mock.patch.dict(os.environ, {environment.EMULATED: "a board"}):
-        place = environment.describe()
-    assert (place["machine"], place["memory_bytes"]) == ("a board", None)
 
 
 @pytest.mark.parametrize("tool", [None, "/a/tool"])
@@ -687,16 +645,12 @@ def test_events_have_their_size_and_probes_come_often_at_first(size: int | None)
 
 def test_the_latencies_shown_are_those_counted_in_few_buckets() -> None:
     latencies = Latencies()
-    times = [0, 1, 63, 64, 127, 128, 5_000_000, 5_000_001, 10**12]
-    for nanoseconds in times:
+    for nanoseconds in [-5, 0, 99, 128, 5_123_456, 5_100_001, 10**12]:
         latencies.add(nanoseconds)
-    buckets = latencies.buckets()
-    edges = [1e9 * seconds for seconds, _ in buckets]
-    assert len(buckets) <= 200
-    assert edges == sorted(set(edges))
-    for (_, many), low, high in zip(buckets, edges, [*edges[1:], 1e99]):
-        assert many == sum(low <= nanoseconds < high for nanoseconds in times)
-    assert Latencies().buckets() == []
+    shown: dict[str, Any] = latencies.as_json()
+    assert shown["buckets"] == [(0.0, 2), (99e-9, 1), (120e-9, 1), (0.0051, 2), (1000.0, 1)]
+    assert (shown["p50"], shown["p99"], shown["max"], shown["samples"]) == (128e-9, 1000.0, 1000.0, 7)
+    assert Latencies().as_json()["buckets"] == []
 
 
 @pytest.mark.parametrize(("show", "lines"), [("live", 3), ("plain", 2), ("auto", 2), ("none", 0)])
@@ -737,15 +691,11 @@ def test_the_verdicts_on_ratio_heap_and_drain_fail_beyond_the_spread_of_the_base
     assert verdict.judge_drain(0.07, drain) == verdict.Finding(
         "fail", "drained in 70.0 ms: above the baseline board: 10.0 ms +- 50.0 ms"
     )
+    poor, bad = verdict.Finding("warn", ""), verdict.Finding("fail", "")
+    assert verdict.overall({"a": bad, "b": poor}) == verdict.Finding("fail", "a fail, b warn")
     assert [verdict.judge_drain(seconds).status for seconds in (0.5, 0.6, 6.0, None)] == [
         "pass",
         "warn",
         "fail",
         "fail",
     ]
-
-
-def test_the_overall_verdict_is_the_worst_one() -> None:
-    good, poor, bad = (verdict.Finding(status, "") for status in ("pass", "warn", "fail"))
-    assert verdict.overall({"a": good, "b": poor}).status == "warn"
-    assert verdict.overall({"a": bad, "b": poor}) == verdict.Finding("fail", "a fail, b warn")

@@ -35,13 +35,16 @@ def failed(error: BaseException, batch: tempo.Batch) -> None:
 
 
 async def consume(d: tempo.Dispatcher) -> int:
+    await d.aenqueue(b"a", timeout=1.0)
+    flushed: bool = await d.aflush(1.0)
     total: int = 0
-    async for batch in d:
-        total += batch.nbytes
-    return total
+    async with d:
+        async for batch in d:
+            total += batch.nbytes
+    return total + flushed
 
 
-d: tempo.Dispatcher = tempo.Dispatcher(interval=0.25, max_batch_bytes=None, max_buffered_bytes=4 * tempo.MiB)
+d: tempo.Dispatcher = tempo.Dispatcher(interval=0.25, max_batch_items=500, max_buffered_bytes=4 * tempo.MiB)
 d.start(handle, on_error=failed)
 d.enqueue(b"a", timeout=1.0)
 d.enqueue(memoryview(b"a"))

@@ -551,5 +551,5 @@ def test_a_view_that_is_kept_keeps_its_whole_batch_and_tolist_does_not() -> None
     d.flush(0)
     batch = d.get()
     view, copies = batch[0], batch.tolist()
-    assert len(view.obj) == batch.nbytes == 100_005
+    assert memoryview(view.obj).nbytes == batch.nbytes == 100_005
     assert type(copies[0]) is bytes and copies[0] == view

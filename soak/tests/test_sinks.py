@@ -348,7 +348,7 @@ def test_the_sinks_command_that_is_told_to_end_ends_its_server(number: signal.Si
 
 
 def test_the_sinks_command_says_that_it_was_interrupted(tmp_path: Path, capsys: Any) -> None:
-    real = command.drive
+    real = vars(command)["drive"]
     with mock.patch.object(command, "drive", lambda *args: replace(real(*args), interrupted=True)):
         code = main(["sinks", "--only", "null,file", *SHORT[:4], "--out", str(tmp_path)])
     assert code == 1

@@ -60,31 +60,6 @@ def test_a_record_leaves_the_spool_when_it_is_reported_and_not_before(spool: Spo
     assert (len(spool), spool.nbytes, in_file(tmp_path / "spool")) == (0, 0, [])
 
 
-def test_what_is_kept_stays_at_its_place_and_what_is_new_goes_behind(spool: Spool) -> None:
-    d = make()
-    spool.put([b"1", b"2", b"3"])
-    d.enqueue(b"direct")
-    spool.replay(d)
-    assert spool.keep([due(d)]) == 1
-    spool.put([b"4"])
-    assert spool.replay(d) == 5
-    assert due(d).tolist() == [b"1", b"2", b"3", b"direct", b"4"]
-
-
-def test_no_more_than_a_bound_is_in_flight_but_one_record_always(spool: Spool) -> None:
-    d = make(max_buffered_bytes=10 * tempo.MiB)
-    half = soak_spool.IN_FLIGHT_BYTES // 2 - soak_spool.RECORD_OVERHEAD
-    spool.put([bytes(half), bytes(half), b"third", bytes(3 * half)])
-    assert spool.replay(d) == 2
-    assert spool.replay(d) == 0
-    spool.done(due(d))
-    assert spool.replay(d) == 1  # the next is too large beside it
-    spool.done(due(d))
-    assert spool.replay(d) == 1
-    spool.done(due(d))
-    assert len(spool) == 0
-
-
 def test_replay_waits_for_room_until_all_is_given(spool: Spool) -> None:
     records = [b"%03d" % i for i in range(200)]
     spool.put(records)
@@ -260,13 +235,6 @@ def test_a_file_that_is_no_spool_is_left_alone(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes() == before
     with pytest.raises(SpoolError, match="cannot open"):
         Spool(tmp_path / "no" / "such" / "folder", max_bytes=1000)
-
-
-@pytest.mark.parametrize(("synchronous", "number"), [("NORMAL", 1), ("FULL", 2)])
-def test_the_spool_is_as_synchronous_as_asked(tmp_path: Path, synchronous: str, number: int) -> None:
-    with Spool(tmp_path / "spool", max_bytes=1000, synchronous=synchronous) as spool:
-        assert spool._db.execute("PRAGMA synchronous").fetchone() == (number,)
-        assert spool._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 def test_a_call_that_interrupts_the_spool_is_refused(spool: Spool) -> None:

@@ -37,20 +37,12 @@ pytestmark = pytest.mark.usefixtures("no_thread_left")
 # Files.
 
 
-@pytest.mark.parametrize(
-    ("terminated", "payloads", "written"),
-    [
-        (False, [b'{"a":1}', b'{\n"a": 2\n}', b""], b'{"a":1}\n{ "a": 2 }\n\n'),
-        (True, [b"first\n", b"second\n"], b"first\nsecond\n"),
-    ],
-)
-def test_the_file_sink_writes_an_event_a_line(
-    terminated: bool, payloads: list[bytes], written: bytes, tmp_path: Path
-) -> None:
-    sink = FileSink(tmp_path / "events", terminated=terminated)
-    sink.deliver(batch_of(*payloads))
+def test_the_file_sink_writes_an_event_a_line_and_keeps_newlines_out(tmp_path: Path) -> None:
+    sink = FileSink(tmp_path / "events")
+    sink.deliver(batch_of(b'{"a":1}', b'{\n"a": 2\n}'))
+    sink.deliver(batch_of(b""))
     sink.close()
-    assert (tmp_path / "events").read_bytes() == written
+    assert (tmp_path / "events").read_bytes() == b'{"a":1}\n{ "a": 2 }\n\n'
 
 
 def test_the_file_sink_begins_a_new_file_before_a_batch_that_is_too_much_and_keeps_the_newest(tmp_path: Path) -> None:
@@ -265,8 +257,8 @@ def test_a_run_into_a_device_says_that_nothing_can_be_read_back(tmp_path: Path) 
 
 
 def test_a_run_whose_sink_loses_an_event_fails(tmp_path: Path) -> None:
-    real = FileSink.write_lines
-    with mock.patch.object(FileSink, "write_lines", lambda self, lines: real(self, lines[1:])):
+    real = FileSink.deliver
+    with mock.patch.object(FileSink, "deliver", lambda self, batch: real(self, batch_of(*batch.tolist()[1:]))):
         code, result = soak(tmp_path, f"file:{tmp_path / 'events'}")
     assert code == 1
     assert result["lost"] > 0

@@ -9,9 +9,8 @@ starts at its first ``enqueue``, and the worker's exit drains it. ``exit_timeout
     gunicorn --preload --workers 4 wsgi_app:app
 
 uWSGI needs ``--enable-threads``, since without it no Python thread runs between requests, and
-``--py-call-uwsgi-fork-hooks`` to run Python's fork hooks. Without that flag tempo notices the fork by the process id at
-the worker's first call; but what the master had enqueued is then in the workers too. ``--die-on-term`` lets SIGTERM end
-it, in place of a reload.
+``--py-call-uwsgi-fork-hooks`` to run Python's fork hooks; without that flag tempo notices the fork by the process id,
+at a worker's next call. ``--die-on-term`` lets SIGTERM end it, in place of a reload.
 
     uwsgi --http-socket :8000 --master --processes 4 --enable-threads --py-call-uwsgi-fork-hooks --die-on-term \
           --module wsgi_app:app

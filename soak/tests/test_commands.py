@@ -583,44 +583,32 @@ def test_pi_without_tools_or_without_a_place_for_them_says_so_in_a_line(
     assert line.endswith("; nothing can be emulated")
 
 
-EMULATED = """#!{python}
-import signal, time
-signal.signal(signal.SIGTERM, signal.default_int_handler)
-try:
-    print("now: emulated", flush=True)
-    time.sleep(600)
-except KeyboardInterrupt:
-    time.sleep(0.5)  # longer than subprocess.run() would wait until it kills
-    print("ended well", flush=True)
-    raise SystemExit(7) from None
-"""
-ON_PI = """
-import os, sys
-from pathlib import Path
-
-os.close(os.open(os.ttyname(0), os.O_RDWR))
-
+EMULATED = """
+import os, signal, sys, time
 from soak import pi
-from soak.__main__ import entry
 
-emulator = Path(sys.argv.pop(1))
-pi.provide = lambda: (emulator, emulator.parent)
-pi.interpreter = lambda root: emulator
-sys.exit(entry())
+if len(sys.argv) == 1:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        print("now: emulated", flush=True)
+        time.sleep(600)
+    except KeyboardInterrupt:
+        time.sleep(0.5)  # longer than subprocess.run() would wait until it kills
+        print("ended well", flush=True)
+        raise SystemExit(7) from None
+os.close(os.open(os.ttyname(0), os.O_RDWR))  # the first of a session is the one that its keys are for
+sys.exit(pi.run([sys.executable, "-c", sys.argv[1]], dict(os.environ)))
 """
 
 
-@pytest.mark.parametrize("key", [True, False], ids=["Ctrl-C", "SIGTERM"])
-def test_ctrl_c_lets_what_is_emulated_end_in_its_own_way(key: bool, tmp_path: Path) -> None:
-    emulator = tmp_path / "emulator"
-    emulator.write_text(EMULATED.format(python=sys.executable), encoding="utf-8")
-    emulator.chmod(0o755)
-    with OnTerminal("-c", ON_PI, str(emulator), "pi", "run") as terminal:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_pi_lets_what_is_emulated_end_in_its_own_way(number: int) -> None:
+    with OnTerminal("-c", EMULATED, EMULATED) as terminal:
         terminal.read_until("now: emulated")
-        if key:
+        if number == signal.SIGINT:
             terminal.interrupt()
         else:
-            terminal.send_signal(signal.SIGTERM)
+            terminal.send_signal(number)
         assert terminal.exit_code() == 7, terminal.text
     assert "ended well" in terminal.text
     assert "Traceback" not in terminal.text

@@ -89,7 +89,7 @@ def test_what_a_drain_leaves_names_what_the_handler_still_has() -> None:
     d.start(send)
     d.enqueue(b"1")
     assert entered.wait(LIMIT)
-    with pytest.raises(tempo.DrainTimeout, match="1 payloads? still with the handler"):
+    with pytest.raises(tempo.DrainTimeout, match=r"1 payloads? still with the handler"):
         d.shutdown(timeout=0.01)
     leave.set()
 

@@ -91,7 +91,8 @@ def main(options: argparse.Namespace) -> int:
                 for row in loads:
                     row.ratio = row.delivered_per_second / bare
                     rows.append(row)
-                    say(_line(row))
+                    said = (f"{heading} {cell}" for heading, cell in _cells(row).items() if cell)
+                    say(", ".join([*said, *row.problems]))
                     interrupted |= row.interrupted or interrupts.take()
                     if interrupted:
                         break
@@ -274,18 +275,22 @@ def _injected(fault: Fault, duration: float, watch: Watch, row: Row) -> Iterator
 # For people.
 
 
-def _line(row: Row) -> str:
-    words = [f"{row.sink}, {'no fault' if row.fault == 'none' else row.fault}: {row.delivered_per_second:,.0f}/s"]
-    if row.read.get("read"):
-        words.append(f"{row.read['lost']} lost, {row.read['repeated']} repeated of {row.accepted:,}")
-    elif row.read:
-        words.append("not read back")
-    if row.recovery_seconds is not None:
-        words.append(f"went on {format_seconds(row.recovery_seconds)} after the fault")
-    return "; ".join([*words, *(f"PROBLEM: {problem}" for problem in row.problems)])
-
-
-HEADINGS = "sink | fault | events/s | of bare | accepted | lost | repeated | in deliver | longest stall | went on after"
+def _cells(row: Row) -> dict[str, str]:
+    """Return what a row says, by its headings."""
+    read = row.read if row.read.get("read") else {}
+    recovered = "" if row.recovery_seconds is None else format_seconds(row.recovery_seconds)
+    return {
+        "sink": row.sink,
+        "fault": row.fault,
+        "events/s": f"{row.delivered_per_second:,.0f}",
+        "of bare": "" if row.ratio is None else f"{row.ratio:.3f}",
+        "accepted": f"{row.accepted:,}",
+        "lost": str(read.get("lost", "")),
+        "repeated": str(read.get("repeated", "")),
+        "in deliver": f"{row.in_sink:.0%}" if row.read else "",
+        "longest stall": format_seconds(row.stall_seconds),
+        "went on after": recovered,
+    }
 
 
 def _summary(rows: Sequence[Row], left_out: Sequence[str], interrupted: bool) -> list[str]:
@@ -293,15 +298,8 @@ def _summary(rows: Sequence[Row], left_out: Sequence[str], interrupted: bool) ->
     failed = [row for row in rows if row.problems]
     word = "FAIL" if failed or not rows else "INTERRUPTED" if interrupted else "PASS"
     lines = [f"{word}: {len(rows) - len(failed)} of {len(rows)} loads well", ""]
-    lines += [f"| {HEADINGS} |", "|" + " --- |" * (HEADINGS.count("|") + 1)]
-    for row in rows:
-        read = row.read if row.read.get("read") else {}
-        cells = [row.sink, row.fault, f"{row.delivered_per_second:,.0f}"]
-        cells += ["" if row.ratio is None else f"{row.ratio:.3f}", f"{row.accepted:,}"]
-        cells += [str(read.get("lost", "")), str(read.get("repeated", ""))]
-        cells += [f"{row.in_sink:.0%}" if row.read else "", format_seconds(row.stall_seconds)]
-        cells.append("" if row.recovery_seconds is None else format_seconds(row.recovery_seconds))
-        lines.append(f"| {' | '.join(cells)} |")
-    lines.append("")
-    lines += [f"left out: {text}" for text in left_out]
+    table = [list(_cells(row).values()) for row in rows]
+    headings = list(_cells(Row("")))
+    lines += [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *table)]
+    lines += ["", *(f"left out: {text}" for text in left_out)]
     return lines + [f"{row.sink}, {row.fault}: {problem}" for row in failed for problem in row.problems]

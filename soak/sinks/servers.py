@@ -266,41 +266,32 @@ class Nats(Server):
         return f"nats://{HOST}:{port}#timeout=2s"
 
 
-class Own(Server):
-    """A module of this folder."""
-
-    def module(self) -> list[str]:
-        """Return its name and arguments."""
-        raise NotImplementedError
-
-    def command(self) -> tuple[list[str], dict[str, str]]:
-        return [sys.executable, "-m", *self.module()], {**os.environ, "PYTHONPATH": str(environment.ROOT)}
+def _own(*words: object) -> tuple[list[str], dict[str, str]]:
+    """Return what starts a module of this folder."""
+    variables = {**os.environ, "PYTHONPATH": str(environment.ROOT)}
+    return [sys.executable, "-m", *map(str, words)], variables
 
 
-class Http(Own):
+class Http(Server):
     """The receiver."""
 
-    def module(self) -> list[str]:
-        return ["soak.sinks.receiver", str(self.port), str(self.data / "stored.ndjson")]
+    def command(self) -> tuple[list[str], dict[str, str]]:
+        return _own("soak.sinks.receiver", self.port, self.data / "stored.ndjson")
 
     def url(self, port: int) -> str:
         return f"http://{HOST}:{port}/events#timeout=2s&stored={self.data / 'stored.ndjson'}"
 
 
-class Relay(Own):
+class Relay(Server):
     """Between a sink and its server; SIGUSR1 resets all connections."""
 
     def __init__(self, folder: Path, to: int) -> None:
         super().__init__(folder)
         self._to = to
 
-    def module(self) -> list[str]:
-        return ["soak.sinks.relay", str(self.port), str(self._to)]
+    def command(self) -> tuple[list[str], dict[str, str]]:
+        return _own("soak.sinks.relay", self.port, self._to)
 
 
-KINDS: dict[str, type[Http | Redis | Postgres | Nats]] = {
-    "http": Http,
-    "redis": Redis,
-    "postgresql": Postgres,
-    "nats": Nats,
-}
+Kind = type[Http | Redis | Postgres | Nats]
+KINDS: dict[str, Kind] = {"http": Http, "redis": Redis, "postgresql": Postgres, "nats": Nats}

@@ -60,6 +60,7 @@ print(asyncio.run(consume(d)), stats.accepted)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("checker", "options"), [("mypy", ["--strict"]), ("pyright", [])])
 def test_a_typed_project_passes_with_the_vendored_file(checker: str, options: list[str], tmp_path: Path) -> None:
     pytest.importorskip(checker)

@@ -288,7 +288,7 @@ os._exit(0)  # as a kill: nothing is closed
     assert in_file(tmp_path / "spool") == [b"before", b"after"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.lists(
         st.sampled_from(["put", "replay", "enqueue", "done", "done", "keep", "forget"]).flatmap(

@@ -11,11 +11,11 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from soak import baseline, census, cli, environment, heap, interrupts, results, verdict
 from soak import config as settings
-from soak.calibration import calibrate
+from soak.calibration import Calibration, calibrate
 from soak.cli import complain, format_seconds, format_size, say
 from soak.config import Config
 from soak.display import DISPLAYS, Stream, open_monitor
@@ -101,28 +101,25 @@ def configure(options: argparse.Namespace, place: Mapping[str, object]) -> tuple
     return settings.config_from(options, options.duration, options.sink, tuned), note
 
 
-def run(
-    config: Config,
-    sink: places.Place | None,
-    stream: Stream | None,
-    baseline_option: str,
-    place: dict[str, object],
-    display: str = "plain",
-) -> dict[str, Any]:
-    """Run all passes and return the result, ready for JSON; place: of environment.describe, display: of DISPLAYS.
+class Passes(NamedTuple):
+    """What the passes came to."""
 
-    Under ``interrupts.kept()`` the first interrupt ends the pass that it comes in and cuts those after it short: the
-    result stays complete. Raises RuntimeError when the machine cannot run the threads.
-    """
-    started = results.now()
+    before: Calibration
+    traced: heap.Heap
+    counted: census.CensusResult
+    load: Load
+    outcome: Outcome
+    peak_rss: int | None
+    after: Calibration
+    interrupted: bool
+
+
+def run_passes(config: Config, sink: places.Place | None, stream: Stream | None, display: str) -> Passes:
+    """Run all passes. An interrupt ends the pass that it comes in, and cuts those after it short."""
     interrupted = False
 
     def length(least: float, most: float) -> float:
         return HURRY if interrupted else config.pass_seconds(least, most)
-
-    if stream is not None:
-        head = {"type": "header", "schema": SCHEMA, "started": started}
-        stream.write({**head, "config": asdict(config), "environment": place})
 
     before = calibrate(config, length(1.0, 3.0))
     interrupted |= before.interrupted or interrupts.take()
@@ -147,19 +144,42 @@ def run(
     after = calibrate(config, length(1.0, 3.0))
     interrupted |= after.interrupted or interrupts.take()
     say(f"calibration: {after.events_per_second:,.0f} events/s again")
+    return Passes(before, traced, counted, load, outcome, peak_rss, after, interrupted)
 
-    figures, problems = _figures(config, load, outcome, counted)
-    problems = [f"heap pass: {problem}" for problem in traced.outcome.problems] + [
+
+def run(
+    config: Config,
+    sink: places.Place | None,
+    stream: Stream | None,
+    baseline_option: str,
+    place: dict[str, object],
+    display: str = "plain",
+) -> dict[str, Any]:
+    """Run all passes and return the result, ready for JSON; place: of environment.describe, display: of DISPLAYS.
+
+    Under ``interrupts.kept()`` the result is complete after a first interrupt, too. Raises RuntimeError when the
+    machine cannot run the threads.
+    """
+    started = results.now()
+    if stream is not None:
+        head = {"type": "header", "schema": SCHEMA, "started": started}
+        stream.write({**head, "config": asdict(config), "environment": place})
+    passes = run_passes(config, sink, stream, display)
+    traced, counted = passes.traced, passes.counted
+    figures, problems = _figures(config, passes.load, passes.outcome, counted)
+    problems = [
+        *(f"heap pass: {problem}" for problem in traced.outcome.problems),
         *(f"census: {problem}" for problem in counted.problems),
         *problems,
     ]
-    found = None if sink is None else readback.read_back(sink, load.accounts, config)
+    found = None if sink is None else readback.read_back(sink, passes.load.accounts, config)
     if sink is not None and found is not None:
         problems += found.problems
         figures["lost"] += found.lost
         figures["duplicated"] += found.repeated if sink.once else 0
 
-    calibration = (before.events_per_second + after.events_per_second) / 2
+    before, after = passes.before.events_per_second, passes.after.events_per_second
+    calibration = (before + after) / 2
     ratio = figures["delivered_per_second"] / calibration if calibration else None
     compared, note = baseline.choose(baseline_option, asdict(config), place)
     bound, allowance = heap.bound(config), heap.allowance(config)
@@ -185,13 +205,13 @@ def run(
         "schema": SCHEMA,
         "started": started,
         "finished": results.now(),
-        "interrupted": interrupted,
+        "interrupted": passes.interrupted,
         "verdict": {name: finding._asdict() for name, finding in findings.items()},
         **figures,
         "calibration": calibration,
         "ratio": ratio,
         "peak_heap_bytes": traced.peak,
-        "peak_rss_bytes": peak_rss,
+        "peak_rss_bytes": passes.peak_rss,
         "heap": {
             "bound_bytes": bound,
             "allowance_bytes": allowance,
@@ -200,7 +220,7 @@ def run(
         },
         "census": vars(counted),
         "sink": None if found is None else vars(found),
-        "calibrations": {"before": before.events_per_second, "after": after.events_per_second, "used": "mean"},
+        "calibrations": {"before": before, "after": after, "used": "mean"},
         "baseline": None if compared is None else compared.name,
         "problems": problems,
         "config": asdict(config),

@@ -2,7 +2,7 @@
 """The ``bench`` command: rounds of pyperf's runner over ``soak.benchmarks``, ratios within a round, the comparison.
 
 A ratio is what tempo takes over what its control takes in the same round: absolute times change from hour to hour on a
-shared machine, and such ratios change much less. They are kept as a pyperf suite of their own (seconds that tempo takes
+shared machine, and such ratios change much less. They are kept as a second pyperf suite (seconds that tempo takes
 for a second of the control's), so that pyperf compares them.
 """
 

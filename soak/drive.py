@@ -52,7 +52,7 @@ class Crew:
             faulthandler.dump_traceback(all_threads=True)
 
     def call(self, function: Callable[..., Any], patience: float, **options: Any) -> tuple[Any, float]:
-        """Call a function on a thread of its own; return its value (None after a problem) and its seconds.
+        """Call a function on a new thread; return its value (None after a problem) and its seconds.
 
         Its own timeout may be what is broken, so it is waited for ``patience`` seconds at most.
         """

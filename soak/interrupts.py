@@ -20,9 +20,9 @@ from typing import Any
 GLANCE = 0.1
 """Seconds after which a wait looks for an interrupt."""
 
+# Touched by the main thread alone: signal handlers run there, too.
 _seen = 0
 _pending = False
-# Touched by the main thread alone: signal handlers run there, too.
 
 
 class Interrupted(KeyboardInterrupt):
@@ -60,7 +60,7 @@ def _note(number: int, frame: FrameType | None) -> None:
 def take() -> bool:
     """Return whether an interrupt is pending, and clear it."""
     global _pending  # noqa: PLW0603
-    if not _pending:  # or one that comes just now, between a load and a store, would be lost
+    if not _pending:  # one that comes just now, between a load and a store, would be lost
         return False
     _pending = False
     return True

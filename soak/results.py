@@ -26,17 +26,17 @@ def write(path: Path, content: bytes, instead: str = "", option: str = "") -> bo
 
     A file that is replaced stays whole until the new one is.
     """
-    beside = path.with_name(path.name + ".part")
+    part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():  # a device or a pipe: not to be replaced
             path.write_bytes(content)
             return True
         try:
-            beside.write_bytes(content)
-            os.replace(beside, path)
+            part.write_bytes(content)
+            os.replace(part, path)
         finally:
-            beside.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
     except OSError as error:
         complain(f"cannot write {option}{str(path)!r}: {error.strerror or error}{instead}")
         return False
@@ -53,7 +53,7 @@ def as_text(result: Mapping[str, object]) -> str:
 class Files:
     """Where one command's results go: ``out/KIND-TIME.json``, and for ``soak`` a stream of samples and ``latest.json``.
 
-    Each trouble is told once, in one line on stderr; ``well`` is then False.
+    Each trouble is reported once, in one line on stderr; ``well`` is then False.
     """
 
     def __init__(self, out: Path, path: Path | None, kind: str = "soak") -> None:

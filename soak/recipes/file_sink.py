@@ -107,5 +107,5 @@ def rotated(path: str | os.PathLike[str]) -> list[Path]:
     """Return the files that were full, the oldest first."""
     current = Path(path)
     name = re.compile(re.escape(current.name) + r"\.\d{6,}")
-    found = [beside for beside in current.parent.iterdir() if name.fullmatch(beside.name)]
-    return sorted(found, key=lambda beside: int(beside.suffix[1:]))
+    found = [file for file in current.parent.iterdir() if name.fullmatch(file.name)]
+    return sorted(found, key=lambda file: int(file.suffix[1:]))

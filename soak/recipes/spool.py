@@ -212,7 +212,7 @@ class Spool:
                 remaining = deadline - time.monotonic()
                 if remaining <= 0 or self._kept != kept or self._count == len(self._flying):
                     return given
-                if not now:  # room in flight is told; room in the dispatcher is not
+                if not now:  # room in flight notifies; room in the dispatcher does not
                     self._landed.wait(min(remaining, _LOOK))
 
     def _give(self, dispatcher: tempo.Dispatcher) -> int:

@@ -40,7 +40,7 @@ examples:
   python3 -m soak sinks --only redis,postgresql --faults none --duration 30s
 
 Servers are those that are installed, or Debian's, fetched into .cache; they run on loopback in a temporary folder. What
-cannot be had is left out with a line. A full disk needs a file system of its own, and so root.
+cannot be had is left out with a line. A full disk needs a mounted file system, and so root.
 exit code: 0 every accepted event was read back, 1 not so, or a result cannot be written, 2 a bad option
 """
 

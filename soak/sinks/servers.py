@@ -96,7 +96,7 @@ def small_disk(path: Path) -> SmallDisk | None:
 class Server:
     """A server process, its data in ``folder/data``. A context manager that ends it."""
 
-    forgives = True  # False: after a full disk it works again only when it is started anew
+    forgives = True  # False: after a full disk it works again only after a restart
 
     def __init__(self, folder: Path, small: bool = False, user: str | None = None) -> None:
         """small: its data on a disk that can be full, if that may be; user: whom it runs as, None for this one."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What practitioners reported of other batchers, as it happened to them: the situations that need a whole program.
 
-Those of one call are in test_tempo.py (a full buffer beside an idle consumer, coroutine handlers, frozen clocks, with
+Those of one call are in test_tempo.py (a full buffer with an idle consumer, coroutine handlers, frozen clocks, with
 left by an exception, coroutines whose loop is gone); forks, sub-interpreters and green threads in test_worlds.py;
 limits of records, Celery, uWSGI, a second SIGTERM, `handler.flush()`, executors at exit and a traceback a batch in
 test_recipes.py.

@@ -136,7 +136,7 @@ def test_stress_that_is_not_done_in_time_fails() -> None:
         ("run", "--producers", "0"),
         ("run", "--consumers", "two"),
         ("run", "--payload", "heavy"),
-        ("run", "--payload", "3145728"),
+        ("run", "--payload", "2147483648"),
         ("run", "--interval", "0s"),
         ("run", "--max-batch-bytes", "320kilo"),
         ("run", "--max-buffered-bytes", "1.5"),

@@ -282,7 +282,7 @@ from soak.__main__ import entry
 from soak.config import Config
 
 Config.pass_seconds = lambda *_: 0.1
-resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))  # the header has room, and the result has not
+resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))  # the header has room, and the result has not
 sys.exit(entry())
 """
 

@@ -1,65 +1,84 @@
 # SPDX-License-Identifier: MIT
-"""Entry of ``python3 -m soak``: finds the command and turns a bad option into one line and exit code 2.
+"""Entry of ``python3 -m soak``: a table of commands, each a module that is imported when it is asked for.
 
-A command is a module with ``add_parser(commands)``, which sets ``main`` to a function from the parsed options to the
-exit code.
+Such a module has ``add_parser(commands)``, which adds its options and sets ``main``, a function from the parsed options
+to the exit code.
 """
 
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import sys
-from collections.abc import Callable
+from typing import TextIO
 
-from soak import bench, instructions, mutants, overhead, pi, record, report, run, stress, tune
-from soak.crew import describe
-from soak.hostile import command as hostile
-from soak.interleave import command as interleave
-from soak.options import OneLineParser, attach_values, complain
-from soak.sinks import command as sinks
+from soak.cli import OneLineParser, complain
 
-COMMANDS = (run, tune, stress, record, report, pi, sinks, bench, overhead, instructions, hostile, interleave, mutants)
-
-
-def parser() -> OneLineParser:
-    """Return what parses all commands' options."""
-    whole = OneLineParser(
-        prog="python3 -m soak",
-        description="Soak harness of tempo, the in-process batching dispatcher.",
-        epilog="example: python3 -m soak run --duration 30s",
-    )
-    commands = whole.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        command.add_parser(commands)
-    return whole
+COMMANDS = {
+    "run": ("soak.run", "sustained load: is every event delivered once, how fast, in how much memory"),
+    "tune": ("soak.tune", "limits that fit this machine and payload size; run then uses them"),
+    "stress": ("soak.stress", "256 producers, 2,000 payloads each: are all of them delivered"),
+    "baseline": ("soak.baseline", "record this machine's figures, for run to compare with"),
+    "report": ("soak.report", "one HTML page and one picture of a run"),
+    "pi": ("soak.pi", "the same on a Raspberry Pi's processor: on one, or emulated"),
+    "sinks": ("soak.sinks.command", "real servers behind it, faults under load, every event read back"),
+    "bench": ("soak.bench", "what a call costs, what a soak reaches, with controls and peers in the same run"),
+    "instructions": ("soak.instructions", "machine instructions a payload, counted by valgrind"),
+    "interleave": ("soak.interleave.command", "calls stopped at each of their bytecodes while others run"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return its exit code (0 well, 1 a failed verdict or an unwritten file, 2 a bad option)."""
-    options = parser().parse_args(attach_values(sys.argv[1:] if argv is None else argv))
-    command_main: Callable[..., int] = options.main
-    return command_main(options)
+    argv = sys.argv[1:] if argv is None else argv
+    parser = OneLineParser(
+        prog="python3 -m soak",
+        description="Soak harness of tempo, the in-process batching dispatcher.",
+        epilog="example: python3 -m soak run --duration 30s",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module, purpose) in COMMANDS.items():
+        if argv[:1] == [name]:
+            importlib.import_module(module).add_parser(commands)
+        else:
+            commands.add_parser(name, help=purpose)
+    options = parser.parse_args(argv)
+    return int(options.main(options))
 
 
 def entry() -> int:
-    """Run one command; tell in one line what commands do not look after: an interrupt, a full disk, a closed pipe."""
+    """Run one command; tell in one line what commands do not handle: an interrupt, a full disk, a closed pipe."""
     try:
         code = main()
         sys.stdout.flush()
     except KeyboardInterrupt:
         complain("interrupted")
-        return 130
+        code = 130
     except OSError as error:
         if error.filename is None and error.errno in (errno.ENOSPC, errno.EPIPE, errno.EIO):
             complain(f"cannot write to stdout: {error.strerror}")
-            # What is still in its buffer would fail once more, with a traceback, as the interpreter ends.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         else:
-            complain(describe(error))
-        return 1
+            complain(f"{type(error).__name__}: {error}")
+        code = 1
     return code
 
 
+def drop_what_finds_no_room(stream: TextIO | None) -> None:
+    """Empty a stream that is full: the interpreter would flush it again at its end, and exit with code 120."""
+    if stream is None:  # closed by whoever started this
+        return
+    try:
+        stream.flush()
+    except OSError:
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), stream.fileno())
+
+
 if __name__ == "__main__":
-    sys.exit(entry())
+    try:
+        exit_code = entry()
+    finally:  # for SystemExit of argparse too
+        drop_what_finds_no_room(sys.stdout)
+        drop_what_finds_no_room(sys.stderr)
+    sys.exit(exit_code)

@@ -1,39 +1,48 @@
 # SPDX-License-Identifier: MIT
-"""Recorded figures under ``soak/baselines/``, and which of them a run may be compared with.
+"""Recorded figures under ``soak/baselines/``: which of them a run may be compared with, and the ``baseline`` command.
 
-A file with ``ratio`` and ``ratio_spread`` is a baseline: what a run of this harness reached in events/s over the
-calibration of the same run, and how far from that another may be; likewise its peak heap and its drain. A file without
-them is a record: shown beside a result, never compared with it.
+A file with ``ratio`` and ``ratio_spread`` is a baseline: what this harness reached in events/s over the calibration of
+the same run, and how far another run may be from that; likewise its peak heap and its drain. A file without them is a
+record: shown with a result, never compared with it.
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from soak import cli, environment, interrupts, results, verdict
+from soak import config as settings
+from soak.cli import complain, say
+from soak.config import MACHINE_KEYS, Config
 
 FOLDER = Path(__file__).resolve().parent / "baselines"
-
-MACHINE_KEYS = ("machine", "cores", "interpreter")
-"""What must be equal in the environments for ``auto`` to compare."""
-SETTING_KEYS = (
-    "producers",
-    "consumers",
-    "payload",
-    "interval",
-    "max_batch_bytes",
-    "max_buffered_bytes",
-    "consumer_delay",
-    "on_full",
-    "bulk",
-    "sink",
-)
-"""What must be equal in the settings: all but the duration."""
-
-
 COMPARED = ("ratio", "peak_heap_bytes", "drain_seconds")
 """What is compared, where a baseline has it and its spread."""
+TOLERANCE = 1.5
+"""A later run may differ from the median by so many times the range of the recorded ones."""
+LEAST_RATIO, LEAST_HEAP, LEAST_DRAIN = 0.05, 64 * 1024, 0.05
+"""And by at least so much (a share of the median, bytes, seconds): a few runs do not show what a day brings."""
+
+EXAMPLE = """\
+examples:
+  python3 -m soak baseline
+  python3 -m soak baseline --runs 9 --duration 30s --producers 8 --name my-board
+
+exit code: 0 recorded, 1 a run failed or the file cannot be written, 2 a bad option, 130 interrupted
+"""
+
+
+SETTING_KEYS = (*settings.OPTIONS, "sink")
+"""Settings that must be equal: all but the duration."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ class Baseline:
     """One recorded file."""
 
     name: str
-    content: Mapping[str, object]
+    content: Mapping[str, Any]
 
     def expected(self, key: str) -> tuple[str, float, float] | None:
         """Return the name, the figure of this key and its spread; None when it is not recorded."""
@@ -50,95 +59,166 @@ class Baseline:
             return self.name, float(figure), float(spread)
         return None
 
-    def fits(self, config: Mapping[str, object], environment: Mapping[str, object]) -> bool:
-        """Return whether this is a baseline of the same machine, interpreter and settings."""
-        return self.expected("ratio") is not None and not self.differences(config, environment)
-
     def differences(self, config: Mapping[str, object], environment: Mapping[str, object]) -> list[str]:
-        """Return which of the keys above differ."""
-        pairs = (("environment", environment, MACHINE_KEYS), ("config", config, SETTING_KEYS))
-        different = []
-        for part, ours, keys in pairs:
-            theirs = self.content.get(part)
-            theirs = theirs if isinstance(theirs, dict) else {}
-            different += [key for key in keys if theirs.get(key) != ours.get(key)]
-        return different
+        """Return in which keys it is of another machine, interpreter or settings."""
+        parts = (("environment", environment, MACHINE_KEYS), ("config", config, SETTING_KEYS))
+        return [key for part, ours, keys in parts for key in keys if self.content[part].get(key) != ours.get(key)]
 
     def record(self) -> str | None:
-        """Return the best figure of a record in words; None when it holds none."""
-        runs = self.content.get("runs")
-        rates = [run.get("delivered_per_second") for run in runs] if isinstance(runs, list) else []
-        rates = [rate for rate in rates if isinstance(rate, (int, float))]
-        return f"{self.content.get('what')}: {max(rates):,.0f}/s on {self.content.get('machine')}" if rates else None
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The baseline that a run is compared with, or the reason for none."""
-
-    baseline: Baseline | None
-    note: str
-
-
-def names(folder: Path = FOLDER) -> list[str]:
-    """Return the names that ``--baseline`` takes beside auto and none."""
-    return sorted(path.stem for path in folder.glob("*.json"))
+        """Return the best figure of a record in words; None for a baseline."""
+        if self.expected("ratio") is not None:
+            return None
+        rate = max(run["delivered_per_second"] for run in self.content["runs"])
+        return f"{self.content['what']}: {rate:,.0f}/s on {self.content['machine']}"
 
 
 def load(name: str, folder: Path = FOLDER) -> Baseline:
-    """Read one baseline. Raises ValueError, with a text for the user, when there is no such file or it is not JSON."""
-    if name not in names(folder):
-        raise ValueError(f"{name!r} is not a baseline (there are: auto, none, {', '.join(names(folder))})")
+    """Read one baseline. Raises ArgumentTypeError when there is no such file or it is none."""
+    known = sorted(path.stem for path in folder.glob("*.json"))
+    if name not in known:
+        raise argparse.ArgumentTypeError(f"{name!r} is not a baseline (there are: auto, none, {', '.join(known)})")
     try:
         content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name!r}: the baseline cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{name!r}: the baseline is not a JSON object")
-    return Baseline(name, content)
+        one = Baseline(name, content)
+        if one.expected("ratio") is None:
+            one.record()
+        else:
+            one.differences({}, {})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise argparse.ArgumentTypeError(f"{name!r} holds no baseline: {type(error).__name__} {error}") from None
+    return one
 
 
-def parse_baseline(text: str, folder: Path = FOLDER) -> str:
-    """Return ``text`` when it is ``auto``, ``none`` or names a baseline that can be read; else raise ValueError."""
+def readable(folder: Path = FOLDER) -> list[Baseline]:
+    """Return all that can be read, by name; tell about the others."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            found.append(load(path.stem, folder))
+        except argparse.ArgumentTypeError as error:
+            say(f"baseline: {error}")
+    return found
+
+
+def name_of(text: str) -> str:
+    """Return ``text`` when it is ``auto``, ``none`` or names a baseline that can be read."""
     if text not in ("auto", "none"):
-        load(text, folder)
+        load(text)
     return text
 
 
 def choose(
     option: str, config: Mapping[str, object], environment: Mapping[str, object], folder: Path = FOLDER
-) -> Choice:
-    """Return what ``option`` (checked) selects for these settings and this machine."""
+) -> tuple[Baseline | None, str]:
+    """Return the baseline that ``option`` (checked) selects, and what there is to say about it or about having none."""
     if option == "none":
-        return Choice(None, "no baseline: none was asked for")
-    if option != "auto":
-        named = load(option, folder)
-        if named.expected("ratio") is None:
-            return Choice(None, f"no baseline: {option} records no ratio, so it is only shown")
-        different = named.differences(config, environment)
-        return Choice(named, f"{option} differs in {', '.join(different)}" if different else "")
-    unreadable = []
-    for name in names(folder):
-        try:
-            candidate = load(name, folder)
-        except ValueError:
-            unreadable.append(name)
-            continue
-        if candidate.fits(config, environment):
-            return Choice(candidate, "")
-    broken = f" ({', '.join(unreadable)} cannot be read)" if unreadable else ""
-    return Choice(None, f"no baseline fits this machine, interpreter and these settings{broken}")
+        return None, "no baseline: none was asked for"
+    if option == "auto":
+        for one in readable(folder):
+            if one.expected("ratio") is not None and not one.differences(config, environment):
+                return one, ""
+        return None, "no baseline fits this machine, interpreter and these settings"
+    named = load(option, folder)
+    if named.expected("ratio") is None:
+        return None, f"no baseline: {option} records no ratio, so it is only shown"
+    different = named.differences(config, environment)
+    return named, f"{option} differs in {', '.join(different)}" if different else ""
 
 
-def records(option: str, folder: Path = FOLDER) -> list[str]:
-    """Return the records to show beside a result, in words; baselines, of this machine or another, are none."""
+def records(option: str) -> list[str]:
+    """Return the records to show with a result, in words."""
+    files = [] if option == "none" else readable() if option == "auto" else [load(option)]
+    return [words for words in (file.record() for file in files) if words]
+
+
+# The command.
+
+
+def new_name(text: str) -> str:
+    """Return the name of a new baseline."""
+    if not re.fullmatch(r"[\w.-]+", text) or text in ("auto", "none"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name: letters, digits, '.', '_', '-'; not auto, not none")
+    return text
+
+
+def add_parser(commands: Any) -> None:
+    """Add this command to the subparsers of ``python3 -m soak``."""
+    purpose = "Run the soak several times; record the medians and how far the runs differ."
+    add = cli.add_command(commands, "baseline", main, purpose, EXAMPLE)
+    add("--runs", type=cli.count(1000), default="5", metavar="N", help="how many (%(default)s)")
+    add("--duration", type=cli.duration, default="10s", metavar="TIME", help="of each load (%(default)s)")
+    settings.add_settings(add)
+    add("--name", type=new_name, metavar="NAME", help="of the file (machine, interpreter and settings)")
+    add("--out", type=cli.path, default=FOLDER, metavar="DIR", help="folder of the file (soak/baselines)")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run, record, tell; return the exit code."""
+    from soak import run  # noqa: PLC0415 - it compares with what this module has read
+
+    place = environment.describe()
+    config = settings.config_from(options, options.duration)
     found = []
-    for name in names(folder) if option == "auto" else [option] if option != "none" else []:
-        try:
-            file = load(name, folder)
-        except ValueError:
-            continue  # choose() has said so
-        words = file.record()
-        if words is not None and file.expected("ratio") is None:
-            found.append(words)
-    return found
+    try:
+        with interrupts.kept():
+            for number in range(1, options.runs + 1):
+                say(f"run {number} of {options.runs}")
+                result = run.run(config, None, None, "none", place, "none")
+                if result["interrupted"] or interrupts.take():
+                    raise KeyboardInterrupt
+                overall = result["verdict"]["overall"]
+                if overall["status"] == verdict.FAIL:
+                    complain(f"run {number}: {overall['note']}: not recorded")
+                    return 1
+                found.append(result)
+    except KeyboardInterrupt:
+        complain("interrupted: nothing is recorded")
+        return 130
+    except RuntimeError as error:
+        complain(f"{error}: nothing is recorded")
+        return 1
+    content = summarize(found, place)
+    path = options.out / f"{options.name or default_name(config, place)}.json"
+    text = json.dumps(content, indent=2) + "\n"
+    if not results.write(path, text.encode(), "; the baseline goes to stdout"):
+        print(text, end="", flush=True)
+        return 1
+    texts = {"ratio": "{:.3f} of the calibration".format, "peak_heap_bytes": cli.format_size}
+    print(f"RECORDED: {path}, medians of {len(found)} runs")
+    for key in COMPARED:
+        if key in content:
+            text_of = texts.get(key, cli.format_seconds)
+            print(f"  {key.partition('_')[0]}: {text_of(content[key])} +- {text_of(content[key + '_spread'])}")
+    return 0
+
+
+def summarize(found: Sequence[Mapping[str, Any]], place: Mapping[str, object]) -> dict[str, Any]:
+    """Return what is recorded of some results: medians, and how far from them a run may be."""
+    content: dict[str, Any] = {
+        "what": "tempo.py, `python3 -m soak run`",
+        "recorded": time.strftime("%Y-%m-%d"),
+        "machine": place.get("machine"),
+        "commit": place.get("commit"),
+    }
+    least = (LEAST_RATIO * statistics.median(result["ratio"] for result in found), LEAST_HEAP, LEAST_DRAIN)
+    for key, at_least in zip(COMPARED, least):
+        values = [result[key] for result in found if result[key] is not None]
+        if values:
+            content[key] = statistics.median(values)
+            content[f"{key}_spread"] = max(TOLERANCE * (max(values) - min(values)), at_least)
+    keys = ("delivered_per_second", "calibration", *COMPARED)
+    content["runs"] = [{key: result[key] for key in keys} for result in found]
+    content["environment"] = dict(place)
+    content["config"] = dict(found[0]["config"])
+    return content
+
+
+def default_name(config: Config, place: Mapping[str, object]) -> str:
+    """Return a file's name that says machine and interpreter, and tells settings other than the defaults apart."""
+    words = f"{place['machine']} {place['cores']}core {place['interpreter']}"
+    name = re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")
+    usual = asdict(settings.config_from(argparse.Namespace(), config.duration))
+    ours = asdict(config)
+    if ours != usual:
+        name += "-" + hashlib.sha256(json.dumps(ours, sort_keys=True).encode()).hexdigest()[:6]
+    return name

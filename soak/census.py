@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The pass in which every single event is checked: each accepted one delivered once, whole, and in order.
+"""The pass in which every event is checked: each accepted one delivered once, whole, and in order.
 
 Memory stays small: of each producer only the last sequence is kept. Sequences that strictly rise cannot repeat, equal
-counts then leave no room for a loss, and equal sums of CRC-32 mean the same events with the same content; an event that
-was refused and delivered all the same would upset both.
+counts then leave no room for a loss, and equal sums of CRC-32 mean equal content.
 """
 
 from __future__ import annotations
@@ -36,6 +35,11 @@ class Account:
         self.checksum += crc32(payload)
 
 
+def total(accounts: list[Account]) -> Account:
+    """Return the sum."""
+    return Account(*(sum(column) for column in zip(*(vars(account).values() for account in accounts))))
+
+
 def send(
     config: Config,
     source: Iterator[bytes],
@@ -43,40 +47,29 @@ def send(
     dispatcher: tempo.Dispatcher,
     halt: list[bool],
     account: Account,
+    checked: bool = True,
 ) -> None:
-    """Send what ``source`` yields as the load does, until ``halt`` holds something, and account for each event."""
+    """Send what ``source`` yields until ``halt`` holds something. checked: account for each event, or only count."""
     timeout = None if config.on_full == "block" else 0.0
-    if config.bulk > 1:
-        while not halt and (payloads := list(islice(source, config.bulk))):
-            taken = len(payloads)
-            try:
-                dispatcher.enqueue_many(payloads, timeout=timeout)
-            except tempo.QueueFull as full:
-                taken = full.accepted
+    while not halt and (payloads := list(islice(source, config.bulk))):
+        taken = len(payloads)
+        try:
+            if config.bulk == 1:
+                dispatcher.enqueue(payloads[0], timeout)
+            else:
+                dispatcher.enqueue_many(payloads, timeout)
+        except tempo.QueueFull as full:
+            taken = full.accepted if config.bulk > 1 else 0
+            account.refused += len(payloads) - taken
+            for payload in payloads[taken:]:
+                sent.take_back(payload)
+            time.sleep(0)  # let a consumer have the CPU
+        if checked:
             for payload in payloads[:taken]:
                 account.add(payload)
-            if taken < len(payloads):
-                _refused(payloads[taken:], sent, account)
-        return
-    enqueue, add = dispatcher.enqueue, account.add
-    for payload in source:
-        if halt:
-            sent.take_back(payload)
-            return
-        try:
-            enqueue(payload, timeout=timeout)
-        except tempo.QueueFull:
-            _refused([payload], sent, account)
         else:
-            add(payload)
-
-
-def _refused(payloads: list[bytes], sent: Sent, account: Account) -> None:
-    """Count what was refused, and let a consumer have the CPU."""
-    account.refused += len(payloads)
-    for payload in payloads:
-        sent.take_back(payload)
-    time.sleep(0)
+            account.events += taken
+        del payloads  # before the next ones are made
 
 
 class Census:
@@ -86,7 +79,7 @@ class Census:
         """each: how many events a producer sends; None: until it is halted."""
         self._config = config
         self._each = each
-        self._identity = config.payload_size is None or config.payload_size >= IDENTITY_SIZE
+        self.identities = config.payload_size is None or config.payload_size >= IDENTITY_SIZE
         self.accepted = [Account() for _ in range(config.producers)]
         self.received = [Account() for _ in range(config.consumers)]
         self.out_of_order = [0] * config.consumers
@@ -99,7 +92,7 @@ class Census:
         send(self._config, source, sent, dispatcher, halt, self.accepted[index])
 
     def consume(self, index: int, dispatcher: tempo.Dispatcher) -> None:
-        """Take each batch apart. A batch at odds with itself is an AssertionError, whatever the counts say."""
+        """Take each batch apart. A batch at odds with itself is an AssertionError."""
         account = self.received[index]
         start = identity_start(self._config.payload_size)
         session, place = (slice(part.start + start, part.stop + start) for part in (SESSION, SEQUENCE))
@@ -112,45 +105,13 @@ class Census:
                 raise AssertionError(f"a batch of {len(batch)} events is at odds with itself")
             for payload in payloads:
                 account.add(payload)
-                if self._identity:
+                if self.identities:
                     producer, sequence = int(payload[session]), int(payload[place])
-                    if sequence <= last[producer]:
-                        self.out_of_order[index] += sequence < last[producer]
-                        self.repeated[index] += sequence == last[producer]
+                    self.out_of_order[index] += sequence < last[producer]
+                    self.repeated[index] += sequence == last[producer]
                     last[producer] = sequence
             if self._config.consumer_delay:
                 time.sleep(self._config.consumer_delay)
-
-    def result(self, outcome: Outcome) -> CensusResult:
-        """Add both sides up, once the threads have ended."""
-        sent, received = _total(self.accepted), _total(self.received)
-        problems = list(outcome.problems)
-        if received.nbytes != sent.nbytes:
-            problems.append(f"{sent.nbytes} bytes accepted, {received.nbytes} delivered")
-        if received.checksum != sent.checksum:
-            problems.append("the checksums of what was accepted and what was delivered differ")
-        if sum(self.repeated) or sum(self.out_of_order):
-            problems.append(f"{sum(self.repeated)} events repeated, {sum(self.out_of_order)} out of order")
-        return CensusResult(
-            accepted=sent.events,
-            delivered=received.events,
-            refused=sent.refused,
-            checksum_equal=received.checksum == sent.checksum,
-            out_of_order=sum(self.out_of_order),
-            repeated=sum(self.repeated),
-            identities_checked=self._identity,
-            seconds=outcome.load_seconds,
-            problems=problems,
-        )
-
-
-def _total(accounts: list[Account]) -> Account:
-    return Account(
-        sum(account.events for account in accounts),
-        sum(account.nbytes for account in accounts),
-        sum(account.checksum for account in accounts),
-        sum(account.refused for account in accounts),
-    )
 
 
 @dataclass
@@ -163,8 +124,7 @@ class CensusResult:
     checksum_equal: bool
     out_of_order: int
     repeated: int
-    identities_checked: bool
-    """False when payloads are too small to carry an identity: then counts and checksums alone speak."""
+    identities_checked: bool  # False for payloads too small to carry an identity: only counts and checksums speak
     seconds: float
     problems: list[str]
 
@@ -176,14 +136,31 @@ class CensusResult:
     @property
     def duplicated(self) -> int:
         """Events delivered more often than accepted."""
-        return max(0, self.delivered - self.accepted)
+        return max(0, self.delivered - self.accepted) + self.repeated
 
 
 def take(config: Config, seconds: float, each: int | None = None, every: float = 1.0) -> tuple[CensusResult, Outcome]:
-    """Run the census on a new dispatcher, into no sink, until the time is over or each producer has sent ``each``.
-
-    every: after how many seconds to look whether that is so.
-    """
+    """Run the census, into no sink, until the time is over or each producer has sent ``each`` (asked ``every`` s)."""
     census = Census(config, each)
     outcome = drive(config, seconds, census, every=every)
-    return census.result(outcome), outcome
+    sent, received = total(census.accepted), total(census.received)
+    disordered, repeated = sum(census.out_of_order), sum(census.repeated)
+    problems = list(outcome.problems)
+    if received.nbytes != sent.nbytes:
+        problems.append(f"{sent.nbytes} bytes accepted, {received.nbytes} delivered")
+    if received.checksum != sent.checksum:
+        problems.append("the checksums of what was accepted and what was delivered differ")
+    if disordered or repeated:
+        problems.append(f"{repeated} events repeated, {disordered} out of order")
+    found = CensusResult(
+        accepted=sent.events,
+        delivered=received.events,
+        refused=sent.refused,
+        checksum_equal=received.checksum == sent.checksum,
+        out_of_order=disordered,
+        repeated=repeated,
+        identities_checked=census.identities,
+        seconds=outcome.load_seconds,
+        problems=problems,
+    )
+    return found, outcome

@@ -1,65 +1,45 @@
 # SPDX-License-Identifier: MIT
-"""The pictures of a report: plain figures in, matplotlib figures out. matplotlib is imported when one is drawn.
+"""The pictures of a report, drawn by matplotlib, which is imported when one is drawn.
 
-Colours are those of ``LIGHT``. In an SVG for a page they are CSS variables, so that one drawing serves light and dark.
+A chart is drawn once for a light and once for a dark page; a page shows the one that fits.
 """
 
 from __future__ import annotations
 
-import html
+import base64
+import contextlib
 import importlib
 import io
 import logging
 import math
-import re
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from soak.units import KIB, MIB, format_seconds
+from soak.cli import format_seconds
 
-# Blue and vermilion are told apart with any colour vision (Okabe and Ito); lines differ in their dashes as well.
-LIGHT = {
-    "ink": "#1c2128",
-    "muted": "#57606b",
-    "grid": "#d5dae0",
-    "main": "#0072b2",
-    "limit": "#c04a00",
-    "page": "#f3f5f7",
-    "card": "#fefefe",
-    "pass": "#00664e",
-    "warn": "#7a5200",
-    "fail": "#a8321f",
-    "badge": "#fffffe",
-}
-DARK = {
-    "ink": "#e8ebef",
-    "muted": "#a3adb8",
-    "grid": "#3a424c",
-    "main": "#56b4e9",
-    "limit": "#ff9f5a",
-    "page": "#12161b",
-    "card": "#1b2128",
-    "pass": "#4fd1a5",
-    "warn": "#f0bd4a",
-    "fail": "#ff9584",
-    "badge": "#12161a",
-}
-
-THEMES = (LIGHT, DARK)
-
-WIDTH = 4.4
+Theme = Mapping[str, str]
+NAMES = ("ink", "muted", "grid", "main", "limit", "page", "card", "pass", "warn", "fail", "badge")
+# Blue and vermilion are told apart with any colour vision (Okabe and Ito); limits are dashed as well.
+_LIGHT = "#1c2128 #57606b #d5dae0 #0072b2 #c04a00 #f3f5f7 #fefefe #00664e #7a5200 #a8321f #fffffe"
+_DARK = "#e8ebef #a3adb8 #3a424c #56b4e9 #ff9f5a #12161b #1b2128 #4fd1a5 #f0bd4a #ff9584 #12161a"
+LIGHT, DARK = (dict(zip(NAMES, colours.split())) for colours in (_LIGHT, _DARK))
+WIDTH, HEIGHT = 4.4, 2.5
 """Inches of one chart, so that its letters have a readable size on a telephone."""
 MOST_POINTS = 200
 """Points of one curve."""
 
-_TIMES: Sequence[tuple[float, str, float]] = ((1.0, "s", 300.0), (60.0, "min", 3 * 3600.0), (3600.0, "h", math.inf))
-"""(seconds of a unit, its name, up to how many seconds it is taken)."""
-
 Point = tuple[float, float]
+Draw = Callable[[Any, Theme], None]
+
+
+class Chart(NamedTuple):
+    """One picture with its words."""
+
+    title: str
+    caption: str
+    draw: Draw
 
 
 class Drawn(NamedTuple):
@@ -71,331 +51,116 @@ class Drawn(NamedTuple):
     high: float
 
 
-class Line(NamedTuple):
-    """A level to look at a curve, or a bar, against."""
-
-    value: float
-    label: str
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A figure over the time of the load (seconds), from 0 up, with one level at most."""
-
-    points: Sequence[Drawn]
-    label: str
-    lines: Sequence[Line] = ()
-
-    @property
-    def height(self) -> float:
-        """Inches."""
-        return 2.4
-
-    def draw(self, axes: Any) -> int:
-        """Draw it; return how many rows of words stand above the plot."""
-        last = self.points[-1].time
-        by, unit = next((by, unit) for by, unit, most in _TIMES if last <= most)
-        times = [point.time / by for point in self.points]
-        axes.fill_between(
-            times,
-            [point.low for point in self.points],
-            [point.high for point in self.points],
-            color=LIGHT["main"],
-            alpha=0.25,
-            linewidth=0,
-        )
-        axes.plot(times, [point.mean for point in self.points], color=LIGHT["main"], linewidth=1.6)
-        for line in self.lines:
-            axes.axhline(line.value, color=LIGHT["limit"], linewidth=1.4, linestyle=(0, (5, 2)))
-            _word(axes, line.label, 1, "right")
-        top = max([*(point.high for point in self.points), *(line.value for line in self.lines)])
-        axes.set_ylim(0, top * 1.06 if top > 0 else 1)
-        axes.set_xlim(0, times[-1] or 1)
-        axes.grid(False, axis="x")
-        axes.locator_params(axis="y", nbins=5)
-        axes.locator_params(axis="x", steps=[1, 2, 5, 10])
-        axes.set_xlabel(f"time since the load began ({unit})")
-        axes.set_ylabel(self.label)
-        return len(self.lines)
-
-
-@dataclass(frozen=True)
-class Bars:
-    """A few bars, (name, value, half of the spread, text), with levels beside them."""
-
-    bars: Sequence[tuple[str, float, float, str]]
-    label: str
-    lines: Sequence[Line] = ()
-
-    @property
-    def height(self) -> float:
-        """Inches."""
-        return 1.1 + 0.42 * len(self.bars)
-
-    def draw(self, axes: Any) -> int:
-        """Draw it; return how many rows of words stand above the plot."""
-        most = max([value + spread for _, value, spread, _ in self.bars] + [line.value for line in self.lines])
-        axes.set_xlim(0, most * 1.12 if most > 0 else 1)
-        for place, (_, value, spread, _) in enumerate(self.bars):
-            axes.barh(place, value, 0.62, color=LIGHT["main"], alpha=1.0 if place == 0 else 0.55)
-            if spread:
-                axes.errorbar(value, place, xerr=spread, color=LIGHT["ink"], linewidth=1.4, capsize=4)
-        _names(axes, [f"{name}\n{text}" for name, _, _, text in self.bars])
-        axes.set_xlabel(self.label)
-        return _levels(axes, self.lines)
-
-
-@dataclass(frozen=True)
-class Times:
-    """A few times in seconds, (name, time), on a logarithmic axis, with levels beside them."""
-
-    times: Sequence[tuple[str, float]]
-    label: str
-    lines: Sequence[Line] = ()
-
-    @property
-    def height(self) -> float:
-        """Inches."""
-        return 1.1 + 0.42 * len(self.times)
-
-    def draw(self, axes: Any) -> int:
-        """Draw it; return how many rows of words stand above the plot."""
-        for place, (_, seconds) in enumerate(self.times):
-            axes.plot([seconds], [place], "o", markersize=9, color=LIGHT["main"], clip_on=False)
-        values = [seconds for _, seconds in self.times] + [line.value for line in self.lines]
-        _time_axis(axes, min(values) / 2, max(values) * 4)
-        _names(axes, [f"{name}\n{format_seconds(seconds)}" for name, seconds in self.times])
-        axes.set_xlabel(self.label)
-        return _levels(axes, self.lines)
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """Counts of times: pairs (from seconds, count), rising, each bucket up to the next one's."""
-
-    buckets: Sequence[Point]
-    label: str
-    lines: Sequence[Line] = ()
-
-    @property
-    def height(self) -> float:
-        """Inches."""
-        return 2.4
-
-    def draw(self, axes: Any) -> int:
-        """Draw it; return how many rows of words stand above the plot."""
-        edges = [low for low, _ in self.buckets]
-        # Not up to the maximum: were that close to the last edge, a single probe would make a peak.
-        edges.append(edges[-1] * (edges[-1] / edges[-2] if len(edges) > 1 else 1.1))
-        counts = [count for _, count in self.buckets]
-        total = sum(counts)
-        # On a logarithmic axis buckets differ in width: what is drawn is the share for each doubling of the time.
-        heights = [100 * count / total / math.log2(high / low) for count, low, high in zip(counts, edges, edges[1:])]
-        axes.stairs(heights, edges, fill=True, color=LIGHT["main"], alpha=0.35, linewidth=0)
-        axes.stairs(heights, edges, color=LIGHT["main"], linewidth=1.4)
-        _time_axis(axes, edges[0] / 1.2, max([edges[-1], *(line.value for line in self.lines)]) * 1.6)
-        axes.set_ylim(0, max(heights) * 1.1)
-        axes.locator_params(axis="y", nbins=5)
-        axes.set_xlabel(self.label)
-        axes.set_ylabel("probes per doubling (%)")
-        return _levels(axes, self.lines)
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One picture with its words."""
-
-    title: str
-    caption: str
-    content: Curve | Bars | Times | Histogram
-
-
-def downsample(points: Sequence[Point], most: int = MOST_POINTS) -> list[Drawn]:
-    """Return at most ``most`` points that keep every extreme.
-
-    >>> downsample([(1.0, 5.0), (2.0, 9.0), (3.0, 1.0)], most=2)
-    [Drawn(time=1.5, low=5.0, mean=7.0, high=9.0), Drawn(time=3.0, low=1.0, mean=1.0, high=1.0)]
-    """
+def downsample(points: Sequence[Point]) -> list[Drawn]:
+    """Return at most MOST_POINTS points that keep every extreme."""
+    each = max(1, math.ceil(len(points) / MOST_POINTS))
     drawn = []
-    for group in _groups(points, most):
-        times, values = zip(*group)
+    for start in range(0, len(points), each):
+        times, values = zip(*points[start : start + each])
         drawn.append(Drawn(sum(times) / len(times), min(values), sum(values) / len(values), max(values)))
     return drawn
 
 
-def coarsen(buckets: Sequence[Point], most: int = 64) -> list[Point]:
-    """Return at most ``most`` buckets: neighbours added up.
+def curve(points: Sequence[Point], label: str, limit: tuple[float, str] | None = None) -> Draw:
+    """Return what draws a figure over the time of the load (seconds), from 0 up, and its limit (value, words)."""
 
-    >>> coarsen([(1.0, 5), (2.0, 9), (3.0, 1)], most=2)
-    [(1.0, 14), (3.0, 1)]
-    """
-    return [(group[0][0], sum(count for _, count in group)) for group in _groups(buckets, most)]
+    def draw(axes: Any, theme: Theme) -> None:
+        times, low, mean, high = zip(*downsample(points))
+        axes.fill_between(times, low, high, color=theme["main"], alpha=0.25, linewidth=0)
+        axes.plot(times, mean, color=theme["main"], linewidth=1.6)
+        top = max([*high, limit[0] if limit else 0.0])
+        axes.set(ylim=(0, top * 1.06 or 1), xlim=(0, times[-1] or 1), ylabel=label)
+        axes.set_xlabel("time since the load began (s)")
+        axes.yaxis.set_major_formatter("{x:,.10g}")
+        axes.grid(False, axis="x")
+        if limit is not None:
+            axes.axhline(limit[0], color=theme["limit"], linewidth=1.4, linestyle="--")
+            _word(axes, limit[1], theme)
 
-
-def _groups(points: Sequence[Point], most: int) -> list[Sequence[Point]]:
-    size = max(1, math.ceil(len(points) / most))
-    return [points[start : start + size] for start in range(0, len(points), size)]
-
-
-def count_unit(most: float) -> tuple[float, str]:
-    """Return the unit for counts up to ``most``: what to divide by, and its word with a blank, if any.
-
-    >>> count_unit(532029.0), count_unit(12.0)
-    ((1000.0, 'thousand '), (1.0, ''))
-    """
-    units = ((1e6, "million "), (1e3, "thousand "))
-    return next((unit for unit in units if most >= 5 * unit[0]), (1.0, ""))
+    return draw
 
 
-def bytes_unit(most: float) -> tuple[float, str]:
-    """Return the unit for sizes up to ``most`` bytes: what to divide by, and its name."""
-    return (MIB, "MiB") if most >= MIB else (KIB, "KiB") if most >= KIB else (1.0, "bytes")
+def bars(values: Mapping[str, float], label: str, limit: tuple[float, str]) -> Draw:
+    """Return what draws a few bars, and a limit (value, words)."""
+
+    def draw(axes: Any, theme: Theme) -> None:
+        axes.barh(list(values), list(values.values()), 0.55, color=theme["main"])
+        axes.set(xlim=(0, 1.12 * max(limit[0], *values.values())), xlabel=label)
+        axes.invert_yaxis()
+        axes.grid(False, axis="y")
+        axes.axvline(limit[0], color=theme["limit"], linewidth=1.4, linestyle="--")
+        _word(axes, limit[1], theme)
+
+    return draw
 
 
-def svg(chart: Chart, number: int) -> str:
-    """Return one chart for a page: no fixed size, its colours the page's, its ids its own by ``number``.
+def histogram(buckets: Sequence[Point], label: str, marks: Mapping[str, float]) -> Draw:
+    """Return what draws counts of times, pairs (from seconds, count) that rise; and marks (words: seconds)."""
 
-    Raises ImportError when there is no matplotlib.
-    """
-    with _matplotlib() as figures:
-        figure = figures.Figure(figsize=(WIDTH, chart.content.height), layout="constrained", facecolor="none")
-        chart.content.draw(figure.add_subplot())
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    drawn = text.getvalue()
-    drawn = drawn[drawn.index("<svg") :]
-    drawn = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", drawn, flags=re.DOTALL)
-    # The page's own letters: they need no font in the file, and can be read out, searched and copied.
-    drawn = re.sub(r"font: ((?:\w+ )*[\d.]+px) [^;\"]*", r"font: \1 system-ui, sans-serif", drawn)
-    for name, colour in LIGHT.items():
-        drawn = drawn.replace(colour, f"var(--{name})")
-    drawn = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>c{number}-", drawn).replace("xlink:href", "href")
-    box = re.search(r'viewBox="[^"]*"', drawn)
-    opening = f'<svg {box[0] if box else ""} role="img" aria-label="{html.escape(chart.title)}">'
-    return re.sub(r">\s+<", "><", re.sub(r"^<svg[^>]*>", opening, drawn)).strip()
+    def draw(axes: Any, theme: Theme) -> None:
+        edges, counts = [low for low, _ in buckets], [count for _, count in buckets]
+        # On a logarithmic axis buckets differ in width: what is drawn is the share for each doubling of the time.
+        pairs = zip(edges, [*edges[1:], edges[-1] * 1.1])
+        shares = [100 * count / sum(counts) / math.log2(high / low) for count, (low, high) in zip(counts, pairs)]
+        axes.stairs(shares, [*edges, edges[-1] * 1.1], fill=True, color=theme["main"], alpha=0.6, linewidth=0)
+        axes.set(xscale="log", xlabel=label, ylabel="probes per doubling (%)")
+        ticker = importlib.import_module("matplotlib.ticker")
+        axes.xaxis.set_major_formatter(ticker.EngFormatter(unit="s", sep=" "))
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+        for seconds in marks.values():
+            axes.axvline(seconds, color=theme["limit"], linewidth=1.4, linestyle="--")
+        _word(axes, ", ".join(f"{words} {format_seconds(seconds)}" for words, seconds in marks.items()), theme)
+
+    return draw
 
 
-def png(head: Sequence[str], status: str, tiles: Sequence[tuple[str, str]], charts: Sequence[Chart]) -> bytes:
-    """Return all in one picture, light: the verdict (``head``, its first line large), the tiles, the charts.
+def _word(axes: Any, text: str, theme: Theme) -> None:
+    """Write above the plot, where no curve gets in the way."""
+    axes.annotate(text, (1, 1.02), xycoords="axes fraction", ha="right", va="bottom", color=theme["limit"])
 
-    Raises ImportError when there is no matplotlib.
-    """
-    title = textwrap.wrap(head[0], 58)
-    lines = [line for text in head[1:] for line in textwrap.wrap(text, 120, subsequent_indent="    ")]
-    pairs = [charts[at : at + 2] for at in range(0, len(charts), 2)]
-    heights = [0.3 + 0.4 * len(title) + 0.21 * len(lines), 1.25]
-    heights += [max(chart.content.height for chart in pair) + 0.3 for pair in pairs]
-    with _matplotlib() as figures:
+
+def svg(chart: Chart, theme: Theme) -> str:
+    """Return one chart as the address of an image. Raises ImportError when there is no matplotlib."""
+    with _matplotlib(theme) as figures:
+        figure = figures.Figure(figsize=(WIDTH, HEIGHT), layout="constrained", facecolor="none")
+        chart.draw(figure.add_subplot(), theme)
+        content = io.BytesIO()
+        figure.savefig(content, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+def png(head: str, status: str, lines: Sequence[str], charts: Sequence[Chart]) -> bytes:
+    """Return all in one picture, light: the verdict, lines of text, the charts. Raises ImportError as svg."""
+    text = [line for words in lines for line in textwrap.wrap(words, 120, subsequent_indent="    ")]
+    rows = math.ceil(len(charts) / 2)
+    heights = [0.6 + 0.2 * len(text), *[HEIGHT + 0.5] * rows]
+    with _matplotlib(LIGHT) as figures:
         figure = figures.Figure(figsize=(11, sum(heights)), layout="constrained", facecolor=LIGHT["card"], dpi=110)
-        parts = figure.subfigures(len(heights), 1, height_ratios=heights)
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.06)
-        for part in parts:
-            part.set_facecolor("none")
-        inch = 1 / heights[0]
-        text = {"va": "top", "color": LIGHT["ink"]}
-        large = {**text, "color": LIGHT[status], "size": 20, "weight": "bold"}
-        parts[0].text(0.015, 1 - 0.12 * inch, "\n".join(title), **large)
-        parts[0].text(
-            0.015, 1 - (0.18 + 0.4 * len(title)) * inch, "\n".join(lines), size=10.5, linespacing=1.35, **text
-        )
-        across = math.ceil(len(tiles) / 2)
-        for place, (name, value) in enumerate(tiles):
-            left, below = 0.015 + place % across / across, 0.5 * (place // across)
-            parts[1].text(left, 0.95 - below, value, size=15, weight="bold", **text)
-            parts[1].text(left, 0.95 - below - 0.2, name, size=9.5, **{**text, "color": LIGHT["muted"]})
-        for part, pair in zip(parts[2:], pairs):
-            places = part.subplots(1, 2, squeeze=False)[0]
-            pad = 8 + 13 * max(chart.content.draw(axes) for axes, chart in zip(places, pair))
-            for axes, chart in zip(places, pair):
-                axes.set_title(chart.title, loc="left", size=12, weight="bold", color=LIGHT["ink"], pad=pad)
-            for axes in places[len(pair) :]:
-                axes.set_axis_off()
+        grid = figure.add_gridspec(1 + rows, 2, height_ratios=heights)
+        top = figure.add_subplot(grid[0, :])
+        top.set_axis_off()
+        top.set_title(textwrap.shorten(head, 90), loc="left", size=17, weight="bold", color=LIGHT[status])
+        top.text(0, 1, "\n".join(text), va="top", transform=top.transAxes, linespacing=1.35)
+        for place, chart in enumerate(charts):
+            axes = figure.add_subplot(grid[1 + place // 2, place % 2])
+            chart.draw(axes, LIGHT)
+            axes.set_title(chart.title, loc="left", weight="bold", pad=20)
         content = io.BytesIO()
         figure.savefig(content, format="png", metadata={"Software": None})
     return content.getvalue()
 
 
-@contextmanager
-def _matplotlib() -> Iterator[Any]:
-    """Import matplotlib.figure and set it up for what is drawn within. Raises ImportError when it is missing."""
+@contextlib.contextmanager
+def _matplotlib(theme: Theme) -> Iterator[Any]:
+    """Import matplotlib.figure and set the style for what is drawn within. Raises ImportError when it is missing."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells about its cache of fonts
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a letter that no font has, a feature that goes in a year
+        warnings.simplefilter("ignore")  # a letter that no font has
         matplotlib = importlib.import_module("matplotlib")
         figures = importlib.import_module("matplotlib.figure")
-        parameters = {
-            "svg.fonttype": "none",
-            "svg.hashsalt": "tempo",
-            "text.parse_math": False,
-            "font.family": "sans-serif",
-            "font.size": 10,
-            "text.color": LIGHT["ink"],
-            "axes.edgecolor": LIGHT["muted"],
-            "axes.facecolor": "none",
-            "axes.labelcolor": LIGHT["muted"],
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.spines.left": False,
-            "grid.color": LIGHT["grid"],
-            "grid.linewidth": 0.8,
-            "xtick.color": LIGHT["muted"],
-            "ytick.color": LIGHT["muted"],
-            "ytick.major.size": 0,
-        }
-        with matplotlib.rc_context(parameters):
+        style: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": "tempo", "text.parse_math": False}
+        style |= {"font.size": 10, "axes.facecolor": "none", "axes.grid": True, "axes.axisbelow": True}
+        style |= {f"axes.spines.{side}": False for side in ("top", "right", "left")}
+        style |= dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), theme["muted"])
+        with matplotlib.rc_context({**style, "text.color": theme["ink"], "grid.color": theme["grid"]}):
             yield figures
-
-
-def _time_axis(axes: Any, low: float, high: float) -> None:
-    """Make x a logarithmic axis of seconds whose ticks are times as people say them."""
-    ticker = importlib.import_module("matplotlib.ticker")
-    axes.set_xscale("log")
-    axes.set_xlim(low, high)
-    decades = math.log10(high / low)
-    subs = (1.0,) if decades > 2.5 else (1.0, 3.0) if decades > 1.2 else (1.0, 2.0, 5.0)
-    step = max(1, math.ceil(decades / 6))
-    axes.xaxis.set_major_locator(ticker.LogLocator(base=10.0**step, subs=subs, numticks=20))
-    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda seconds, _: short_time(seconds)))
-    axes.xaxis.set_minor_locator(ticker.NullLocator())
-
-
-def short_time(seconds: float) -> str:
-    """Return a round time as a tick says it.
-
-    >>> short_time(0.01), short_time(0.5), short_time(2e-05), short_time(5.0)
-    ('10 ms', '500 ms', '20 us', '5 s')
-    """
-    by, unit = next(
-        ((by, unit) for by, unit in ((1, "s"), (1e-3, "ms"), (1e-6, "us")) if seconds >= 0.999 * by), (1e-9, "ns")
-    )
-    return f"{seconds / by:.3g} {unit}"
-
-
-def _names(axes: Any, names: Sequence[str]) -> None:
-    """Name the places of a chart with one bar, or point, above the other; the first one is at the top."""
-    axes.set_yticks(range(len(names)), names)
-    axes.tick_params(axis="y", labelcolor=LIGHT["ink"])
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.grid(False, axis="y")
-
-
-def _levels(axes: Any, lines: Sequence[Line]) -> int:
-    """Draw upright levels, their words above the plot, in as many rows as keep them apart; return these."""
-    taken: list[float] = []
-    for line in sorted(lines, key=lambda line: line.value):
-        axes.axvline(line.value, color=LIGHT["limit"], linewidth=1.4, linestyle=(0, (5, 2)))
-        place = (axes.transScale + axes.transLimits).transform((line.value, 0))[0]
-        half = 0.0095 * len(line.label)
-        middle = min(max(place, half), 1 - half)
-        row = next((row for row, end in enumerate(taken) if middle - half > end + 0.02), len(taken))
-        taken[row : row + 1] = [middle + half]
-        _word(axes, line.label, middle, "center", row)
-    return len(taken)
-
-
-def _word(axes: Any, text: str, place: float, align: str, row: int = 0) -> None:
-    """Write above the plot, where no curve gets in the way; ``place`` is a share of its width."""
-    above = {"xytext": (0, 3 + 13 * row), "textcoords": "offset points"}
-    axes.annotate(text, (place, 1), xycoords="axes fraction", ha=align, color=LIGHT["limit"], **above)

@@ -1,34 +1,81 @@
 # SPDX-License-Identifier: MIT
-"""The settings that all passes of one run share."""
+"""The settings of a load: what all passes of one run share, the options for them, and the file that ``tune`` leaves.
+
+What an option does not say, the settings of this machine say, and what those do not, ``DEFAULTS``.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from soak import payloads
+from soak import cli, payloads
 
 TELEMETRY = "telemetry"
+FILE = "settings.json"
+"""In the folder of results."""
+SCHEMA = 1
+MACHINE_KEYS = ("machine", "cores", "interpreter")
+"""What of an environment must be equal for settings and baselines to apply."""
+MOST_THREADS = 9999
+"""An identity has four digits for its producer."""
+
+DEFAULTS: Mapping[str, str] = {
+    "producers": "32",
+    "consumers": "1",
+    "payload": TELEMETRY,
+    "interval": "10ms",
+    "max_batch_bytes": "320KiB",
+    "max_buffered_bytes": "2MiB",
+    "consumer_delay": "10us",
+    "on_full": "block",
+    "bulk": "1",
+}
+
+
+def payload(text: str) -> str | int:
+    """Return ``telemetry`` or a size in bytes."""
+    return text if text == TELEMETRY else cli.size(text, least=0)
+
+
+def on_full(text: str) -> str:
+    """Return ``block`` or ``raise``."""
+    if text not in ("block", "raise"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither block nor raise")
+    return text
+
+
+OPTIONS: Mapping[str, tuple[Callable[[str], Any], str, str]] = {
+    "producers": (cli.count(MOST_THREADS), "N", "producer threads"),
+    "consumers": (cli.count(MOST_THREADS), "N", "consumer threads"),
+    "payload": (payload, f"{TELEMETRY}|SIZE", "web events of 163 bytes on average, or payloads of one size, 0 too"),
+    "interval": (cli.duration, "TIME", "how long an event waits for its batch at most"),
+    "max_batch_bytes": (cli.size_or_none, "SIZE|none", "at which a batch closes, none for the interval alone"),
+    "max_buffered_bytes": (cli.size, "SIZE", "the buffer's limit"),
+    "consumer_delay": (cli.duration_or_zero, "TIME", "how long a consumer sleeps after each batch"),
+    "on_full": (on_full, "block|raise", "whether producers wait for room or drop what is refused"),
+    "bulk": (cli.count(1_000_000), "N", "events in one call; 1: enqueue, more: enqueue_many"),
+}
 
 
 @dataclass(frozen=True)
 class Config:
     """One run's settings, checked. Times in seconds, sizes in bytes."""
 
-    duration: float
-    """How long the load itself lasts; the other passes derive their length from it."""
+    duration: float  # of the load itself; the other passes derive their length from it
     producers: int
     consumers: int
     payload: str | int
-    """``TELEMETRY``, or the size of every payload."""
     interval: float
     max_batch_bytes: int | None
     max_buffered_bytes: int
     consumer_delay: float
-    """What a consumer sleeps after each batch."""
     on_full: str
-    """``block``: a producer waits for room. ``raise``: the payload is refused, counted and dropped."""
     bulk: int
-    """Payloads in one call; 1 is ``enqueue``, more is ``enqueue_many``."""
     sink: str
 
     @property
@@ -47,23 +94,82 @@ class Config:
         return payloads.MEAN if self.payload_size is None else self.payload_size
 
     @property
-    def longest_drain(self) -> float:
-        """The seconds, a day at most, that consumers may rightly rest until all that is held now is delivered."""
-        held = self.max_buffered_bytes + self.producers * self.bulk * self.largest_payload
-        seconds = 3 * self.interval + self.consumer_delay * (held // self.largest_batch + 2)
-        return min(seconds, 24 * 3600.0)
-
-    @property
     def largest_batch(self) -> int:
         """The most bytes that one batch can have: a payload above the batch limit goes alone."""
         if self.max_batch_bytes is None:
             return self.max_buffered_bytes
         return min(max(self.max_batch_bytes, self.largest_payload), self.max_buffered_bytes)
 
+    @property
+    def longest_drain(self) -> float:
+        """The seconds, a day at most, that consumers may rest until all that is held now is delivered."""
+        held = self.max_buffered_bytes + self.producers * self.bulk * self.largest_payload
+        return min(3 * self.interval + self.consumer_delay * (held // self.largest_batch + 2), 24 * 3600.0)
+
     def pass_seconds(self, least: float, most: float) -> float:
-        """Return how long a pass beside the load lasts: a tenth of the load, within these limits."""
+        """Return how long a pass other than the load lasts: a tenth of the load, within these limits."""
         return min(max(self.duration / 10, least), most)
 
-    def as_json(self) -> dict[str, object]:
-        """Return the settings as they stand in the result."""
-        return asdict(self)
+
+def add_settings(add: Callable[..., object], defaults: Mapping[str, str] = DEFAULTS) -> None:
+    """Add the options that ``defaults`` has a text for."""
+    for name, default in defaults.items():
+        parse, metavar, text = OPTIONS[name]
+        flag, shown = "--" + name.replace("_", "-"), f"{text} ({default})"
+        add(flag, type=parse, metavar=metavar, help=shown, default=argparse.SUPPRESS)
+
+
+def add_outputs(add: Callable[..., object]) -> None:
+    """Add the options that say where results go."""
+    add("--out", type=cli.path, default="soak/out", metavar="DIR", help="folder of results (%(default)s)")
+    add("--json", type=cli.path, metavar="PATH", help="the result's file (a new one in --out)")
+
+
+def config_from(
+    options: argparse.Namespace,
+    duration: float,
+    sink: str = "null",
+    tuned: Mapping[str, str] | None = None,
+    defaults: Mapping[str, str] = DEFAULTS,
+) -> Config:
+    """Return what the options say, then ``tuned``, then ``defaults``; a payload above the buffer is a bad option."""
+    texts = {**DEFAULTS, **defaults, **(tuned or {})}
+    values = {name: parse(texts[name]) for name, (parse, _, _) in OPTIONS.items()}
+    values |= {name: value for name, value in vars(options).items() if name in OPTIONS}
+    config = Config(duration=duration, sink=sink, **values)
+    if config.largest_payload > config.max_buffered_bytes:
+        options.parser.error(
+            f"argument --payload: {config.payload!r} has payloads of {cli.format_size(config.largest_payload)}, which"
+            f" never fit into --max-buffered-bytes {config.max_buffered_bytes}"
+        )
+    return config
+
+
+def as_file(tuned: Mapping[str, str], place: Mapping[str, object], calibrated: bool, made: str) -> bytes:
+    """Return the file that says what was found out for this machine."""
+    machine = {key: place.get(key) for key in MACHINE_KEYS}
+    content = {"schema": SCHEMA, "made": made, "calibrated": calibrated, "environment": machine, "settings": tuned}
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def read_file(path: Path, place: Mapping[str, object]) -> tuple[dict[str, str], str]:
+    """Return the settings in a file and a line about them; no settings when they are for another machine.
+
+    Raises ValueError, with a text that names the file, when it holds no settings.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found, where = dict(content["settings"]), dict(content["environment"])
+        for name, text in found.items():
+            OPTIONS[name][0](text)
+    except OSError as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {error.strerror or error}") from None
+    except (ValueError, TypeError, KeyError, argparse.ArgumentTypeError) as error:
+        raise ValueError(f"{str(path)!r} holds no settings: {type(error).__name__} {error}") from None
+    if content.get("schema") != SCHEMA:
+        raise ValueError(f"{str(path)!r} holds settings of schema {content.get('schema')!r}, not {SCHEMA}")
+    different = [key for key in MACHINE_KEYS if where.get(key) != place.get(key)]
+    if different:
+        return {}, f"settings: {path} is not used: another {', '.join(different)}"
+    how = "calibrated" if content.get("calibrated") else "provisional"
+    return found, f"settings: {path}, {how}, of {content.get('made')}"

@@ -10,31 +10,27 @@ from pathlib import Path
 
 
 class SetupError(Exception):
-    """Why what is needed cannot be had, in a line."""
-
-
-def check_tools() -> None:
-    """Raise SetupError when this is no Debian."""
-    for tool in ("apt-get", "dpkg-deb"):
-        if shutil.which(tool) is None:
-            raise SetupError(f"no {tool} here: what is missing would be fetched from Debian")
+    """Why what is needed cannot be had, in one line."""
 
 
 def fetch(packages: Sequence[str], into: Path, architecture: str | None = None) -> None:
-    """Fetch packages and all that they depend on, their signatures checked, and unpack them. Raises SetupError.
+    """Fetch packages and all that they depend on, with their signatures checked, and unpack them. Raises SetupError.
 
-    apt keeps its state beside ``into``, and knows of no package that is installed: so it fetches all of them.
+    apt keeps its state next to ``into`` and knows of no installed package: so it fetches all of them.
     """
-    check_tools()
-    into.parent.mkdir(parents=True, exist_ok=True)
-    log = into.parent / f"{into.name}.log"
-    log.write_text("", encoding="utf-8")
-    state = into.parent / f"{into.name}.apt"
-    for folder in ("lists/partial", "archives/partial"):
-        (state / folder).mkdir(parents=True, exist_ok=True)
-    (state / "status").touch()
-    own = ["-o", f"Dir::State={state}", "-o", f"Dir::State::status={state / 'status'}", "-o", f"Dir::Cache={state}"]
-    own += ["-o", f"Dir::Cache::archives={state / 'archives'}"]
+    for tool in ("apt-get", "dpkg-deb"):
+        if shutil.which(tool) is None:
+            raise SetupError(f"no {tool} here: what is missing would be fetched from Debian")
+    log, state = into.with_name(f"{into.name}.log"), into.with_name(f"{into.name}.apt")
+    try:
+        for folder in (into, state / "lists" / "partial", state / "archives" / "partial"):
+            folder.mkdir(parents=True, exist_ok=True)
+        log.write_text("", encoding="utf-8")
+        (state / "status").touch()
+    except OSError as error:
+        raise SetupError(f"cannot write {str(error.filename)!r}: {error.strerror}") from None
+    options = {"State": state, "State::status": state / "status", "Cache": state, "Cache::archives": state / "archives"}
+    own = [word for name, value in options.items() for word in ("-o", f"Dir::{name}={value}")]
     if architecture is not None:
         own += ["-o", f"APT::Architecture={architecture}", "-o", f"APT::Architectures={architecture}"]
     _call(["apt-get", "-q", *own, "update"], log)
@@ -42,7 +38,6 @@ def fetch(packages: Sequence[str], into: Path, architecture: str | None = None) 
     archives = sorted((state / "archives").glob("*.deb"))
     if not archives:
         raise SetupError(f"apt-get fetched nothing for {', '.join(packages)}")
-    into.mkdir(parents=True, exist_ok=True)
     for archive in archives:
         _call(["dpkg-deb", "-x", str(archive), str(into)], log)
     shutil.rmtree(state)

@@ -1,28 +1,104 @@
 # SPDX-License-Identifier: MIT
-"""The life of one pass over a fresh dispatcher: start, load, drain, shutdown. Whatever hangs, it ends, and says so."""
+"""The life of one pass over a new dispatcher: start, load, drain, shutdown. Whatever hangs, it ends and says so."""
 
 from __future__ import annotations
 
+import faulthandler
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import tempo
 from soak import interrupts
 from soak.config import Config
-from soak.crew import PATIENCE, Call, Crew, dump_stacks, join
 
+PATIENCE = 60.0
+"""Seconds that a thread, a flush or a shutdown may take before it counts as hung."""
 HURRY = 0.1
-"""Seconds that a load lasts at least, after an interrupt too."""
+"""Seconds that a load lasts at least, even after an interrupt."""
+
+
+class Crew:
+    """The threads of one pass. They wait for ``go``; an exception in one of them is kept in ``problems``."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.trouble = threading.Event()  # set with the first problem, so that nobody waits the pass out
+        self.expected: tuple[type[BaseException], ...] = ()  # what threads may raise once they were released
+        self.problems: list[str] = []  # one line each; appended by any thread
+
+    def start(self, name: str, work: Callable[..., None], *args: object) -> threading.Thread:
+        """Start a daemon thread that calls ``work(*args)`` once ``go`` is set. Raises RuntimeError as Thread.start."""
+        thread = threading.Thread(target=self._guard, args=(name, work, args), name=name, daemon=True)
+        thread.start()
+        return thread
+
+    def _guard(self, name: str, work: Callable[..., None], args: tuple[object, ...]) -> None:
+        self.go.wait()
+        try:
+            work(*args)
+        except BaseException as error:  # a thread that ends in SystemExit has not done its work either
+            if not isinstance(error, self.expected):
+                self.report(f"{name}: {describe(error)}")
+
+    def report(self, problem: str, hung: bool = False) -> None:
+        """Keep a problem; ``hung``: write every thread's stack to stderr."""
+        self.problems.append(problem)
+        self.trouble.set()
+        if hung:
+            faulthandler.dump_traceback(all_threads=True)
+
+    def call(self, function: Callable[..., Any], patience: float, **options: Any) -> tuple[Any, float]:
+        """Call a function on a new thread; return its value (None after a problem) and its seconds.
+
+        Its own timeout may be what is broken, so it is waited for ``patience`` seconds at most.
+        """
+        values: list[Any] = []
+        errors: list[BaseException] = []
+
+        def call() -> None:
+            try:
+                values.append(function(**options))
+            except BaseException as error:
+                errors.append(error)
+
+        name = getattr(function, "__name__", "call")
+        thread = threading.Thread(target=call, name=name, daemon=True)
+        started = time.perf_counter()
+        thread.start()
+        if join([thread], patience):
+            self.report(f"{name} did not return within {patience:.0f} s", hung=True)
+        elif errors:
+            self.report(f"{name}: {describe(errors[0])}")
+        return values[0] if values else None, time.perf_counter() - started
+
+
+def describe(error: BaseException) -> str:
+    """Return an exception in one line, with the place where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno})" if frames else ""
+    return " ".join(f"{type(error).__name__}: {error}{place}".split())
+
+
+def join(threads: Iterable[threading.Thread], seconds: float) -> list[str]:
+    """Wait at most ``seconds`` for all ``threads`` together; return the names of those still running."""
+    deadline = time.monotonic() + seconds
+    late = []
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+        if thread.is_alive():
+            late.append(thread.name)
+    return late
 
 
 class Work(Protocol):
-    """What the threads of a pass do. ``halt`` is empty until producers shall stop; they look at it now and then."""
+    """What the threads of a pass do. ``halt`` is empty until producers are to stop; they look at it now and then."""
 
     def produce(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
-        """Send until ``halt`` holds something, or until all is sent: when no producer is left, the load is over."""
+        """Send until ``halt`` holds something, or until all is sent: without producers the load is over."""
 
     def consume(self, index: int, dispatcher: tempo.Dispatcher) -> None:
         """Receive until the dispatcher is drained."""
@@ -30,37 +106,35 @@ class Work(Protocol):
 
 @dataclass
 class Outcome:
-    """What a pass came to. Times in seconds."""
+    """What a pass came to. Times in seconds; None: that did not come about."""
 
-    load_seconds: float = 0.0
-    """From the start of all threads until the last producer had stopped."""
-    drain_seconds: float | None = None
-    """From there until everything accepted was delivered; None when that did not come about."""
+    load_seconds: float = 0.0  # from the start of all threads until the last producer stopped
+    drain_seconds: float | None = None  # from there until everything accepted was delivered
     shutdown_seconds: float | None = None
-    stats: tempo.Stats | None = None
-    """The dispatcher's own account after shutdown; None when it does not answer."""
+    stats: tempo.Stats | None = None  # after shutdown
     interrupted: bool = False
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Load and drain."""
+        return self.load_seconds + (self.drain_seconds or 0.0)
 
 
 Sampler = Callable[[float, tempo.Stats], None]
 
 
 def drive(config: Config, seconds: float, work: Work, sample: Sampler | None = None, every: float = 1.0) -> Outcome:
-    """Run ``work`` for ``seconds`` on a new dispatcher, then drain it and shut it down.
+    """Run ``work`` for ``seconds`` on a new dispatcher, drain it and shut it down.
 
-    ``sample(elapsed, stats)`` is called in this thread about each ``every`` seconds and once after the end. Under
-    ``interrupts.kept()`` the first interrupt ends the load early, and is pending when it comes as that drains. Any
-    KeyboardInterrupt else is raised; during the load, its threads are told to end.
+    ``sample(elapsed, stats)`` is called in this thread about every ``every`` seconds and once after the end. Under
+    ``interrupts.kept()`` the first interrupt ends the load early. Any other KeyboardInterrupt is raised, after the
+    threads were told to end.
     """
-    outcome = Outcome()
+    outcome, crew, halt = Outcome(), Crew(), list[bool]()
     patience = PATIENCE + config.longest_drain
-    crew = Crew()
-    halt: list[bool] = []
     dispatcher = tempo.Dispatcher(
-        interval=config.interval,
-        max_batch_bytes=config.max_batch_bytes,
-        max_buffered_bytes=config.max_buffered_bytes,
+        interval=config.interval, max_batch_bytes=config.max_batch_bytes, max_buffered_bytes=config.max_buffered_bytes
     )
     producers: list[threading.Thread] = []
     consumers: list[threading.Thread] = []
@@ -75,10 +149,10 @@ def drive(config: Config, seconds: float, work: Work, sample: Sampler | None = N
     started = time.perf_counter()
     crew.go.set()
     try:
-        _wait(crew, producers, dispatcher, started, seconds, patience, sample, every)
+        _watch(crew, producers, dispatcher, started, seconds, patience, sample, every)
     except interrupts.Interrupted:
         outcome.interrupted = True
-        # One that came before the load did would leave nothing to judge.
+        # An interrupt from before the load would leave nothing to judge.
         crew.trouble.wait(max(0.0, started + min(HURRY, seconds) - time.perf_counter()))
     except BaseException:
         halt.append(True)
@@ -86,45 +160,37 @@ def drive(config: Config, seconds: float, work: Work, sample: Sampler | None = N
         raise
     halt.append(True)
 
-    # After a problem nobody may be left to make room for producers that wait: stop() below releases them.
+    # After a problem nobody may be left to make room for producers that wait: stop() releases them.
     late = join(producers, 2.0 if crew.trouble.is_set() else patience)
     stopped = time.perf_counter()
     outcome.load_seconds = stopped - started
     if late and not crew.trouble.is_set():
-        crew.report(f"{len(late)} producers did not stop within {patience:.0f} s ({late[0]} first)")
-        dump_stacks()
+        crew.report(f"{len(late)} producers did not stop within {patience:.0f} s ({late[0]} first)", hung=True)
     if late or not any(consumer.is_alive() for consumer in consumers):
         _stop(dispatcher, crew)
-        late = join(producers, PATIENCE)
-        if late:
+        if late := join(producers, PATIENCE):
             crew.report(f"{len(late)} producers kept running after stop() ({late[0]} first)")
     else:
-        flush = Call("flush", dispatcher.flush, 2 * patience, timeout=patience)
-        if flush.value:
+        flushed, _ = crew.call(dispatcher.flush, 2 * patience, timeout=patience)
+        if flushed:
             outcome.drain_seconds = time.perf_counter() - stopped
         else:
-            crew.report(flush.problem or f"flush() gave {flush.value!r}: not all was delivered within {patience:.0f} s")
-        shutdown = Call("shutdown", dispatcher.shutdown, 2 * patience, timeout=patience)
-        outcome.shutdown_seconds = shutdown.seconds
-        if shutdown.problem is not None:
-            crew.report(shutdown.problem)
+            crew.report(f"flush() gave {flushed!r}: not all was delivered within {patience:.0f} s")
+        known = len(crew.problems)
+        _, outcome.shutdown_seconds = crew.call(dispatcher.shutdown, 2 * patience, timeout=patience)
+        if len(crew.problems) > known:
             _stop(dispatcher, crew)
-    late = join(consumers, patience)
-    if late:
-        crew.report(f"{len(late)} consumers did not end within {patience:.0f} s after shutdown ({late[0]} first)")
-        dump_stacks()
+    if late := join(consumers, patience):
+        crew.report(f"{len(late)} consumers did not end within {patience:.0f} s ({late[0]} first)", hung=True)
 
-    stats = Call("stats", dispatcher.stats, PATIENCE)
-    if stats.problem is not None:
-        crew.report(stats.problem)
-    outcome.stats = stats.value
-    if sample is not None and stats.value is not None:
-        sample(time.perf_counter() - started, stats.value)
+    outcome.stats, _ = crew.call(dispatcher.stats, PATIENCE)
+    if sample is not None and outcome.stats is not None:
+        sample(time.perf_counter() - started, outcome.stats)
     outcome.problems = crew.problems
     return outcome
 
 
-def _wait(
+def _watch(
     crew: Crew,
     producers: list[threading.Thread],
     dispatcher: tempo.Dispatcher,
@@ -141,27 +207,24 @@ def _wait(
     due = started + every
     while now < deadline and not interrupts.wait(crew.trouble, max(0.0, min(due, deadline) - now)):
         now = time.perf_counter()
-        if now >= due:
-            due = max(due + every, now)
-            if not any(producer.is_alive() for producer in producers):
-                return
-            snapshot = Call("stats", dispatcher.stats, PATIENCE)
-            now = time.perf_counter()
-            if snapshot.value is None:
-                crew.report(snapshot.problem or "stats() gave None")
-                return
-            if sample is not None:
-                sample(now - started, snapshot.value)
-            if snapshot.value.delivered != delivered:
-                delivered, moved = snapshot.value.delivered, now
-            elif now - moved > patience:
-                crew.report(f"nothing was delivered for {patience:.0f} s")
-                dump_stacks()
+        if now < due:
+            continue
+        due = max(due + every, now)
+        if not any(producer.is_alive() for producer in producers):
+            return
+        stats, _ = crew.call(dispatcher.stats, PATIENCE)
+        now = time.perf_counter()
+        if stats is None:
+            return
+        if sample is not None:
+            sample(now - started, stats)
+        if stats.delivered != delivered:
+            delivered, moved = stats.delivered, now
+        elif now - moved > patience:
+            crew.report(f"nothing was delivered for {patience:.0f} s", hung=True)
 
 
 def _stop(dispatcher: tempo.Dispatcher, crew: Crew) -> None:
-    """Release every thread that still waits; that they then raise is no problem of its own."""
+    """Release every thread that still waits; what it then raises is no problem."""
     crew.expected = (tempo.Closed,)
-    stop = Call("stop", dispatcher.stop, PATIENCE)
-    if stop.problem is not None:
-        crew.report(stop.problem)
+    crew.call(dispatcher.stop, PATIENCE)

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import tempo
@@ -21,13 +22,13 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 
 EMULATED = "SOAK_EMULATED_MACHINE"
-"""The environment variable in which ``pi`` says what is emulated: the files of /proc and /sys are the host's."""
+"""The environment variable with which ``pi`` names what is emulated: /proc and /sys are the host's."""
 
 
 def describe() -> dict[str, object]:
-    """Return what a reader must know beside a figure; None where the machine does not tell."""
+    """Return what a reader must know about a figure; None where the machine does not tell."""
     gil = bool(getattr(sys, "_is_gil_enabled", lambda: True)())
-    free = "" if gil else ", no GIL"
+    implementation = platform.python_implementation()
     return {
         "machine": machine(),
         "cpu": _cpu(),
@@ -35,24 +36,25 @@ def describe() -> dict[str, object]:
         "cores": cores(),
         "memory_bytes": _memory(),
         "kernel": f"{platform.system()} {platform.release()}",
-        "python": sys.version.split()[0],
-        "implementation": platform.python_implementation(),
-        "interpreter": f"{platform.python_implementation()} {sys.version_info[0]}.{sys.version_info[1]}{free}",
-        "executable": _executable(),
+        "python": platform.python_version(),
+        "interpreter": f"{implementation} {sys.version_info[0]}.{sys.version_info[1]}{'' if gil else ', no GIL'}",
         "build": " ".join(platform.python_build()),
         "compiler": platform.python_compiler(),
-        "gil": gil,
         "tempo": tempo.__version__,
         "commit": _commit(),
     }
 
 
-def _executable() -> str:
-    """The interpreter; within the project without the way there, which says more about its user than about it."""
-    try:
-        return str(Path(sys.executable).relative_to(ROOT))
-    except ValueError:
-        return sys.executable
+LINE_KEYS = ("machine", "cores", "interpreter", "python", "build", "commit")
+
+
+def line(place: Mapping[str, object]) -> str:
+    """Return what a figure must never be shown without."""
+    commit = str(place["commit"] or "unknown")
+    return (
+        f"{place['machine']}, {place['cores']} cores, {place['interpreter']} ({place['python']}, {place['build']}),"
+        f" commit {commit[:12]}{'-dirty' * commit.endswith('-dirty')}"
+    )
 
 
 def cores() -> int:
@@ -114,17 +116,13 @@ def _memory() -> int | None:
 
 def _commit() -> str | None:
     """Return the commit that git names for this tree, marked when tempo.py or soak/ differ from it."""
-    commit = _git("rev-parse", "HEAD")
-    if not commit:
-        return None
-    return commit + ("-dirty" if _git("status", "--porcelain", "--", "tempo.py", "soak") else "")
-
-
-def _git(*words: str) -> str:
     try:
-        answer = subprocess.run(
-            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=5, check=False
+        commit, changed = (
+            subprocess.run(
+                ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=5, check=True
+            ).stdout
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "tempo.py", "soak"])
         )
     except (OSError, subprocess.SubprocessError):
-        return ""
-    return answer.stdout.strip() if answer.returncode == 0 else ""
+        return None
+    return commit.strip() + ("-dirty" if changed else "")

@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""The pass under tracemalloc, and the bound that its peak is held against.
-
-A pass of its own, because tracing makes every allocation several times slower.
-"""
+"""The pass under tracemalloc, and the bound for its peak. It is separate because tracing slows every allocation."""
 
 from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
 
+from soak.cli import KIB
 from soak.config import Config
 from soak.drive import Outcome, drive
 from soak.load import Load
-from soak.units import KIB
 
 try:
     import tracemalloc
@@ -23,43 +20,42 @@ else:
 
 FIXED_ALLOWANCE = 64 * KIB
 THREAD_ALLOWANCE = 8 * KIB
-"""A thread's objects, its frames, its counters and its event generator."""
+"""A thread's objects, frames, counters and event generator."""
 PAYLOAD_OVERHEAD = 64
-"""What a bytes or str object takes beside its text."""
+"""What a bytes or str object takes in addition to its text."""
 
 
 @dataclass
 class Heap:
-    """What the pass came to, in bytes."""
+    """What the pass came to, in bytes; ``peak`` is None without tracemalloc."""
 
     peak: int | None
-    """None: this interpreter has no tracemalloc."""
-    peak_buffered: int
-    """The dispatcher's fullest buffer: says whether the bound was put to the test."""
+    peak_buffered: int  # says whether the bound was put to the test
     outcome: Outcome
 
 
 def measure(config: Config, seconds: float) -> Heap:
     """Run the load on a new dispatcher, traced, into no sink."""
     gc.collect()
-    if not TRACED:
-        outcome = drive(config, seconds, Load(config))
-        return Heap(None, outcome.stats.peak_buffered_bytes if outcome.stats is not None else 0, outcome)
-    tracemalloc.start()
+    peak = None
+    if TRACED:
+        tracemalloc.start()
     try:
         outcome = drive(config, seconds, Load(config))
-        peak = tracemalloc.get_traced_memory()[1]
+        if TRACED:
+            peak = tracemalloc.get_traced_memory()[1]
     finally:
-        tracemalloc.stop()
+        if TRACED:
+            tracemalloc.stop()
     return Heap(peak, outcome.stats.peak_buffered_bytes if outcome.stats is not None else 0, outcome)
 
 
 def bound(config: Config) -> int:
-    """Return the most that the dispatcher, and the batches and payloads in its users' hands may take, in bytes.
+    """Return the most bytes that the dispatcher, and the batches and payloads of its users, may take.
 
-    The dispatcher: 1.25 times the buffer limit and 256 KiB. The consumers: a batch each, and one on its way. Payloads
-    below 64 bytes are outweighed by their bookkeeping: 8 times. The producers: the last payload and the next one, and
-    with ``bulk`` those of the call.
+    The dispatcher: 1.25 times the buffer limit and 256 KiB; 8 times the limit for payloads below 64 bytes, which are
+    outweighed by their bookkeeping. The consumers: a batch each, and one on its way. The producers: the last payload
+    and the next one, and with ``bulk`` those of the call.
     """
     small = config.payload_size is not None and config.payload_size < 64
     buffered = config.max_buffered_bytes * 8 if small else config.max_buffered_bytes * 5 // 4
@@ -70,5 +66,5 @@ def bound(config: Config) -> int:
 
 
 def allowance(config: Config) -> int:
-    """Return what the harness's threads may take on top, in bytes."""
+    """Return what the harness's threads may take in addition, in bytes."""
     return FIXED_ALLOWANCE + (config.producers + config.consumers) * THREAD_ALLOWANCE

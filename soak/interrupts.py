@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Ctrl-C, or SIGTERM, while a command runs, without a result lost, a thread left or a terminal spoilt.
+"""Ctrl-C, or SIGTERM, while a command runs: no result is lost, no thread left, no terminal left in a bad state.
 
-Python raises KeyboardInterrupt wherever the main thread happens to be: in the middle of a drain, of a line that is
-written, of a display that is drawn; also in the middle of ``Event.wait()``, whose lock is then held for ever. While a
-command has entered ``kept()``, the first one is only noted. The waits that it may end look for it several times a
-second and raise ``Interrupted``; or somebody asks ``take()``. A second one is raised at once, as KeyboardInterrupt,
-wherever that is: whoever presses twice does not want to wait, nor a result.
+Python raises KeyboardInterrupt wherever the main thread happens to be: in a drain, in a line that is written, even in
+``Event.wait()``, whose lock is then held for ever. Within ``kept()`` the first one is only noted. The waits that it may
+end look for it several times a second and raise ``Interrupted``; or somebody asks ``take()``. A second one is raised at
+once, as KeyboardInterrupt: whoever presses twice wants neither to wait nor a result.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from typing import Any
 GLANCE = 0.1
 """Seconds after which a wait looks for an interrupt."""
 
+# Touched by the main thread alone: signal handlers run there, too.
 _seen = 0
 _pending = False
-# Touched by the main thread alone: signal handlers run there, too.
 
 
 class Interrupted(KeyboardInterrupt):
@@ -32,7 +31,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Keep the first interrupt for the waits below; a SIGTERM is one. Neither, where it is ignored or another's."""
+    """Keep the first interrupt, or SIGTERM, for the waits below; not where it is ignored or has another handler."""
     global _seen, _pending
     usual: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     on_main = threading.current_thread() is threading.main_thread()
@@ -59,9 +58,9 @@ def _note(number: int, frame: FrameType | None) -> None:
 
 
 def take() -> bool:
-    """Return whether an interrupt is pending; it is not any more."""
+    """Return whether an interrupt is pending, and clear it."""
     global _pending  # noqa: PLW0603
-    if not _pending:  # or one that comes just now, between a load and a store, would be lost
+    if not _pending:  # one that comes just now, between a load and a store, would be lost
         return False
     _pending = False
     return True

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""What producers send. Every payload is formatted as text per event and then encoded, as an application would do it.
+"""What producers send. Every payload is formatted as text per event and then encoded, as an application would.
 
 Each event names its producer and its place in that producer's sequence (``0007-1000001234``), so that a receiver can
-tell what is missing, doubled or out of order. Numbers keep their width (sequences start at 1e9), so that payloads of
-one kind have one size, the identity always stands at the same place, and the mix has an exact mean: 163 bytes.
+tell what is missing, repeated or out of order. Numbers keep their width (sequences start at 1e9): payloads of one kind
+have one size, the identity has a fixed place, and the mix has an exact mean of 163 bytes.
 
-One event of ``STRIDE``, and more of the first ones, is a *probe*: behind its identity it carries ``~``, a byte that no
-other payload holds, and the time at which it was made. A consumer finds probes in a batch at C speed, without looking
-at each event. Events of a fixed size below ``PROBED_SIZE`` have no room for a probe, and below ``IDENTITY_SIZE`` none
-for an identity.
+One event of ``STRIDE``, and more of the first ones, is a *probe*: after its identity it carries ``~``, a byte that no
+other payload holds, and the time at which it was made. A consumer finds probes in a batch at C speed. Events of a fixed
+size below ``PROBED_SIZE`` have no room for a probe, and below ``IDENTITY_SIZE`` none for an identity.
 """
 
 from __future__ import annotations
@@ -47,13 +46,10 @@ PROBE = (
 )
 
 # Twenty events: one page view, four form inputs, clicks, scrolls and heartbeats five each. 163 bytes on average.
-MIX = (
-    *(PAGE, CLICK, SCROLL, HEARTBEAT),
-    *(FORM, CLICK, SCROLL, HEARTBEAT) * 4,
-)
+MIX = (*(PAGE, CLICK, SCROLL, HEARTBEAT), *(FORM, CLICK, SCROLL, HEARTBEAT) * 4)
 
 STRIDE = 1024
-"""A probe, with the search for it, costs several times what another event does."""
+"""A probe and the search for it cost several times what another event does."""
 FIRST_STRIDE = 64
 FIGURES = tuple(range(256, 512)) * (STRIDE // 256)
 """Three digits an event: a coordinate, a time, a distance. Made once, so that each producer holds next to nothing."""
@@ -107,12 +103,10 @@ class Sent:
             self.checksum -= zlib.crc32(payload[self._head])
 
 
-def events(size: int | None, producer: int, sent: Sent | None) -> Iterator[bytes]:
+def events(size: int | None, producer: int, sent: Sent) -> Iterator[bytes]:
     """Return the endless events of one producer: of ``size`` bytes each, or the telemetry mix for None.
 
-    sent: counts the probes; None for a usual event in the place of each.
-
-    An iterator, because taking the next event from one costs less than calling a function.
+    sent: counts the probes. An iterator, because taking the next event costs less than calling a function.
     """
     session = f"{producer:04d}"
     if size is None:
@@ -134,26 +128,23 @@ def _strides() -> Iterator[tuple[int, int]]:
         first, size = first + size, min(STRIDE, 2 * size)
 
 
-def _telemetry(session: str, sent: Sent | None) -> Iterator[Iterable[bytes]]:
-    """Strides of events. Each event is formatted when it is asked for; map() merely does without a Python loop."""
+def _telemetry(session: str, sent: Sent) -> Iterator[Iterable[bytes]]:
+    """Yield strides of events. Each event is formatted when it is asked for; map() only saves a Python loop."""
     templates = cycle(MIX)
     for first, last in _strides():
-        usual = last - first + (sent is None)
-        fields = zip(repeat(session), range(first, first + usual), FIGURES)
-        yield map(str.encode, map(mod, islice(templates, usual), fields))
-        if sent is not None:
-            yield (sent.add((PROBE % (session, last, perf_counter_ns())).encode()),)
+        fields = zip(repeat(session), range(first, last), FIGURES)
+        yield map(str.encode, map(mod, islice(templates, last - first), fields))
+        yield (sent.add((PROBE % (session, last, perf_counter_ns())).encode()),)
 
 
-def _sized(session: str, size: int, sent: Sent | None) -> Iterator[bytes]:
+def _sized(session: str, size: int, sent: Sent) -> Iterator[bytes]:
     # No template here: % would look at each character of a large filler, where an f-string copies it at once.
     filler = _filler(size - IDENTITY_SIZE)
     probe_filler = _filler(size - PROBED_SIZE)
     for first, last in _strides():
-        for sequence in range(first, last + (sent is None)):
+        for sequence in range(first, last):
             yield f"{session}-{sequence}{filler}".encode()
-        if sent is not None:
-            yield sent.add(f"{session}-{last}~{perf_counter_ns():019d}{probe_filler}".encode())
+        yield sent.add(f"{session}-{last}~{perf_counter_ns():019d}{probe_filler}".encode())
 
 
 def _small(session: str, size: int) -> Iterator[bytes]:
@@ -168,7 +159,7 @@ def _small(session: str, size: int) -> Iterator[bytes]:
 def _filler(size: int) -> str:
     """Return ``size`` characters (none when negative) that hold neither a probe's mark nor a line's end.
 
-    All producers share one text, which would else be the most of what the harness holds.
+    All producers share one text, which would otherwise be most of what the harness holds.
     """
     text = " the quick brown fox jumps over the lazy dog 0123456789"
     return "".join(islice(cycle(text), max(0, size)))
@@ -205,6 +196,6 @@ def _search_behind(size: int, data: memoryview) -> list[bytes]:
 
 
 def _text(data: memoryview) -> bytes:
-    """Return the data as bytes: without a copy when, as usual, it is a view of the whole of one bytes object."""
+    """Return the data as bytes; without a copy when it is a view of one whole bytes object, as usual."""
     owner = data.obj
     return owner if type(owner) is bytes and len(owner) == data.nbytes else bytes(data)

@@ -8,21 +8,21 @@ itself, a calibration again. The rate over the mean of both calibrations is what
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from soak import baseline, census, environment, heap, interrupts, results, settings, verdict
-from soak.calibration import calibrate
+from soak import baseline, census, cli, environment, heap, interrupts, results, verdict
+from soak import config as settings
+from soak.calibration import Calibration, calibrate
+from soak.cli import complain, format_seconds, format_size, say
 from soak.config import Config
+from soak.display import DISPLAYS, Stream, open_monitor
 from soak.drive import HURRY, Outcome, drive
 from soak.load import Load
-from soak.options import complain, converter, parse_path
 from soak.payloads import PROBED_SIZE, STRIDE
-from soak.progress import DISPLAYS, Stream, open_monitor, say
-from soak.sinks import AVAILABLE, Place, open_sink, parse_sink, readback
-from soak.units import format_seconds, format_size, parse_duration
+from soak.sinks import places, readback
 
 SCHEMA = 1
 """Raised when a key of the result changes its meaning."""
@@ -41,40 +41,18 @@ exit code: 0 all is well (warnings included), 1 a verdict is "fail" or a file ca
 
 def add_parser(commands: Any) -> None:
     """Add this command to the subparsers of ``python3 -m soak``."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "run",
-        help="sustained load: is every event delivered once, how fast, in how much memory",
-        description="Put the dispatcher under sustained load and judge correctness, throughput, memory and drain.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.set_defaults(main=main, parser=parser)
-    add = parser.add_argument
-    time_ = converter(parse_duration)
-    add("--duration", type=time_, default="5m", metavar="TIME", help="how long the load lasts (%(default)s)")
-    settings.add_settings(parser)
+    purpose = "Put the dispatcher under sustained load and judge correctness, throughput, memory and drain."
+    add = cli.add_command(commands, "run", main, purpose, EXAMPLE)
+    add("--duration", type=cli.duration, default="5m", metavar="TIME", help="how long the load lasts (%(default)s)")
+    settings.add_settings(add)
+    known = "auto: what tune left in --out"
+    add("--settings", type=cli.path, default="auto", metavar="auto|none|PATH", help=f"for what is not said ({known})")
+    add("--sink", type=places.parse, default="null", metavar="SINK", help=f"{places.AVAILABLE}; emptied first (null)")
+    settings.add_outputs(add)
+    add("--display", choices=DISPLAYS, default="auto", help="while it lasts (auto: live on a terminal, with rich)")
+    known = "auto: what fits machine, interpreter and settings"
     add(
-        "--settings",
-        type=converter(parse_path),
-        default="auto",
-        metavar="auto|none|PATH",
-        help="what is not said is as in this file (%(default)s: what tune left in --out)",
-    )
-    add("--sink", type=converter(parse_sink), default="null", metavar="SINK", help=f"{AVAILABLE}; emptied first (null)")
-    settings.add_outputs(parser)
-    add(
-        "--display",
-        choices=DISPLAYS,
-        default="auto",
-        help="live on a terminal, a plain line every five seconds, or none (%(default)s: live where it can be)",
-    )
-    add(
-        "--baseline",
-        type=converter(baseline.parse_baseline),
-        default="auto",
-        metavar="auto|NAME|none",
-        help="what to compare with, of soak/baselines/ (%(default)s: what fits machine, interpreter and settings)",
+        "--baseline", type=baseline.name_of, default="auto", metavar="auto|NAME|none", help=f"to compare with ({known})"
     )
 
 
@@ -85,7 +63,7 @@ def main(options: argparse.Namespace) -> int:
     if note:
         say(note)
     try:
-        place_of_batches = open_sink(config.sink)
+        place_of_batches = places.open_sink(config.sink)
     except OSError as error:
         options.parser.error(f"argument --sink: {config.sink!r} cannot be opened: {error.strerror or error}")
     except ImportError as error:
@@ -95,71 +73,65 @@ def main(options: argparse.Namespace) -> int:
     try:
         with interrupts.kept():
             result = run(config, place_of_batches, files.stream, options.baseline, place, options.display)
-            unwritten = files.finish(result)
-            text = results.summary(result, baseline.records(options.baseline), files.written)
-            results.tell(text, unwritten)
+            files.finish(result, summary(result, baseline.records(options.baseline)))
     except KeyboardInterrupt:
         complain("interrupted again: there is no result")
         return 130
     except RuntimeError as error:
         complain(str(error))
         return 1
-    overall = result["verdict"]["overall"]["status"]
-    return 0 if overall != verdict.FAIL and files.well else 1
+    return 0 if result["verdict"]["overall"]["status"] != verdict.FAIL and files.well else 1
 
 
 def configure(options: argparse.Namespace, place: Mapping[str, object]) -> tuple[Config, str]:
     """Return the settings: what the options say, then the file that --settings stands for; and a line about that."""
-    path: Path = options.settings
+    path: Path | None = options.settings
     left = options.out / settings.FILE
     if str(path) == "auto":
-        path = left if left.exists() else Path("none")
+        path = left if left.exists() else None
+    elif str(path) == "none":
+        path = None
     tuned: dict[str, str] = {}
     note = ""
-    if str(path) != "none":
+    if path is not None:
         try:
-            tuned, note = settings.read(path, place)
+            tuned, note = settings.read_file(path, place)
         except ValueError as error:
             options.parser.error(f"argument --settings: {error}")
     return settings.config_from(options, options.duration, options.sink, tuned), note
 
 
-def run(
-    config: Config,
-    sink: Place | None,
-    stream: Stream | None,
-    baseline_option: str,
-    place: dict[str, object],
-    display: str = "plain",
-) -> dict[str, Any]:
-    """Run all passes and return the result, ready for JSON; place: of environment.describe, display: of DISPLAYS.
+class Passes(NamedTuple):
+    """What the passes came to."""
 
-    A KeyboardInterrupt ends the pass that it comes in, and cuts short those after it: the result stays complete, as
-    long as ``interrupts.kept()`` keeps it for the waits of the passes, and no second one comes. Raises RuntimeError
-    when the machine cannot run the threads.
-    """
-    started = _now()
-    if stream is not None:
-        head = {
-            "type": "header",
-            "schema": SCHEMA,
-            "started": started,
-            "config": config.as_json(),
-            "environment": place,
-        }
-        stream.write(head)
+    before: Calibration
+    traced: heap.Heap
+    counted: census.CensusResult
+    load: Load
+    outcome: Outcome
+    peak_rss: int | None
+    after: Calibration
+    interrupted: bool
 
-    before = calibrate(config, config.pass_seconds(1.0, 3.0))
-    interrupted = before.interrupted or interrupts.take()
+
+def run_passes(config: Config, sink: places.Place | None, stream: Stream | None, display: str) -> Passes:
+    """Run all passes. An interrupt ends the pass that it comes in, and cuts those after it short."""
+    interrupted = False
+
+    def length(least: float, most: float) -> float:
+        return HURRY if interrupted else config.pass_seconds(least, most)
+
+    before = calibrate(config, length(1.0, 3.0))
+    interrupted |= before.interrupted or interrupts.take()
     say(f"calibration: {before.events_per_second:,.0f} events/s with no dispatcher")
 
-    traced = heap.measure(config, HURRY if interrupted else config.pass_seconds(2.0, 4.0))
+    traced = heap.measure(config, length(2.0, 4.0))
     interrupted |= traced.outcome.interrupted or interrupts.take()
-    say(f"heap: peak {results.show_peak(traced.peak)}, the buffer at most {format_size(traced.peak_buffered)} full")
+    say(f"heap: peak {format_size(traced.peak)}, the buffer at most {format_size(traced.peak_buffered)} full")
 
-    counted, counting = census.take(config, HURRY if interrupted else config.pass_seconds(1.0, 4.0))
+    counted, counting = census.take(config, length(1.0, 4.0))
     interrupted |= counting.interrupted or interrupts.take()
-    say(f"census: {counted.accepted:,} events accepted, {counted.delivered:,} delivered, each looked at")
+    say(f"census: {counted.accepted:,} events accepted, {counted.delivered:,} delivered, each checked")
 
     load = Load(config, sink)
     duration = min(HURRY, config.duration) if interrupted else config.duration
@@ -169,38 +141,52 @@ def run(
     interrupted |= outcome.interrupted or interrupts.take()
     peak_rss = environment.peak_rss()
 
-    after = calibrate(config, HURRY if interrupted else config.pass_seconds(1.0, 3.0))
+    after = calibrate(config, length(1.0, 3.0))
     interrupted |= after.interrupted or interrupts.take()
     say(f"calibration: {after.events_per_second:,.0f} events/s again")
+    return Passes(before, traced, counted, load, outcome, peak_rss, after, interrupted)
 
-    figures = _figures(config, load, outcome, counted)
+
+def run(
+    config: Config,
+    sink: places.Place | None,
+    stream: Stream | None,
+    baseline_option: str,
+    place: dict[str, object],
+    display: str = "plain",
+) -> dict[str, Any]:
+    """Run all passes and return the result, ready for JSON; place: of environment.describe, display: of DISPLAYS.
+
+    Under ``interrupts.kept()`` the result is complete after a first interrupt, too. Raises RuntimeError when the
+    machine cannot run the threads.
+    """
+    started = results.now()
+    if stream is not None:
+        head = {"type": "header", "schema": SCHEMA, "started": started}
+        stream.write({**head, "config": asdict(config), "environment": place})
+    passes = run_passes(config, sink, stream, display)
+    traced, counted = passes.traced, passes.counted
+    figures, problems = _figures(config, passes.load, passes.outcome, counted)
     problems = [
         *(f"heap pass: {problem}" for problem in traced.outcome.problems),
         *(f"census: {problem}" for problem in counted.problems),
-        *figures.pop("problems"),
+        *problems,
     ]
-    found = None if sink is None else readback.of_place(sink, load.accounts, config)
-    if found is not None:
+    found = None if sink is None else readback.read_back(sink, passes.load.accounts, config)
+    if sink is not None and found is not None:
         problems += found.problems
         figures["lost"] += found.lost
-        figures["duplicated"] += found.repeated if sink is not None and sink.once else 0
+        figures["duplicated"] += found.repeated if sink.once else 0
 
-    calibration = (before.events_per_second + after.events_per_second) / 2
+    before, after = passes.before.events_per_second, passes.after.events_per_second
+    calibration = (before + after) / 2
     ratio = figures["delivered_per_second"] / calibration if calibration else None
-    choice = baseline.choose(baseline_option, config.as_json(), place)
+    compared, note = baseline.choose(baseline_option, asdict(config), place)
+    bound, allowance = heap.bound(config), heap.allowance(config)
 
     def expected(key: str) -> tuple[str, float, float] | None:
-        return None if choice.baseline is None else choice.baseline.expected(key)
+        return None if compared is None else compared.expected(key)
 
-    bound, allowance = heap.bound(config), heap.allowance(config)
-    throughput = verdict.judge_throughput(
-        figures["delivered_per_second"],
-        ratio,
-        expected("ratio"),
-        choice.note,
-    )
-    if choice.baseline is not None and choice.note:
-        throughput = verdict.Finding(throughput.status, f"{throughput.note} ({choice.note})")
     findings = {
         "correctness": verdict.judge_correctness(
             problems=problems,
@@ -210,7 +196,7 @@ def run(
             on_full=config.on_full,
             remarks=_remarks(config, counted),
         ),
-        "throughput": throughput,
+        "throughput": verdict.judge_throughput(figures["delivered_per_second"], ratio, expected("ratio"), note),
         "memory": verdict.judge_memory(traced.peak, bound, allowance, expected("peak_heap_bytes")),
         "drain": verdict.judge_drain(figures["drain_seconds"], expected("drain_seconds")),
     }
@@ -218,14 +204,14 @@ def run(
     return {
         "schema": SCHEMA,
         "started": started,
-        "finished": _now(),
-        "interrupted": interrupted,
-        "verdict": {name: finding.as_json() for name, finding in findings.items()},
+        "finished": results.now(),
+        "interrupted": passes.interrupted,
+        "verdict": {name: finding._asdict() for name, finding in findings.items()},
         **figures,
         "calibration": calibration,
         "ratio": ratio,
         "peak_heap_bytes": traced.peak,
-        "peak_rss_bytes": peak_rss,
+        "peak_rss_bytes": passes.peak_rss,
         "heap": {
             "bound_bytes": bound,
             "allowance_bytes": allowance,
@@ -234,39 +220,33 @@ def run(
         },
         "census": vars(counted),
         "sink": None if found is None else vars(found),
-        "calibrations": {
-            "before": before.events_per_second,
-            "after": after.events_per_second,
-            "used": "mean",
-        },
-        "baseline": None if choice.baseline is None else choice.baseline.name,
+        "calibrations": {"before": before, "after": after, "used": "mean"},
+        "baseline": None if compared is None else compared.name,
         "problems": problems,
-        "config": config.as_json(),
+        "config": asdict(config),
         "environment": place,
         "samples": None if stream is None else stream.path.name,
     }
 
 
-def _figures(config: Config, load: Load, outcome: Outcome, counted: census.CensusResult) -> dict[str, Any]:
-    """Return the load's figures, and under ``problems`` what does not add up."""
-    accepted, refused = sum(load.accepted), sum(load.refused)
-    delivered = sum(taken.events for taken in load.taken)
+def _figures(
+    config: Config, load: Load, outcome: Outcome, counted: census.CensusResult
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the load's figures, and what does not add up."""
+    accepted, refused, delivered = sum(load.accepted), sum(load.refused), load.delivered
     nbytes = sum(taken.nbytes for taken in load.taken)
     problems = list(outcome.problems)
     stats = outcome.stats
     if stats is not None:
         if outcome.problems:
-            # A producer that raised has left its count a round behind, so the dispatcher's is the better one.
-            accepted = stats.accepted
-        own = (accepted, delivered)
-        if own != (stats.accepted, stats.delivered):
+            accepted = stats.accepted  # a producer that raised has left its own count a round behind
+        if (accepted, delivered) != (stats.accepted, stats.delivered):
             problems.append(
-                f"producers and consumers count {own[0]} accepted, {own[1]} delivered;"
+                f"producers and consumers count {accepted} accepted, {delivered} delivered;"
                 f" stats() says {stats.accepted}, {stats.delivered}"
             )
-        # How enqueue_many counts what it did not take is its own affair; producers that wait are never refused.
-        comparable = config.bulk == 1 or config.on_full == "block"
-        if comparable and not outcome.problems and refused != stats.rejected:
+        # enqueue_many counts a refused call once; producers that wait are never refused.
+        if not outcome.problems and refused != stats.rejected and (config.bulk == 1 or config.on_full == "block"):
             problems.append(f"producers count {refused} refused, stats() says {stats.rejected}")
         if not stats.accepted_bytes == stats.delivered_bytes == (nbytes if config.payload != 0 else delivered):
             problems.append(
@@ -276,30 +256,26 @@ def _figures(config: Config, load: Load, outcome: Outcome, counted: census.Censu
     if config.payload_size is not None and nbytes != config.payload_size * delivered:
         problems.append(f"{delivered} payloads of {config.payload_size} bytes cannot make the {nbytes} delivered")
 
-    probes = sum(taken.probes for taken in load.taken)
-    missing = sum(sent.probes for sent in load.sent) - probes
-    disordered = sum(taken.out_of_order for taken in load.taken)
-    if not outcome.problems:
-        if missing:
-            problems.append(f"{abs(missing)} probes {'lost' if missing > 0 else 'too many'}")
-        if sum(sent.checksum for sent in load.sent) != sum(taken.checksum for taken in load.taken):
-            problems.append("the checksums of the probes sent and received differ")
-    if disordered:
+    missing = sum(sent.probes for sent in load.sent) - sum(taken.probes for taken in load.taken)
+    if outcome.problems:
+        missing = 0
+    elif missing:
+        problems.append(f"{abs(missing)} probes {'lost' if missing > 0 else 'too many'}")
+    elif sum(sent.checksum for sent in load.sent) != sum(taken.checksum for taken in load.taken):
+        problems.append("the checksums of the probes sent and received differ")
+    if disordered := sum(taken.out_of_order for taken in load.taken):
         problems.append(f"{disordered} probes came out of order")
 
-    seconds = outcome.load_seconds + (outcome.drain_seconds or 0.0)
     mean = sum(load.accepted) / config.producers
     return {
-        "delivered_per_second": delivered / seconds if seconds else 0.0,
+        "delivered_per_second": delivered / outcome.seconds if outcome.seconds else 0.0,
         "accepted": accepted,
         "rejected": refused,
         "delivered": delivered,
         "delivered_bytes": nbytes,
         # The probes are a part of the load's events: what counts show already is not added a second time.
-        "lost": max(0, accepted - delivered, 0 if outcome.problems else missing) + counted.lost,
-        "duplicated": max(0, delivered - accepted, 0 if outcome.problems else -missing)
-        + counted.duplicated
-        + counted.repeated,
+        "lost": max(0, accepted - delivered, missing) + counted.lost,
+        "duplicated": max(0, delivered - accepted, -missing) + counted.duplicated,
         "batches": sum(taken.batches for taken in load.taken),
         "load_seconds": outcome.load_seconds,
         "drain_seconds": outcome.drain_seconds,
@@ -307,8 +283,7 @@ def _figures(config: Config, load: Load, outcome: Outcome, counted: census.Censu
         "latency_seconds": load.latencies().as_json(),
         "slowest_producer_share": min(load.accepted) / mean if mean else None,
         "stats": None if stats is None else stats._asdict(),
-        "problems": problems,
-    }
+    }, problems
 
 
 def _remarks(config: Config, counted: census.CensusResult) -> list[str]:
@@ -318,12 +293,33 @@ def _remarks(config: Config, counted: census.CensusResult) -> list[str]:
         remarks.append("payloads too small to carry an identity: counted and checksummed, order not checked")
     elif config.consumers > 1:
         remarks.append("order checked at each consumer")
-    if config.payload_size is not None and config.payload_size < PROBED_SIZE:
-        remarks.append(f"no latency below {PROBED_SIZE} bytes")
-    elif config.payload_size is None or config.payload_size >= PROBED_SIZE:
-        remarks.append(f"latency of one event in {STRIDE}")
+    small = config.payload_size is not None and config.payload_size < PROBED_SIZE
+    remarks.append(f"no latency below {PROBED_SIZE} bytes" if small else f"latency of one event in {STRIDE}")
     return remarks
 
 
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+def summary(result: Mapping[str, Any], records: list[str]) -> list[str]:
+    """Return about a dozen lines for people, the verdict first."""
+    found, place, latency = result["verdict"], result["environment"], result["latency_seconds"]
+    ratio = "not measured" if result["ratio"] is None else f"{result['ratio']:.3f} of the calibration"
+    slowest = result["slowest_producer_share"]
+    lines = [f"{found['overall']['status'].upper()}: {found['overall']['note']}"]
+    if result["interrupted"]:
+        lines[0] += f" (interrupted: the load lasted {format_seconds(result['load_seconds'])})"
+    for name in ("correctness", "throughput", "memory", "drain"):
+        lines.append(f"  {name:<12} {found[name]['status']}: {found[name]['note']}")
+    lines += [
+        f"rate          {result['delivered_per_second']:,.0f} events/s, {ratio}"
+        f" ({result['calibration']:,.0f} events/s with no dispatcher)",
+        f"events        {result['accepted']:,} accepted, {result['delivered']:,} delivered in {result['batches']:,}"
+        f" batches, {result['rejected']:,} refused; slowest producer"
+        f" {'?' if slowest is None else format(slowest, '.0%')} of the mean",
+        f"heap          peak {format_size(result['peak_heap_bytes'])}, buffer limit"
+        f" {format_size(result['config']['max_buffered_bytes'])}; peak RSS {format_size(result['peak_rss_bytes'])}",
+        f"latency       p50 {format_seconds(latency['p50'])}, p99 {format_seconds(latency['p99'])},"
+        f" max {format_seconds(latency['max'])} ({latency['samples']:,} probes)",
+        f"end           drained in {format_seconds(result['drain_seconds'])},"
+        f" shut down in {format_seconds(result['shutdown_seconds'])}",
+        f"on            {environment.line(place)}",
+    ]
+    return [*lines, f"on record     (not compared) {'; '.join(records)}"] if records else lines

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The ``tune`` command: which limits fit this machine and this payload size.
 
-A bounded number of short probes finds out, in this order: how many producers give the highest rate; how long a consumer
-may rest after each batch before the rate falls; at which buffer refusals end, when producers send at a steady pace
-below that rate; whether a batch limit helps. What it recommends is twice the smallest buffer without refusals, and
-never more than an eighth of the machine's memory.
+A bounded number of short probes finds, in this order: how many producers give the highest rate; how long a consumer may
+rest after each batch before the rate falls; at which buffer refusals end, when producers send at a steady pace below
+that rate; whether a batch limit helps. It recommends twice the smallest buffer without refusals, and never more than an
+eighth of the machine's memory.
 """
 
 from __future__ import annotations
@@ -20,22 +20,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tempo
-from soak import environment, heap, interrupts, settings, units
+from soak import cli, environment, heap, interrupts, results
+from soak import config as settings
+from soak.cli import KIB, MIB, complain, format_seconds, format_size, say
 from soak.config import TELEMETRY, Config
 from soak.drive import drive
 from soak.load import Load
-from soak.options import complain, converter, parse_path
 from soak.payloads import events
-from soak.progress import say
-from soak.units import format_seconds, format_size, parse_duration, parse_size
 
 PRODUCERS = (1, 4, 16, 32)
 DELAYS = ("0", "10us", "100us", "1ms")
 BATCH_LIMITS = ("none", "32KiB", "320KiB")
-FIRST_LIMIT = "320KiB"
-"""Until the batch limit's turn comes: without one, a full buffer waits for the interval."""
 ROUNDS = 2
-"""How often each choice is tried, in turns with the others: the best counts, for other programs only slow it down."""
+"""How often each choice is tried, in turns with the others: the best counts, since other programs only slow it down."""
 CONFIRM = 2
 """How often the recommended settings are tried."""
 NEAR = 0.95
@@ -45,41 +42,24 @@ WORTH = 1.05
 STEADY = 1.25
 """The rates of the last probes differ by no more, or the result is provisional."""
 OFFERED = 0.7
-"""Of the highest rate: what paced producers send, for a machine at its limit refuses with any buffer."""
+"""Of the highest rate: what paced producers send, since a machine at its limit refuses with any buffer."""
 TICK = 0.01
 """Seconds between the bursts of a paced producer."""
 SPARE = 2
 """The recommended buffer over the smallest healthy one."""
-LEAST_BUFFER = 16 * units.KIB
-FIRST_BUFFER = 2 * units.MIB
-MOST_BUFFER = 1024 * units.MIB
+LEAST_BUFFER, FIRST_BUFFER, MOST_BUFFER = 16 * KIB, 2 * MIB, 1024 * MIB
 SHARE_OF_MEMORY = 8
 OUT = Path("soak/out")
-"""Where `run`, too, looks unless it is told else."""
 
 EXAMPLE = """\
 examples:
   python3 -m soak tune
   python3 -m soak tune --payload 10KiB --probe 2s
 
-On a terminal it asks for the payload size when none is given. Its settings are what `run` then takes by itself.
+On a terminal it asks for the payload size when none is given. `run` then takes its settings by itself.
 exit code: 0 there are settings (calibrated or provisional), 1 there are none or they cannot be written, 2 a bad option,
 130 interrupted
 """
-
-
-class Probe(NamedTuple):
-    """What one short run came to."""
-
-    rate: float  # delivered events a second
-    refused: int
-    p99: float | None  # seconds from enqueue to delivery
-    problem: str | None
-
-    @property
-    def healthy(self) -> bool:
-        """Whether nothing was refused and nothing went wrong."""
-        return not self.refused and self.problem is None
 
 
 class Edge(NamedTuple):
@@ -90,7 +70,7 @@ class Edge(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What tune found out."""
+    """What tune found."""
 
     config: Config
     edge: Edge
@@ -101,31 +81,11 @@ class Found(NamedTuple):
 
 def add_parser(commands: Any) -> None:
     """Add this command to the subparsers of ``python3 -m soak``."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "tune",
-        help="which limits fit this machine and payload size; run then uses them",
-        description="Probe this machine, recommend limits, and write them where `run` finds them.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.set_defaults(main=main, parser=parser)
-    settings.add_settings(parser, {"payload": TELEMETRY, "interval": settings.DEFAULTS["interval"]})
-    add = parser.add_argument
-    add(
-        "--probe",
-        type=converter(parse_duration),
-        default="1s",
-        metavar="TIME",
-        help="how long each probe lasts, 40 of them at most (%(default)s)",
-    )
-    add(
-        "--out",
-        type=converter(parse_path),
-        default=OUT,
-        metavar="DIR",
-        help="folder of the settings (%(default)s)",
-    )
+    purpose = "Probe this machine, recommend limits, and write them where `run` finds them."
+    add = cli.add_command(commands, "tune", main, purpose, EXAMPLE)
+    settings.add_settings(add, {name: settings.DEFAULTS[name] for name in ("payload", "interval")})
+    add("--probe", type=cli.duration, default="1s", metavar="TIME", help="of each of at most 40 probes (%(default)s)")
+    add("--out", type=cli.path, default=OUT, metavar="DIR", help="folder of the settings (%(default)s)")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -133,19 +93,12 @@ def main(options: argparse.Namespace) -> int:
     if not hasattr(options, "payload"):
         options.payload = ask() if sys.stdin.isatty() and sys.stderr.isatty() else TELEMETRY
     place = environment.describe()
-    first = Config(
-        duration=options.probe,
-        producers=1,
-        consumers=1,
-        payload=options.payload,
-        interval=getattr(options, "interval", parse_duration(settings.DEFAULTS["interval"])),
-        max_batch_bytes=parse_size(FIRST_LIMIT),
-        max_buffered_bytes=FIRST_BUFFER,
-        consumer_delay=0.0,
-        on_full="block",
-        bulk=1,
-        sink="null",
+    chosen = argparse.Namespace(
+        payload=options.payload, producers=1, consumer_delay=0.0, max_buffered_bytes=MOST_BUFFER
     )
+    chosen.interval = getattr(options, "interval", cli.duration(settings.DEFAULTS["interval"]))
+    chosen.parser = options.parser
+    first = settings.config_from(chosen, options.probe)
     most = largest_buffer(first, place["memory_bytes"])
     if 2 * first.largest_payload > most:
         complain(
@@ -161,16 +114,14 @@ def main(options: argparse.Namespace) -> int:
         complain(f"no settings: {error}" if str(error) else "interrupted: there are no settings")
         return 130 if isinstance(error, KeyboardInterrupt) else 1
     lines = show(found, place["memory_bytes"])
-    try:
-        made = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        path = settings.write(options.out, as_texts(found.config), place, not found.provisional, made)
-    except OSError as error:
-        complain(f"cannot write {str(options.out / settings.FILE)!r}: {error.strerror or error}")
-        print("\n".join(lines), flush=True)
-        return 1
-    user = "`make soak`" if options.out == OUT else f"a run with --out {options.out}"
-    print("\n".join([*lines, f"written       {path}: {user} uses them from now on"]), flush=True)
-    return 0
+    path = options.out / settings.FILE
+    made = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    written = results.write(path, settings.as_file(as_texts(found.config), place, not found.provisional, made))
+    if written:
+        user = "`make soak`" if options.out == OUT else f"a run with --out {options.out}"
+        lines.append(f"written       {path}: {user} uses them from now on")
+    print("\n".join(lines), flush=True)
+    return 0 if written else 1
 
 
 def ask(read: Callable[[], str] = sys.stdin.readline, tries: int = 3) -> str | int:
@@ -181,8 +132,8 @@ def ask(read: Callable[[], str] = sys.stdin.readline, tries: int = 3) -> str | i
         if not answer:
             break
         try:
-            return settings.parse_payload(answer)
-        except ValueError as error:
+            return settings.payload(answer)
+        except argparse.ArgumentTypeError as error:
             say(str(error))
     return TELEMETRY
 
@@ -190,89 +141,64 @@ def ask(read: Callable[[], str] = sys.stdin.readline, tries: int = 3) -> str | i
 def largest_buffer(config: Config, memory: object) -> int:
     """Return the largest buffer, in bytes, with which a run's bound is an eighth of the memory at most.
 
-    The bound is what the heap of `run` is held against. Where the memory is not known it is taken for 512 MiB.
+    The bound is that of `run`'s heap. Memory that is not known is taken for 512 MiB.
     """
-    share = (memory if isinstance(memory, int) else 512 * units.MIB) // SHARE_OF_MEMORY
-    size = min(MOST_BUFFER, share)
-    while size > 1 and heap.bound(replace(config, max_buffered_bytes=size, producers=max(PRODUCERS))) > share:
-        size = size * 3 // 4
-    return size
+    share = (memory if isinstance(memory, int) else 512 * MIB) // SHARE_OF_MEMORY
+    buffer = min(MOST_BUFFER, share)
+    while buffer > 1 and heap.bound(replace(config, max_buffered_bytes=buffer, producers=max(PRODUCERS))) > share:
+        buffer = buffer * 3 // 4
+    return buffer
 
 
 def tune(first: Config, seconds: float, most: int, memory_known: bool) -> Found:
-    """Probe, from the first settings on. Raises RuntimeError when a probe goes wrong, whatever the settings."""
+    """Probe, beginning with the first settings. Raises RuntimeError when a probe goes wrong."""
     why = [] if memory_known else ["this machine does not tell how much memory it has"]
 
-    config, rate = _longest_rest(_most_producers(first, seconds), seconds)
-    offered = OFFERED * rate
-    least = min(max(LEAST_BUFFER, power_of_two(2 * config.largest_payload)), most)
-    edge = find_edge(
-        lambda size: paced(replace(config, max_buffered_bytes=size), seconds, offered).healthy, least, most
-    )
+    tried = _rates("producers", {n: replace(first, producers=n) for n in PRODUCERS}, seconds)
+    config = replace(first, producers=next(n for n, rate in tried.items() if rate >= NEAR * max(tried.values())))
+    delays = {text: replace(config, consumer_delay=cli.duration_or_zero(text)) for text in DELAYS}
+    tried = _rates("rest after a batch", delays, seconds)
+    longest = [text for text, rate in tried.items() if rate >= NEAR * max(tried.values())][-1]
+    config, offered = delays[longest], OFFERED * tried[longest]
+
+    def healthy(buffer: int) -> bool:
+        return paced(replace(config, max_buffered_bytes=buffer), seconds, offered)
+
+    least = min(max(LEAST_BUFFER, 1 << (2 * config.largest_payload).bit_length()), most)
+    edge = find_edge(healthy, least, most)
     if edge.healthy is None:
         why.append(f"refused at {offered:,.0f} events/s with every buffer up to {format_size(most)}")
     elif edge.refusing is None:
         why.append(f"no edge: the smallest buffer tried, {format_size(edge.healthy)}, refused nothing")
     config = replace(config, max_buffered_bytes=min(most, SPARE * (edge.healthy or most)))
-    config, gain = _best_batch_limit(config, seconds)
 
-    rates = [observe(config, seconds).rate for _ in range(CONFIRM)]
+    limits = {text: replace(config, max_batch_bytes=cli.size_or_none(text)) for text in BATCH_LIMITS}
+    fitting = {text: one for text, one in limits.items() if (one.max_batch_bytes or 0) <= config.max_buffered_bytes}
+    tried = _rates("batch limit", fitting, seconds)
+    best = max(tried, key=tried.__getitem__)
+    gain = tried[best] / tried["none"] if tried["none"] else 1.0
+    config, gain = (limits[best], gain) if gain >= WORTH else (limits["none"], 1.0)
+
+    rates = [observe(config, seconds) for _ in range(CONFIRM)]
     if max(rates) > STEADY * min(rates):
         why.append(f"the rate is not steady: {min(rates):,.0f} to {max(rates):,.0f} events/s")
-    refused = sum(not paced(config, seconds, offered).healthy for _ in range(CONFIRM))
-    if refused:
+    if refused := sum(not healthy(config.max_buffered_bytes) for _ in range(CONFIRM)):
         why.append(f"refusals in {refused} of {CONFIRM} probes with the recommended buffer")
     return Found(config, edge, sum(rates) / len(rates), gain, why)
 
 
-def _most_producers(config: Config, seconds: float) -> Config:
-    tried = _rates("producers", {str(n): replace(config, producers=n) for n in PRODUCERS}, seconds)
-    fewest = next(text for text, rate in tried.items() if rate >= NEAR * max(tried.values()))
-    return replace(config, producers=int(fewest))
-
-
-def _longest_rest(config: Config, seconds: float) -> tuple[Config, float]:
-    choices = {text: replace(config, consumer_delay=parse_duration(text, zero=True)) for text in DELAYS}
-    tried = _rates("rest after a batch", choices, seconds)
-    longest = [text for text, rate in tried.items() if rate >= NEAR * max(tried.values())][-1]
-    return choices[longest], tried[longest]
-
-
-def _best_batch_limit(config: Config, seconds: float) -> tuple[Config, float]:
-    """Return the settings with the batch limit to recommend, and its rate over that without one."""
-    limits = {text: None if text == "none" else parse_size(text) for text in BATCH_LIMITS}
-    choices = {
-        text: replace(config, max_batch_bytes=limit)
-        for text, limit in limits.items()
-        if limit is None or limit <= config.max_buffered_bytes
-    }
-    tried = _rates("batch limit", choices, seconds)
-    best = max(tried, key=tried.__getitem__)
-    gain = tried[best] / tried["none"] if tried["none"] else 1.0
-    return (choices[best], gain) if gain >= WORTH else (choices["none"], 1.0)
-
-
-def _rates(what: str, choices: Mapping[str, Config], seconds: float) -> dict[str, float]:
+def _rates(what: str, choices: Mapping[Any, Config], seconds: float) -> dict[Any, float]:
     """Return the rate of each choice, the best of some rounds in turns, and tell them."""
     best = dict.fromkeys(choices, 0.0)
     for _ in range(ROUNDS):
         for text, config in choices.items():
-            best[text] = max(best[text], observe(config, seconds).rate)
+            best[text] = max(best[text], observe(config, seconds))
     say(f"{what}: " + ", ".join(f"{text} {rate:,.0f}/s" for text, rate in best.items()))
     return best
 
 
-def power_of_two(size: int) -> int:
-    """Return the smallest power of two that is no less.
-
-    >>> power_of_two(1), power_of_two(1000), power_of_two(1024)
-    (1, 1024, 1024)
-    """
-    return 1 << max(0, size - 1).bit_length()
-
-
 def find_edge(healthy: Callable[[int], bool], least: int, most: int) -> Edge:
-    """Search among ``least`` times 2, 4, 8 ... and ``most``; whether a size is healthy is asked twice before it counts.
+    """Search among ``least`` times 2, 4, 8 ... and ``most``; a size counts as healthy after two good probes.
 
     At most 2 * (log2(number of sizes) + 1) probes: 12 from 16 KiB to 1 GiB.
 
@@ -286,37 +212,33 @@ def find_edge(healthy: Callable[[int], bool], least: int, most: int) -> Edge:
     low, high = 0, len(sizes)  # below low all refuse, from high on none does
     while low < high:
         middle = (low + high) // 2
-        if healthy(sizes[middle]) and healthy(sizes[middle]):
-            high = middle
-        else:
-            low = middle + 1
-        say(f"buffer {format_size(sizes[middle])}: {'healthy' if high == middle else 'refusals'}")
+        well = healthy(sizes[middle]) and healthy(sizes[middle])
+        low, high = (low, middle) if well else (middle + 1, high)
+        say(f"buffer {format_size(sizes[middle])}: {'healthy' if well else 'refusals'}")
     return Edge(sizes[high] if high < len(sizes) else None, sizes[high - 1] if high else None)
 
 
-def observe(config: Config, seconds: float) -> Probe:
-    """Load as much as goes, for some seconds; producers wait for room. Raises RuntimeError when it goes wrong."""
-    probe = _probe(config, seconds, Load(config))
-    if probe.problem is not None:
-        raise RuntimeError(probe.problem)
-    return probe
+def observe(config: Config, seconds: float) -> float:
+    """Load as much as possible; return the rate. Raises RuntimeError when it goes wrong."""
+    rate, _, problems = _probe(config, seconds, Load(config))
+    if problems:
+        raise RuntimeError(problems[0])
+    return rate
 
 
-def paced(config: Config, seconds: float, offered: float) -> Probe:
-    """Send at a steady pace, ``offered`` events a second from all producers together; what is refused is dropped."""
+def paced(config: Config, seconds: float, offered: float) -> bool:
+    """Send ``offered`` events a second from all producers together; return whether none was refused."""
     config = replace(config, on_full="raise")
-    return _probe(config, seconds, Paced(config, offered))
+    _, refused, problems = _probe(config, seconds, Paced(config, offered))
+    return not refused and not problems
 
 
-def _probe(config: Config, seconds: float, load: Load) -> Probe:
+def _probe(config: Config, seconds: float, load: Load) -> tuple[float, int, list[str]]:
+    """Return delivered events a second, refusals, problems."""
     outcome = drive(config, seconds, load)
     if outcome.interrupted:
         raise KeyboardInterrupt
-    taken = sum(one.events for one in load.taken)
-    latencies = load.latencies()
-    time_taken = outcome.load_seconds + (outcome.drain_seconds or 0.0)
-    problem = outcome.problems[0] if outcome.problems else None
-    return Probe(taken / time_taken, sum(load.refused), latencies.quantile(0.99), problem)
+    return load.delivered / outcome.seconds, sum(load.refused), outcome.problems
 
 
 class Paced(Load):
@@ -330,16 +252,15 @@ class Paced(Load):
     def produce(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
         """Send bursts until ``halt`` holds something."""
         sent = self.sent[index]
-        source = events(self._config.payload_size, index, sent)
-        enqueue = dispatcher.enqueue
-        due = time.perf_counter() + self._tick * index / self._config.producers
+        source = events(self.config.payload_size, index, sent)
+        due = time.perf_counter() + self._tick * index / self.config.producers
         while not halt:
             time.sleep(max(0.0, due - time.perf_counter()))
             due += self._tick
             refused = 0
             for payload in islice(source, self._burst):
                 try:
-                    enqueue(payload)
+                    dispatcher.enqueue(payload)
                 except tempo.QueueFull:
                     refused += 1
                     sent.take_back(payload)
@@ -348,32 +269,30 @@ class Paced(Load):
 
 
 def show(found: Found, memory: object) -> list[str]:
-    """Return what was found out, for people."""
+    """Return what was found, for people."""
     config, edge = found.config, found.edge
     per_second = found.rate * max(1, config.mean_payload)
-    total = heap.bound(config)
-    share = f", {100 * total / memory:.2g} % of {format_size(memory)}" if isinstance(memory, int) else ""
+    bound = heap.bound(config)
+    share = f", {100 * bound / memory:.2g} % of {format_size(memory)}" if isinstance(memory, int) else ""
     if edge.healthy is None:
-        begin = f"refusals with every buffer up to {format_size(edge.refusing or 0)}"
+        begin = f"refusals with every buffer up to {format_size(edge.refusing)}"
     elif edge.refusing is None:
         begin = f"no refusals with {format_size(edge.healthy)}, the smallest tried"
     else:
         begin = f"refusals with {format_size(edge.refusing)}, none with {format_size(edge.healthy)}"
     limit = "none" if config.max_batch_bytes is None else format_size(config.max_batch_bytes)
     helps = f"it brings {100 * (found.gain - 1):.0f} %" if found.gain > 1 else "one does not help"
-    kind = "PROVISIONAL" if found.provisional else "CALIBRATED"
-    lines = [
-        f"{kind}: max_buffered_bytes {format_size(config.max_buffered_bytes)}, max_batch_bytes {limit},"
+    return [
+        f"{'PROVISIONAL' if found.provisional else 'CALIBRATED'}: max_buffered_bytes"
+        f" {format_size(config.max_buffered_bytes)}, max_batch_bytes {limit},"
         f" {config.producers} producers, {format_seconds(config.consumer_delay)} rest after a batch",
         *(f"  because     {reason}" for reason in found.provisional),
         f"rate          {found.rate:,.0f} events/s observed, {format_size(per_second)}/s",
         f"edge          at {OFFERED:.0%} of that: {begin}",
-        f"headroom      {format_seconds(config.max_buffered_bytes / per_second)} at the observed rate, when no consumer"
-        " comes",
-        f"memory        {format_size(total)} at most for all that tempo holds{share}",
+        f"headroom      {format_seconds(config.max_buffered_bytes / per_second)} at that rate, when no consumer comes",
+        f"memory        {format_size(bound)} at most for all that tempo holds{share}",
         f"batch limit   {limit}: {helps}",
     ]
-    return lines
 
 
 def as_texts(config: Config) -> dict[str, str]:
@@ -381,12 +300,8 @@ def as_texts(config: Config) -> dict[str, str]:
     return {
         "payload": str(config.payload),
         "producers": str(config.producers),
-        "interval": _seconds_text(config.interval),
-        "consumer_delay": _seconds_text(config.consumer_delay),
+        "interval": f"{round(config.interval * 1e9)}ns",
+        "consumer_delay": f"{round(config.consumer_delay * 1e9)}ns",
         "max_batch_bytes": "none" if config.max_batch_bytes is None else str(config.max_batch_bytes),
         "max_buffered_bytes": str(config.max_buffered_bytes),
     }
-
-
-def _seconds_text(seconds: float) -> str:
-    return f"{round(seconds * 1e9)}ns"

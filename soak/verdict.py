@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from soak.units import format_seconds, format_size
+from soak.cli import format_seconds, format_size
 
 PASS, WARN, FAIL = "pass", "warn", "fail"
 _ORDER = (PASS, WARN, FAIL)
@@ -16,22 +16,17 @@ DRAIN_FAIL = 5.0
 """Seconds."""
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One verdict."""
 
     status: str
     note: str
 
-    def as_json(self) -> dict[str, str]:
-        """Return it as it stands in the result."""
-        return {"status": self.status, "note": self.note}
-
 
 def judge_correctness(
     *, problems: Sequence[str], lost: int, duplicated: int, rejected: int, on_full: str, remarks: Iterable[str] = ()
 ) -> Finding:
-    """Fail on anything that was lost, doubled, refused though producers wait for room, or otherwise went wrong.
+    """Fail on anything lost, repeated, refused although producers wait for room, or otherwise wrong.
 
     ``problems`` are one line each; ``remarks`` say what could not be checked.
     """
@@ -42,7 +37,7 @@ def judge_correctness(
         wrong.append(f"{rejected:,} events refused although producers wait for room")
     wrong.extend(problems[:3])
     if len(problems) > 3:
-        wrong.append(f"and {len(problems) - 3} problems more")
+        wrong.append(f"and {len(problems) - 3} more problems")
     if wrong:
         return Finding(FAIL, "; ".join(wrong))
     refused = f"; {rejected:,} refused, none of them delivered" if rejected else ""
@@ -50,18 +45,18 @@ def judge_correctness(
 
 
 def judge_throughput(
-    rate: float, ratio: float | None, baseline: tuple[str, float, float] | None, without: str = "no baseline"
+    rate: float, ratio: float | None, baseline: tuple[str, float, float] | None, note: str = "no baseline"
 ) -> Finding:
     """Compare a ratio (rate over calibration) with ``baseline``, its (name, ratio, spread).
 
-    With no baseline, events that flow at all pass; the note then is ``without``, the reason.
+    Without a baseline, events that flow at all pass. ``note``: why there is none, or how it differs.
     """
     if rate <= 0:
         return Finding(FAIL, "nothing was delivered")
     if baseline is None:
-        return Finding(PASS, without)
+        return Finding(PASS, note)
     name, expected, spread = baseline
-    against = f"{name}: {expected:.3f} +- {spread:.3f}"
+    against = f"{name}: {expected:.3f} +- {spread:.3f}" + (f" ({note})" if note else "")
     if ratio is None:
         return Finding(WARN, f"not calibrated, so not compared with {against}")
     if ratio < expected - spread:
@@ -73,7 +68,7 @@ def judge_throughput(
 def judge_memory(
     peak: int | None, bound: int, allowance: int, baseline: tuple[str, float, float] | None = None
 ) -> Finding:
-    """Hold the traced peak against the bound (bytes) and what the harness itself may take on top; and a baseline."""
+    """Compare the traced peak with the bound (bytes), what the harness may take in addition, and a baseline."""
     if peak is None:
         return Finding(WARN, "not measured: this interpreter has no tracemalloc")
     measured = f"peak heap {format_size(peak)}"

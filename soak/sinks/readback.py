@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What came out on the other side of a sink, held against what the dispatcher had accepted."""
+"""What came out on the other side of a sink, compared with what the dispatcher had accepted."""
 
 from __future__ import annotations
 
@@ -10,94 +10,76 @@ from zlib import crc32
 
 from soak.census import Account
 from soak.config import Config
-from soak.crew import describe
+from soak.drive import describe
 from soak.payloads import FIRST_SEQUENCE, IDENTITY_SIZE, SEQUENCE, SESSION, identity_start
-from soak.sinks import Place
+from soak.sinks.places import Place
 
 
 @dataclass
 class ReadBack:
     """What was found, in events unless said otherwise."""
 
-    read: bool = True
-    """False: such a place cannot be read back."""
+    read: bool = True  # False: such a place cannot be read back
     events: int = 0
-    lost: int = 0
-    """Accepted, and not there."""
-    repeated: int = 0
-    """There once more than accepted."""
-    out_of_order: int = 0
-    """For the first time there behind a later one of the same producer."""
-    strange: int = 0
-    """Not what any producer sent."""
-    checksum_equal: bool = True
-    """The sums of the CRC-32 of all accepted, and of all that are there (each counted once)."""
-    nbytes: int | None = None
-    """On the other side."""
+    lost: int = 0  # accepted, and not there
+    repeated: int = 0  # there once more than accepted
+    out_of_order: int = 0  # first seen behind a later one of the same producer
+    strange: int = 0  # not what any producer sent
+    checksum_equal: bool = True  # the sums of the CRC-32 of all accepted, and of all that are there, each counted once
     seconds: float = 0.0
-    """What reading took."""
     problems: list[str] = field(default_factory=list)
 
 
-def of_place(place: Place, accepted: Sequence[Account], config: Config) -> ReadBack:
-    """Close a place, read it back and compare."""
+def read_back(place: Place, accepted: Sequence[Account], config: Config) -> ReadBack:
+    """Close a place, read it and compare."""
     try:
         place.close()
         events = place.read()
         if events is None:
-            return ReadBack(read=False, nbytes=place.nbytes())
-        found = compare(events, accepted, config.payload_size, once=place.once, ordered=config.consumers == 1)
-        found.nbytes = place.nbytes()
-    except OSError as error:
+            return ReadBack(read=False)
+        return compare(events, accepted, config.payload_size, once=place.once, ordered=config.consumers == 1)
+    except Exception as error:
+        if not isinstance(error, (OSError, *place.errors)):
+            raise
         return ReadBack(read=False, problems=[f"read back: {describe(error)}"])
-    return found
 
 
 def compare(
     events: Iterable[bytes], accepted: Sequence[Account], size: int | None, *, once: bool, ordered: bool
 ) -> ReadBack:
-    """Read everything and compare; size: of each payload, None for telemetry.
+    """Compare events with what was accepted; size: of each payload, None for telemetry.
 
     once: whether a repeated event is a problem; ordered: whether a producer's events must be in order.
     """
     found = ReadBack()
     started = time.perf_counter()
-    checksum = 0
+    checksum = distinct = 0
     expected = sum(account.events for account in accepted)
-    if size is not None and size < IDENTITY_SIZE:
-        for payload in events:
-            found.events += 1
-            checksum += crc32(payload)
-        found.lost, found.repeated = max(0, expected - found.events), max(0, found.events - expected)
-    else:
-        start = identity_start(size)
-        session, place = (slice(part.start + start, part.stop + start) for part in (SESSION, SEQUENCE))
-        made = [account.events + account.refused for account in accepted]
-        # A byte an event: whether it was there.
-        seen = [bytearray(number) for number in made]
-        last = [-1] * len(accepted)
-        distinct = 0
-        for payload in events:
-            found.events += 1
+    identities = size is None or size >= IDENTITY_SIZE
+    start = identity_start(size)
+    session, place = (slice(part.start + start, part.stop + start) for part in (SESSION, SEQUENCE))
+    seen = [bytearray(account.events + account.refused) for account in accepted]  # a byte an event: was it there
+    last = [-1] * len(accepted)
+    for payload in events:
+        found.events += 1
+        if identities:
             try:
                 producer, sequence = int(payload[session]), int(payload[place]) - FIRST_SEQUENCE
             except ValueError:
                 producer = sequence = -1
-            if not 0 <= producer < len(accepted) or not 0 <= sequence < made[producer]:
+            if not 0 <= producer < len(accepted) or not 0 <= sequence < len(seen[producer]):
                 found.strange += 1
                 continue
-            there = seen[producer]
-            if there[sequence]:
+            if seen[producer][sequence]:
                 found.repeated += 1
                 continue
-            there[sequence] = 1
-            distinct += 1
-            checksum += crc32(payload)
-            if sequence < last[producer]:
-                found.out_of_order += 1
-            else:
-                last[producer] = sequence
-        found.lost = expected - distinct
+            seen[producer][sequence] = 1
+            found.out_of_order += sequence < last[producer]
+            last[producer] = max(sequence, last[producer])
+        distinct += 1
+        checksum += crc32(payload)
+    found.lost = max(0, expected - distinct)
+    found.repeated += max(0, distinct - expected)
     found.seconds = time.perf_counter() - started
     found.checksum_equal = checksum == sum(account.checksum for account in accepted)
     for wrong, text in (

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The server that the http sink is tried with, a process of its own: ``python3 -m soak.sinks.receiver PORT FILE``.
+"""The server of the http sink's tests, a process: ``python3 -m soak.sinks.receiver PORT FILE``.
 
 It appends the body of each POST to the file, whole or not at all, and answers 204; 503 between one SIGUSR1 and the
-next, and 507 when the disk is full. It does not heed Idempotency-Key: what is repeated shows.
+next, and 507 when the disk is full. It ignores Idempotency-Key: what is repeated shows.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-BLOCK = 1 << 16
-
 
 class Receiver(ThreadingHTTPServer):
     """Its state."""
@@ -25,7 +23,7 @@ class Receiver(ThreadingHTTPServer):
 
     def __init__(self, port: int, path: str) -> None:
         drop_torn(path)
-        self.fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115
         self.lock = threading.Lock()
         self.refusing = False
         super().__init__(("127.0.0.1", port), Handler)
@@ -37,32 +35,28 @@ class Receiver(ThreadingHTTPServer):
     def store(self, body: bytes) -> bool:
         """Append; return False, with nothing of it in the file, when the disk is full."""
         with self.lock:
-            size = os.fstat(self.fd).st_size
+            size = os.fstat(self.file.fileno()).st_size
             try:
                 view = memoryview(body)
                 while view:
-                    view = view[os.write(self.fd, view) :]
+                    view = view[self.file.write(view) :]
             except OSError:
-                os.ftruncate(self.fd, size)
+                self.file.truncate(size)
                 return False
         return True
 
 
 def drop_torn(path: str) -> None:
-    """Take a line out of the file that one who was killed has left without an end."""
+    """Remove the line without an end that a killed receiver has left."""
     with open(path, "a+b") as file:
         end = file.seek(0, os.SEEK_END)
-        while end:
-            start = max(0, end - BLOCK)
+        newline = -1
+        while end and newline < 0:
+            start = max(0, end - (1 << 16))
             file.seek(start)
             newline = file.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                start += newline + 1
-                break
             end = start
-        else:
-            start = 0
-        file.truncate(start)
+        file.truncate(end + newline + 1)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -76,13 +70,12 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
-        code = 503 if self.server.refusing else 204 if self.server.store(body) else 507
-        self.send_response(code)
+        self.send_response(503 if self.server.refusing else 204 if self.server.store(body) else 507)
         self.send_header("Content-Length", "0")
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Servers for the sinks, on loopback, in a folder of their own; and what can happen to a server.
+"""Servers for the sinks, on loopback, in temporary folders.
 
-Installed ones are taken; what is missing is fetched from Debian into the project's cache, and nothing is installed.
+Installed ones are taken; missing ones are fetched from Debian into the project's cache, and nothing is installed.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from soak import environment
+from soak.cli import say
 from soak.debian import SetupError, fetch
-from soak.progress import say
 
 CACHE = environment.ROOT / ".cache" / "servers"
-"""Removed by ``make clean``."""
 HOST = "127.0.0.1"
 START = 30.0
 """Seconds that a server may take until it answers."""
@@ -38,39 +37,78 @@ def free_port() -> int:
 
 
 def find(program: str, package: str) -> tuple[str, dict[str, str]]:
-    """Return a program, and the environment to run it with; fetched when it is not there. Raises SetupError."""
-    places = os.pathsep.join(
-        [os.environ.get("PATH", ""), "/usr/sbin", *map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin")))]
-    )
-    found = shutil.which(program, path=places)
+    """Return a program, and the environment to run it with; fetched when it is missing. Raises SetupError."""
+    installed = map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin")))
+    found = shutil.which(program, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", *installed]))
     if found:
         return found, dict(os.environ)
-    root = CACHE / package
-    if not (CACHE / f"{package}.done").exists():
+    root, done = CACHE / package, CACHE / f"{package}.done"
+    if not done.exists():
         say(f"sinks: fetching {package} from Debian into {root}")
         shutil.rmtree(root, ignore_errors=True)
         fetch([package], root)
-        (CACHE / f"{package}.done").touch()
+        done.touch()
     for path in sorted([*root.glob(f"usr/**/bin/{program}"), *root.glob(f"usr/sbin/{program}")]):
         libraries = [str(folder) for folder in (*root.glob("lib/*-linux-*"), *root.glob("usr/lib/*-linux-*"))]
         return str(path), {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(libraries)}
     raise SetupError(f"Debian's {package} has no {program}")
 
 
+class SmallDisk:
+    """A file system for a server's data that can be full. Mounting it takes root."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises SetupError where it may not be mounted."""
+        self._path = path
+        self._mount("-t", "tmpfs", "-o", f"size={ROOM}", "tmpfs", str(path))
+
+    def _mount(self, *arguments: str) -> None:
+        done = subprocess.run(["mount", *arguments], check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise SetupError(f"no file system may be mounted here: {done.stderr.strip()}")
+
+    def fill(self) -> None:
+        """Let no byte more fit."""
+        for _ in range(50):  # it may grow between the two steps
+            usage = os.statvfs(self._path)
+            used = (usage.f_blocks - usage.f_bfree) * usage.f_frsize
+            with contextlib.suppress(SetupError):
+                return self._mount("-o", f"remount,size={max(used, usage.f_frsize)}", str(self._path))
+        raise SetupError(f"{self._path} cannot be made smaller")
+
+    def free(self) -> None:
+        """Let everything fit again."""
+        self._mount("-o", f"remount,size={ROOM}", str(self._path))
+
+    def unmount(self) -> None:
+        """Let it go."""
+        subprocess.run(["umount", "-l", str(self._path)], check=False, stderr=subprocess.DEVNULL)
+
+
+def small_disk(path: Path) -> SmallDisk | None:
+    """Return a small disk mounted at ``path``; None where that may not be done."""
+    try:
+        return SmallDisk(path)
+    except (SetupError, OSError):
+        return None
+
+
 class Server:
-    """A server process, its data in ``folder/data``. ``stop`` it in any case."""
+    """A server process, its data in ``folder/data``. A context manager that ends it."""
 
-    forgives = True
-    """False: after a full disk, it works again only when it is started anew."""
+    forgives = True  # False: after a full disk it works again only after a restart
 
-    def __init__(self, folder: Path, user: str | None = None) -> None:
-        """user: whom it runs as; None for this process's."""
-        self.folder, self.data = folder, folder / "data"
+    def __init__(self, folder: Path, small: bool = False, user: str | None = None) -> None:
+        """small: its data on a disk that can be full, if that may be; user: whom it runs as, None for this one."""
+        self.folder, self.data, self.user = folder, folder / "data", user
         self.port = free_port()
-        self.user = user
-        self.disk: SmallDisk | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._log = folder / "log.txt"
+        self.data.mkdir(parents=True)
+        self.disk = small_disk(self.data) if small else None
+        if user is not None:
+            for path in (self.folder, self.data):
+                shutil.chown(path, user)
 
     def url(self, port: int) -> str:
         """Return what names the sink, when the server is reached at a port."""
@@ -83,20 +121,12 @@ class Server:
     def prepare(self) -> None:
         """Make what the server needs before its first start."""
 
-    def make_folder(self, small: bool) -> None:
-        """Make the folder of the data, on a small disk if that is wanted and may be had here."""
-        self.data.mkdir(parents=True)
-        if small:
-            self.disk = SmallDisk.mount(self.data)
-        if self.user is not None:
-            import pwd  # noqa: PLC0415 - not on Windows
-
-            account = pwd.getpwnam(self.user)
-            for path in (self.folder, self.data):
-                os.chown(path, account.pw_uid, account.pw_gid)
+    def answers(self) -> bool:
+        """Return whether it is ready, once it takes connections."""
+        return True
 
     def run(self, command: list[str], variables: dict[str, str]) -> subprocess.Popen[bytes]:
-        """Start a program of the server's, as its user, in its folder; what it says goes to the log."""
+        """Start a program as the server's user, in its folder; its output goes to the log."""
         with open(self._log, "ab") as log:
             return subprocess.Popen(
                 command,
@@ -128,16 +158,12 @@ class Server:
                 raise SetupError(f"{command[0]} ended with exit code {self._process.returncode}: {text[0]}")
             time.sleep(0.2)
 
-    def answers(self) -> bool:
-        """Return whether it is ready, once it takes connections."""
-        return True
-
     def alive(self) -> bool:
         """Return whether its process runs."""
         return self._process is not None and self._process.poll() is None
 
     def pids(self) -> list[int]:
-        """Return the process and all that it started, by their parents."""
+        """Return the process and all that it started."""
         return [] if self._process is None else [self._process.pid, *_descendants(self._process.pid)]
 
     def signal(self, number: int) -> None:
@@ -153,20 +179,19 @@ class Server:
         if self._process is not None:
             self._process.wait(START)
 
-    def stop(self) -> None:
-        """End it, and let go of the small disk."""
+    def __enter__(self) -> Server:
+        try:
+            self.prepare()
+            self.start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.kill()
         if self.disk is not None:
             self.disk.unmount()
-
-    def cpu_seconds(self) -> float:
-        """Return what its processes have worked, in seconds; of those that have ended, what was waited for."""
-        ticks = 0
-        for pid in self.pids():
-            with contextlib.suppress(OSError):
-                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                ticks += int(fields[11]) + int(fields[12])
-        return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _descendants(pid: int) -> Iterator[int]:
@@ -176,63 +201,16 @@ def _descendants(pid: int) -> Iterator[int]:
             yield from _descendants(int(child))
 
 
-class SmallDisk:
-    """A file system of its own for a server's data, which can be full."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    @staticmethod
-    def mount(path: Path) -> SmallDisk | None:
-        """Mount one; None where that may not be done."""
-        done = _mount("-t", "tmpfs", "-o", f"size={ROOM}", "tmpfs", str(path))
-        return SmallDisk(path) if done else None
-
-    def fill(self) -> None:
-        """Let no byte more fit."""
-        for _ in range(50):  # it may grow between the two steps
-            usage = os.statvfs(self._path)
-            used = (usage.f_blocks - usage.f_bfree) * usage.f_frsize
-            if _mount("-o", f"remount,size={max(used, usage.f_frsize)}", str(self._path)):
-                return
-        raise SetupError(f"{self._path} cannot be made smaller")
-
-    def free(self) -> None:
-        """Let everything fit again."""
-        if not _mount("-o", f"remount,size={ROOM}", str(self._path)):
-            raise SetupError(f"{self._path} cannot be made larger")
-
-    def unmount(self) -> None:
-        """Let it go."""
-        subprocess.run(["umount", "-l", str(self._path)], check=False, stderr=subprocess.DEVNULL)
-
-
-def _mount(*arguments: str) -> bool:
-    try:
-        done = subprocess.run(["mount", *arguments], check=False, capture_output=True)
-    except OSError:
-        return False
-    return done.returncode == 0
-
-
 class Redis(Server):
     """redis-server; every command is in its file, and in the system's hands, before it answers."""
 
-    more: Sequence[str] = ()
-    """Further words of its command line."""
+    more: tuple[str, ...] = ()  # further words of its command line
 
     def command(self) -> tuple[list[str], dict[str, str]]:
         program, variables = find("redis-server", "redis-server")
-        options = {
-            "port": self.port,
-            "bind": HOST,
-            "dir": self.data,
-            "appendonly": "yes",
-            "save": "",
-            "loglevel": "warning",
-        }
+        options = {"port": self.port, "bind": HOST, "dir": self.data, "appendonly": "yes", "save": ""}
         words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-        return [program, *words, *self.more], variables
+        return [program, *words, "--loglevel", "warning", *self.more], variables
 
     def answers(self) -> bool:
         with socket.create_connection((HOST, self.port), 5.0) as connection:
@@ -241,17 +219,19 @@ class Redis(Server):
             return connection.recv(16).startswith(b"+PONG")
 
     def url(self, port: int) -> str:
-        return f"redis://{HOST}:{port}/0#timeout=2"
+        return f"redis://{HOST}:{port}/0#timeout=2s"
 
 
 class Postgres(Server):
     """postgres with its defaults: what is committed is on the disk."""
 
+    def __init__(self, folder: Path, small: bool = False) -> None:
+        super().__init__(folder, small, "nobody" if os.geteuid() == 0 else None)  # it refuses to run as root
+
     def prepare(self) -> None:
         program, variables = find("initdb", "postgresql")
         options = ["--username=tempo", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"]
-        code = self.run([program, "-D", str(self.data / "pg"), *options], variables).wait()
-        if code:
+        if code := self.run([program, "-D", str(self.data / "pg"), *options], variables).wait():
             raise SetupError(f"{program} failed with exit code {code} (see {self._log})")
 
     def command(self) -> tuple[list[str], dict[str, str]]:
@@ -283,24 +263,23 @@ class Nats(Server):
         return [program, "-a", HOST, "-p", str(self.port), "-js", "-sd", str(self.data)], variables
 
     def url(self, port: int) -> str:
-        return f"nats://{HOST}:{port}#timeout=2"
+        return f"nats://{HOST}:{port}#timeout=2s"
+
+
+def _own(*words: object) -> tuple[list[str], dict[str, str]]:
+    """Return what starts a module of this folder."""
+    variables = {**os.environ, "PYTHONPATH": str(environment.ROOT)}
+    return [sys.executable, "-m", *map(str, words)], variables
 
 
 class Http(Server):
-    """The receiver beside this module."""
+    """The receiver."""
 
     def command(self) -> tuple[list[str], dict[str, str]]:
-        variables = {**os.environ, "PYTHONPATH": str(environment.ROOT)}
-        return [
-            sys.executable,
-            "-m",
-            "soak.sinks.receiver",
-            str(self.port),
-            str(self.data / "stored.ndjson"),
-        ], variables
+        return _own("soak.sinks.receiver", self.port, self.data / "stored.ndjson")
 
     def url(self, port: int) -> str:
-        return f"http://{HOST}:{port}/events#timeout=2&stored={self.data / 'stored.ndjson'}"
+        return f"http://{HOST}:{port}/events#timeout=2s&stored={self.data / 'stored.ndjson'}"
 
 
 class Relay(Server):
@@ -311,23 +290,8 @@ class Relay(Server):
         self._to = to
 
     def command(self) -> tuple[list[str], dict[str, str]]:
-        variables = {**os.environ, "PYTHONPATH": str(environment.ROOT)}
-        return [sys.executable, "-m", "soak.sinks.relay", str(self.port), str(self._to)], variables
+        return _own("soak.sinks.relay", self.port, self._to)
 
 
-KINDS: dict[str, Callable[..., Server]] = {"http": Http, "redis": Redis, "postgresql": Postgres, "nats": Nats}
-
-
-@contextlib.contextmanager
-def running(kind: str, folder: Path, small: bool) -> Iterator[Server]:
-    """Run a server of a kind; small: its data on a disk that can be full, if that may be. Raises SetupError."""
-    # PostgreSQL refuses to run as root.
-    user = "nobody" if kind == "postgresql" and os.geteuid() == 0 else None
-    server = KINDS[kind](folder, user)
-    try:
-        server.make_folder(small)
-        server.prepare()
-        server.start()
-        yield server
-    finally:
-        server.stop()
+Kind = type[Http | Redis | Postgres | Nats]
+KINDS: dict[str, Kind] = {"http": Http, "redis": Redis, "postgresql": Postgres, "nats": Nats}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Batches into a Redis stream. This file can be copied into a project as it is; it needs redis (redis-py) and tenacity.
+"""Batches into a Redis stream. Needs redis (redis-py) and tenacity.
 
-From one machine to many: consumer groups on the stream (XREADGROUP, XACK); on Redis Cluster (``redis.RedisCluster`` in
-place of ``redis.Redis``) a stream a partition, such as ``events:{7}`` for the seventh, and a sink for each.
+From one machine to many: consumer groups on the stream (XREADGROUP, XACK); on Redis Cluster (``redis.RedisCluster``) a
+stream a partition, such as ``events:{7}`` for the seventh, and a sink for each.
 """
 
 from __future__ import annotations
@@ -19,41 +19,33 @@ from redis import exceptions
 import tempo
 
 TRANSIENT = (
-    redis.ConnectionError,
-    redis.TimeoutError,
-    redis.ReadOnlyError,
-    redis.OutOfMemoryError,
-    redis.WatchError,
+    *(redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError, redis.OutOfMemoryError, redis.WatchError),
     exceptions.ExecAbortError,
     # Of a cluster: a machine is away, has been replaced, or hands its slots over.
-    exceptions.ClusterError,
-    exceptions.AskError,
-    exceptions.TryAgainError,
-    exceptions.SlotNotCoveredError,
+    *(exceptions.ClusterError, exceptions.AskError, exceptions.TryAgainError, exceptions.SlotNotCoveredError),
 )
 """Errors after which the same batch may succeed later; and those that tell of PASSING."""
 LASTING = (redis.AuthenticationError, exceptions.AuthorizationError)
 """Connection errors that no other try mends."""
 PASSING = re.compile("(?:^|caused error: )(?:MISCONF|NOREPLICAS|CLUSTERDOWN|Redis Cluster cannot be connected)")
-"""What redis-py has no class for; where it tells of a command in a pipeline, that comes first."""
+"""What redis-py has no class for; of a command in a pipeline it says that first."""
 
 
 def is_transient(error: BaseException) -> bool:
-    """Return whether trying again may help. MISCONF: Redis cannot write to its disk."""
+    """Return whether trying again may help."""
+    unnamed = isinstance(error, (redis.ResponseError, redis.RedisClusterException))
     return not isinstance(error, LASTING) and (
-        isinstance(error, TRANSIENT)
-        or (isinstance(error, (redis.ResponseError, redis.RedisClusterException)) and bool(PASSING.search(str(error))))
+        isinstance(error, TRANSIENT) or (unnamed and bool(PASSING.search(str(error))))
     )
 
 
 class RedisSink:
     """Appends each event to a stream (XADD), a batch in one pipeline, in one transaction.
 
-    Once: beside the events, the transaction sets a key of the sink's own to the batch's number, and a batch that is
-    tried again after a lost connection or a timeout looks there first (WATCH), so that it is in the stream once even
-    when the first try had arrived, or arrives late. What Redis itself forgets is another matter: with ``appendonly
-    yes`` what was acknowledged outlives the server's process, and with ``appendfsync always`` the machine's. A batch
-    that is given up after ``patience`` seconds, and delivered again by the caller, can come twice.
+    Once: the transaction also sets a key of the sink's to the batch's number, and a batch that is tried again after a
+    lost connection or a timeout looks there first (WATCH). So it is in the stream once even when the first try had
+    arrived, or arrives late. With ``appendonly yes`` what was acknowledged outlives the server's process. A batch that
+    is given up after ``patience`` seconds, and that the caller delivers again, can come twice.
 
     The stream is trimmed to about ``maxlen`` events; None keeps all. Any thread may call it; one batch at a time.
     """
@@ -64,13 +56,10 @@ class RedisSink:
         stream: str = "tempo",
         *,
         maxlen: int | None = 1_000_000,
-        field: str = "event",
         patience: float = 60.0,
     ) -> None:
-        """client: with ``socket_timeout`` and ``socket_connect_timeout``, else a server that hangs is waited for."""
-        if maxlen is not None and maxlen < 1:
-            raise ValueError(f"maxlen must be at least 1 or None, not {maxlen!r}")
-        self._client, self._stream, self._maxlen, self._field = client, stream, maxlen, field
+        """client: with ``socket_timeout`` and ``socket_connect_timeout``: otherwise it waits for a hung server."""
+        self._client, self._stream, self._maxlen = client, stream, maxlen
         # In the same slot of a cluster as the stream.
         tag = stream if "{" in stream else "{" + stream + "}"
         self._mark = f"{tag}:source:{uuid.uuid4().hex}"
@@ -98,7 +87,7 @@ class RedisSink:
                 return  # an earlier try had arrived
             pipe.multi()
             for payload in payloads:
-                pipe.xadd(self._stream, {self._field: payload}, maxlen=self._maxlen, approximate=True)
+                pipe.xadd(self._stream, {"event": payload}, maxlen=self._maxlen, approximate=True)
             pipe.set(self._mark, number, ex=7 * 24 * 3600)
             pipe.execute()
 

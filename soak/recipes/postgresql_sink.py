@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Batches into a table of PostgreSQL. This file can be copied into a project; it needs psycopg and tenacity."""
+"""Batches into a table of PostgreSQL. Needs psycopg (3) and tenacity."""
 
 from __future__ import annotations
 
@@ -19,34 +19,24 @@ TRANSIENT = (psycopg.OperationalError, psycopg.InterfaceError)
 class PostgresSink:
     """Copies each batch into a table (COPY), in a transaction, an event a row.
 
-    Once: the transaction also raises the sink's own number in a second table, TABLE_sources, and a batch that is tried
-    again after its connection was lost is left out when its number is there already. What is committed is on the
-    server's disk (``synchronous_commit``). A batch that is given up after ``patience`` seconds, and delivered again by
-    the caller, can come twice.
+    Once: the transaction also raises the sink's number in a second table, TABLE_sources, and a batch that is tried
+    again after its connection was lost is left out when its number is there already. A batch that is given up after
+    ``patience`` seconds, and that the caller delivers again, can come twice.
 
-    ``column`` may be text, json or jsonb: payloads must be UTF-8 without NUL (and JSON for the latter two); with one
-    that is not, the batch as a whole raises and nothing of it is in the table. Any thread may call it; one batch at a
-    time.
+    The column ``event`` may be text, json or jsonb: payloads must be UTF-8 without NUL (and JSON for the latter two);
+    with one that is not, the batch as a whole raises and nothing of it is in the table. Any thread may call it; one
+    batch at a time.
     """
 
-    def __init__(
-        self, conninfo: str, table: str = "tempo_events", *, column: str = "event", patience: float = 60.0
-    ) -> None:
+    def __init__(self, conninfo: str, table: str = "tempo_events", *, patience: float = 60.0) -> None:
         """conninfo: should have ``connect_timeout`` and ``tcp_user_timeout``, for a server that is gone silently."""
         self._conninfo = conninfo
-        names = {"table": sql.Identifier(table), "sources": sql.Identifier(f"{table}_sources")}
-        self._copy = sql.SQL("COPY {table} ({column}) FROM STDIN").format(column=sql.Identifier(column), **names)
+        self._names = {"table": sql.Identifier(table), "sources": sql.Identifier(f"{table}_sources")}
+        self._copy = sql.SQL("COPY {table} (event) FROM STDIN").format(**self._names)
         self._raise = sql.SQL(
             "INSERT INTO {sources} AS s (source, number) VALUES (%s, %s) ON CONFLICT (source)"
             " DO UPDATE SET number = excluded.number WHERE s.number < excluded.number"
-        ).format(**names)
-        self._create = [
-            sql.SQL(text).format(column=sql.Identifier(column), **names)
-            for text in (
-                "CREATE TABLE IF NOT EXISTS {table} (id bigint GENERATED ALWAYS AS IDENTITY, {column} text NOT NULL)",
-                "CREATE TABLE IF NOT EXISTS {sources} (source uuid PRIMARY KEY, number bigint NOT NULL)",
-            )
-        ]
+        ).format(**self._names)
         self._source, self._number = uuid.uuid4(), 0
         self._connection: psycopg.Connection | None = None
         self._lock = threading.Lock()
@@ -60,8 +50,11 @@ class PostgresSink:
     def create_tables(self) -> None:
         """Make both tables where they are missing. Raises psycopg.Error."""
         with psycopg.connect(self._conninfo) as connection:
-            for statement in self._create:
-                connection.execute(statement)
+            for text in (
+                "CREATE TABLE IF NOT EXISTS {table} (id bigint GENERATED ALWAYS AS IDENTITY, event text NOT NULL)",
+                "CREATE TABLE IF NOT EXISTS {sources} (source uuid PRIMARY KEY, number bigint NOT NULL)",
+            ):
+                connection.execute(sql.SQL(text).format(**self._names))
 
     def deliver(self, batch: tempo.Batch) -> None:
         """Copy a batch; return when it is committed. Raises psycopg.Error; UnicodeDecodeError before any copying."""
@@ -83,8 +76,7 @@ class PostgresSink:
                     for row in rows:
                         copy.write_row((row,))
         except BaseException:
-            # Whatever it was: a new connection is in a state that is known.
-            connection.close()
+            connection.close()  # whatever it was: the state of a new connection is known
             raise
 
     def close(self) -> None:

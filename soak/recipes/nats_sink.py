@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Batches into a stream of NATS JetStream, from asyncio. This file can be copied into a project as it is; it needs
-nats-py and tenacity.
+"""Batches into a stream of NATS JetStream, from asyncio. Needs nats-py and tenacity.
 
-::
-
-    async for batch in dispatcher:
-        await sink.deliver(batch)
+async for batch in dispatcher:
+    await sink.deliver(batch)
 """
 
 from __future__ import annotations
@@ -34,13 +31,12 @@ class Unacknowledged(Exception):
 class NatsSink:
     """Publishes each event to a subject, a batch without waiting in between, and then awaits all acknowledgements.
 
-    Once and in order, within the stream's duplicate window (two minutes, unless it was made with another one): after
-    ``timeout`` seconds without all acknowledgements, or a lost connection, it makes a new connection and publishes what
-    was not acknowledged again, under the same ``Nats-Msg-Id``, and the server drops what it has already. An
-    acknowledged event outlives the server's process when the stream's storage is the disk. A batch that is given up
-    after ``patience`` seconds, and delivered again by the caller, can come twice.
+    Once and in order, within the stream's duplicate window (two minutes by default): after ``timeout`` seconds without
+    all acknowledgements, or a lost connection, it makes a new connection and publishes what was not acknowledged again,
+    under the same ``Nats-Msg-Id``, and the server drops what it has already. A batch that is given up after
+    ``patience`` seconds, and that the caller delivers again, can come twice.
 
-    For one event loop; ``deliver`` one batch at a time.
+    For one event loop; one batch at a time.
     """
 
     def __init__(
@@ -51,8 +47,8 @@ class NatsSink:
         timeout: float = 5.0,
         patience: float = 60.0,
     ) -> None:
-        """connect: makes a connection, with ``allow_reconnect=False``, for else the client would send what it still
-        has of a lost connection, out of order; the subject must belong to a stream."""
+        """connect: with ``allow_reconnect=False``: otherwise the client sends what it still has of a lost connection,
+        out of order. The subject must belong to a stream."""
         self._connect, self._subject, self._timeout = connect, subject, timeout
         self._client: Client | None = None
         self._jetstream: JetStreamContext | None = None
@@ -66,9 +62,8 @@ class NatsSink:
 
     async def deliver(self, batch: tempo.Batch) -> None:
         """Publish a batch; return when the server has all of it. Raises Unacknowledged, nats.errors.Error, OSError."""
-        first = self._number
+        left = dict(enumerate(batch.tolist(), self._number))
         self._number += len(batch)
-        left = {first + place: payload for place, payload in enumerate(batch.tolist())}
         await self._retrying(self._publish, left)
 
     async def _publish(self, left: dict[int, bytes]) -> None:
@@ -80,10 +75,8 @@ class NatsSink:
         try:
             for number, payload in left.items():
                 headers = {Header.MSG_ID.value: f"{self._source}-{number}"}
-                future = await self._jetstream.publish_async(
-                    self._subject, payload, wait_stall=self._timeout, headers=headers
-                )
-                waiting[future] = number
+                publish = self._jetstream.publish_async
+                waiting[await publish(self._subject, payload, wait_stall=self._timeout, headers=headers)] = number
             await asyncio.wait(waiting, timeout=self._timeout)
             problem = None
             for future, number in waiting.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Batches to an HTTP endpoint, a POST each. This file can be copied into a project as it is; it needs urllib3."""
+"""Batches to an HTTP endpoint, a POST each. Needs urllib3 (2)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,12 @@ TRANSIENT = (408, 425, 429, 500, 502, 503, 504, 507)
 
 
 class HttpSink:
-    """Posts each batch as NDJSON (an event a line) over a connection that is kept open.
+    """Posts each batch as NDJSON (an event a line, so without newlines) over a connection that is kept open.
 
     At least once: after a timeout, a lost connection, or one of the answers TRANSIENT it posts the batch again, with
-    exponential backoff and jitter (urllib3's Retry, which heeds Retry-After too); the server may have taken it before.
-    Each batch has its own ``Idempotency-Key``, the same in each try, by which a server can drop repeats. Another answer
-    than 2xx, or ``tries`` used up, raises.
-
-    Payloads must be without newlines, as a JSON text of json.dumps() is. Any thread may call it.
+    backoff and jitter (urllib3's Retry, which heeds Retry-After); the server may have taken it before. Each batch has
+    an ``Idempotency-Key``, the same in each try, by which a server can drop repeats. Another answer than 2xx, or
+    ``tries`` used up, raises. Any thread may call it.
     """
 
     def __init__(
@@ -37,8 +35,6 @@ class HttpSink:
         headers: dict[str, str] | None = None,
     ) -> None:
         """timeout: seconds for connecting, and for each answer; longest_pause: seconds between two tries, at most."""
-        if tries < 1:
-            raise ValueError(f"tries must be at least 1, not {tries!r}")
         retry = urllib3.Retry(
             total=tries - 1,
             redirect=0,
@@ -58,9 +54,7 @@ class HttpSink:
 
     def deliver(self, batch: tempo.Batch) -> None:
         """Post a batch; return when the server has taken it. Raises urllib3.exceptions.HTTPError."""
-        lines = batch.tolist()
-        lines.append(b"")
-        body = b"\n".join(lines)
+        body = b"\n".join([*batch.tolist(), b""])
         if self._compress:
             body = gzip.compress(body, compresslevel=1)
         headers = {**self._headers, "Idempotency-Key": f"{self._source}-{next(self._numbers)}"}

@@ -1,0 +1,527 @@
+# SPDX-License-Identifier: MIT
+"""What is measured: tempo, what people use in its place, and the least that is possible. A script of pyperf's:
+
+    python3 -m soak.benchmarks --groups calls -o result.json     (what else there is: --help)
+
+Each subject returns the seconds that its work took, after it has checked that the work was done. What belongs to the
+work is within the clock: for tempo also counting payloads, packing them and closing batches. Packages do different
+things with a payload (a span has attributes, a record is formatted, Kafka has a protocol): the figures show what a user
+of each pays, not who is cleverer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib
+import logging.handlers
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+from time import perf_counter
+from typing import Any
+
+import tempo
+from soak.calibration import calibrate
+from soak.cli import KIB, MIB, duration, names
+from soak.config import Config, config_from
+from soak.drive import PATIENCE, drive, join
+from soak.load import Load
+from soak.payloads import events
+
+SIZE = 163
+"""Bytes: the mean of the telemetry mix."""
+CHUNK = 512
+LARGE = 10 * KIB
+PAYLOADS = [b"%08d" % i + bytes(SIZE - 8) for i in range(CHUNK)] * 8
+"""512 distinct ones, 100 KiB, eight times: as warm in the processor's caches as payloads that were just made."""
+COUNT, SLOW_COUNT = 100_000, 20_000
+SOURCE = (PAYLOADS * (COUNT // len(PAYLOADS) + 1))[:COUNT]
+BATCH = 64 * KIB
+
+Subject = Callable[[], float]
+CALLS = len(PAYLOADS)
+
+
+# Calls, on one thread: CALLS of them.
+
+
+def timed(call: Callable[[bytes], object], refused: type[Exception] | None = None) -> float:
+    """Return what calling it with each payload takes; refused: what each call must raise."""
+    count = 0
+    started = perf_counter()
+    if refused is None:
+        for payload in PAYLOADS:
+            call(payload)
+        return perf_counter() - started
+    for payload in PAYLOADS:
+        try:
+            call(payload)
+        except refused:
+            count += 1
+    seconds = perf_counter() - started
+    assert count == CALLS
+    return seconds
+
+
+def roomy(**limits: Any) -> tempo.Dispatcher:
+    """A dispatcher that takes all payloads; batches close by size."""
+    return tempo.Dispatcher(**{"interval": 60, "max_batch_bytes": 320 * KIB, "max_buffered_bytes": 2 * MIB, **limits})
+
+
+def enqueue() -> float:
+    """``enqueue``: payloads are counted and packed, and batches close."""
+    dispatcher = roomy()
+    seconds = timed(dispatcher.enqueue)
+    assert sum(map(len, dispatcher.stop())) == CALLS
+    return seconds
+
+
+def enqueue_many() -> float:
+    """``enqueue_many`` of lists of 512."""
+    dispatcher = roomy()
+    chunks = [PAYLOADS[i : i + CHUNK] for i in range(0, CALLS, CHUNK)]
+    started = perf_counter()
+    for chunk in chunks:
+        dispatcher.enqueue_many(chunk)
+    seconds = perf_counter() - started
+    assert sum(map(len, dispatcher.stop())) == CALLS
+    return seconds
+
+
+class Appender:
+    """The least that a method can do."""
+
+    def __init__(self) -> None:
+        self.items: list[bytes] = []
+
+    def put(self, item: bytes) -> None:
+        """Append to a list."""
+        self.items.append(item)
+
+
+def append() -> float:
+    """A method that only appends to a list."""
+    appender = Appender()
+    seconds = timed(appender.put)
+    assert appender.items == PAYLOADS
+    return seconds
+
+
+def queue_put() -> float:
+    """``queue.Queue.put``, unbounded."""
+    target: queue.Queue[bytes] = queue.Queue()
+    seconds = timed(target.put)
+    assert target.qsize() == CALLS
+    return seconds
+
+
+def refusal() -> float:
+    """``enqueue`` into a full buffer: ``QueueFull`` each time."""
+    dispatcher = roomy(max_buffered_bytes=SIZE)
+    dispatcher.enqueue(PAYLOADS[0])
+    seconds = timed(dispatcher.enqueue, tempo.QueueFull)
+    assert dispatcher.stats().rejected == CALLS
+    dispatcher.stop()
+    return seconds
+
+
+def queue_full() -> float:
+    """``queue.Queue.put_nowait`` into a full queue: ``queue.Full`` each time."""
+    target: queue.Queue[bytes] = queue.Queue(1)
+    target.put(PAYLOADS[0])
+    return timed(target.put_nowait, queue.Full)
+
+
+def way() -> float:
+    """512 payloads enqueued, then taken as one packed batch, over and over."""
+    dispatcher = roomy(max_batch_bytes=CHUNK * SIZE)
+    return _way(dispatcher.enqueue, lambda: dispatcher.get().data)
+
+
+def queue_way(kind: Callable[[], Any]) -> float:
+    """The same with a queue: put, get, join."""
+    target = kind()
+    return _way(target.put, lambda: memoryview(b"".join([target.get() for _ in range(CHUNK)])))
+
+
+def _way(put: Callable[[bytes], object], take: Callable[[], memoryview]) -> float:
+    last = memoryview(b"")
+    started = perf_counter()
+    for first in range(0, CALLS, CHUNK):
+        for payload in PAYLOADS[first : first + CHUNK]:
+            put(payload)
+        last = take()
+    seconds = perf_counter() - started
+    assert last == b"".join(PAYLOADS[-CHUNK:])
+    return seconds
+
+
+def one_thread() -> float:
+    """Events of a load formatted, enqueued, taken in batches, and searched for probes."""
+    load, dispatcher = Load(soak_config(producers=1)), roomy()
+    taken, sent = load.taken[0], load.sent[0]
+    started = perf_counter()
+    for payload in islice(events(None, 0, sent), CALLS):
+        dispatcher.enqueue(payload)
+    dispatcher.flush(0)
+    while dispatcher.stats().buffered:
+        taken.add(dispatcher.get())
+    seconds = perf_counter() - started
+    assert (taken.events, taken.probes) == (CALLS, sent.probes)
+    return seconds
+
+
+BLOCKS = [os.urandom(LARGE) for _ in range(5 * MIB // LARGE)]
+
+
+def large() -> float:
+    """10 KiB payloads, 5 MiB of them, enqueued and taken as one batch."""
+    dispatcher = roomy(max_batch_bytes=5 * MIB, max_buffered_bytes=16 * MIB)
+    started = perf_counter()
+    for payload in BLOCKS:
+        dispatcher.enqueue(payload)
+    data = dispatcher.get().data
+    seconds = perf_counter() - started
+    assert data.nbytes == 5 * MIB
+    assert data[-LARGE:] == BLOCKS[-1]
+    return seconds
+
+
+def join_bytes() -> float:
+    """``bytes.join`` of the same."""
+    started = perf_counter()
+    data = b"".join(BLOCKS)
+    seconds = perf_counter() - started
+    assert len(data) == 5 * MIB
+    return seconds
+
+
+# From a producer's thread to a consumer's: from the first call until the consumer has seen the last payload.
+
+
+def in_threads(*works: Callable[[], object]) -> float:
+    """Return the seconds until all of them, each on its own thread, have ended."""
+    threads = [threading.Thread(target=work, daemon=True) for work in works]
+    started = perf_counter()
+    for thread in threads:
+        thread.start()
+    late = join(threads, PATIENCE)
+    seconds = perf_counter() - started
+    assert not late, f"{late[0]} did not end within {PATIENCE:.0f} s"
+    return seconds
+
+
+def handover(count: int = COUNT, interval: float = 0.01, buffer: int = 2 * MIB, batch: int | None = BATCH) -> float:
+    """tempo; the producer waits for room."""
+    dispatcher = tempo.Dispatcher(interval=interval, max_batch_bytes=batch, max_buffered_bytes=buffer)
+    received = [0]
+
+    def produce() -> None:
+        enqueue = dispatcher.enqueue
+        for payload in SOURCE[:count]:
+            enqueue(payload, None)
+        dispatcher.shutdown()
+
+    def consume() -> None:
+        for taken in dispatcher:
+            received[0] += taken.data.nbytes
+
+    seconds = in_threads(consume, produce)
+    assert received[0] == count * SIZE
+    return seconds
+
+
+def batcher(kind: Callable[[], Any], count: int = COUNT) -> float:
+    """The batcher that people write: a thread that takes from a queue until a batch is full or the queue is empty."""
+    target = kind()
+    received = [0]
+
+    def produce() -> None:
+        put = target.put
+        for payload in SOURCE[:count]:
+            put(payload)
+        put(None)
+
+    def consume() -> None:
+        get, get_nowait = target.get, target.get_nowait
+        ended = False
+        while not ended:
+            payload = get()
+            parts, size = [], 0
+            while payload is not None:
+                parts.append(payload)
+                size += len(payload)
+                if size >= BATCH:
+                    break
+                try:
+                    payload = get_nowait()
+                except queue.Empty:
+                    break
+            else:
+                ended = True
+            received[0] += len(b"".join(parts))
+
+    seconds = in_threads(consume, produce)
+    assert received[0] == count * SIZE
+    return seconds
+
+
+FULL_COUNT, FULL_ROOM = 5_000, 64
+"""Payloads, and how many of them a buffer holds that is full while its consumer is idle."""
+
+
+def full_buffer() -> float:
+    """tempo: a buffer that is full long before its interval is over, and a consumer that waits."""
+    return handover(FULL_COUNT, interval=0.05, buffer=FULL_ROOM * SIZE, batch=None)
+
+
+def queue_listener() -> float:
+    """``logging.handlers.QueueListener``: records into a queue, a thread hands each to a handler."""
+    received = [0]
+
+    class Counting(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            received[0] += len(record.msg)
+
+    target: queue.Queue[Any] = queue.Queue()
+    listener = logging.handlers.QueueListener(target, Counting())
+    handler = logging.handlers.QueueHandler(target)
+    record = logging.LogRecord("soak", logging.INFO, __file__, 1, "x" * SIZE, None, None)
+    listener.start()
+    started = perf_counter()
+    for _ in range(SLOW_COUNT):
+        handler.enqueue(record)
+    listener.stop()
+    seconds = perf_counter() - started
+    assert received[0] == SLOW_COUNT * SIZE
+    return seconds
+
+
+def opentelemetry() -> float:
+    """OpenTelemetry's ``BatchSpanProcessor`` with an exporter that counts."""
+    trace = importlib.import_module("opentelemetry.sdk.trace")
+    export = importlib.import_module("opentelemetry.sdk.trace.export")
+    received = [0]
+
+    class Counting(export.SpanExporter):  # type: ignore[misc, name-defined]
+        def export(self, spans: Any) -> Any:
+            received[0] += len(spans)
+            return export.SpanExportResult.SUCCESS
+
+    span = trace.TracerProvider().get_tracer("soak").start_span("event", attributes={"text": "x" * SIZE})
+    span.end()
+    processor = export.BatchSpanProcessor(Counting(), max_queue_size=SLOW_COUNT, max_export_batch_size=512)
+    started = perf_counter()
+    for _ in range(SLOW_COUNT):
+        processor.on_end(span)
+    processor.force_flush()
+    seconds = perf_counter() - started
+    processor.shutdown()
+    assert received[0] == SLOW_COUNT, f"{received[0]} of {SLOW_COUNT} spans exported"
+    return seconds
+
+
+def kafka() -> float:
+    """confluent-kafka's producer, to the test broker that librdkafka runs within this process.
+
+    That broker stores nothing and no network is crossed: it bounds what Kafka costs from below.
+    """
+    received = [0]
+
+    def delivered(error: Any, message: Any) -> None:
+        assert error is None, error
+        received[0] += len(message.value())
+
+    settings = {"bootstrap.servers": "ignored.invalid:9092", "test.mock.num.brokers": 1, "linger.ms": 5, "log_level": 0}
+    settings["queue.buffering.max.messages"] = 2 * SLOW_COUNT
+    producer = importlib.import_module("confluent_kafka").Producer(settings)
+    # The first delivery waits for the broker to come up and the topic to be made: not counted.
+    producer.produce("soak", PAYLOADS[0], on_delivery=delivered)
+    producer.flush(PATIENCE)
+    received[0] = 0
+    started = perf_counter()
+    for payload in SOURCE[:SLOW_COUNT]:
+        producer.produce("soak", payload, on_delivery=delivered)
+        producer.poll(0)
+    producer.flush(PATIENCE)
+    seconds = perf_counter() - started
+    assert received[0] == SLOW_COUNT * SIZE, f"{received[0]} of {SLOW_COUNT * SIZE} bytes delivered"
+    return seconds
+
+
+# From one coroutine to another, in one event loop.
+
+
+def coroutines() -> float:
+    """tempo: ``aenqueue`` and ``async for``."""
+
+    async def main() -> int:
+        dispatcher = tempo.Dispatcher(interval=0.01, max_batch_bytes=BATCH, max_buffered_bytes=2 * MIB)
+
+        async def produce() -> None:
+            for payload in SOURCE[:SLOW_COUNT]:
+                await dispatcher.aenqueue(payload)
+            await dispatcher.ashutdown()
+
+        async def consume() -> int:
+            return sum([batch.data.nbytes async for batch in dispatcher])
+
+        _, received = await asyncio.gather(produce(), consume())
+        return int(received)
+
+    return _run_loop(main)
+
+
+def loop_queue(kind: str) -> float:
+    """A batcher on a bounded ``asyncio.Queue``, or on one that threads can use as well (janus, culsans)."""
+    module = importlib.import_module(kind)
+
+    async def main() -> int:
+        made = module.Queue(2 * MIB // SIZE)
+        target = made if kind == "asyncio" else made.async_q
+
+        async def produce() -> None:
+            for payload in SOURCE[:SLOW_COUNT]:
+                await target.put(payload)
+
+        async def consume() -> int:
+            received = 0
+            while received < SLOW_COUNT * SIZE:
+                parts = [await target.get()]
+                while not target.empty() and len(parts) < BATCH // SIZE:
+                    parts.append(target.get_nowait())
+                received += len(b"".join(parts))
+            return received
+
+        _, received = await asyncio.gather(produce(), consume())
+        return received
+
+    return _run_loop(main)
+
+
+def _run_loop(main: Callable[[], Any]) -> float:
+    started = perf_counter()
+    received = asyncio.run(main())
+    seconds = perf_counter() - started
+    assert received == SLOW_COUNT * SIZE
+    return seconds
+
+
+# The soak's load, and its producers without a dispatcher: seconds an event.
+
+
+def soak_config(**settings: Any) -> Config:
+    """The defaults of ``run`` with some settings changed."""
+    return config_from(argparse.Namespace(**settings), 1.0)
+
+
+SMALL_BATCHES = {"max_batch_bytes": 32 * KIB, "max_buffered_bytes": 4 * MIB}
+SOAKS = {
+    "soak_32": soak_config(),
+    "soak_32k": soak_config(**SMALL_BATCHES),
+    "soak_1": soak_config(producers=1),
+    "soak_256": soak_config(producers=256),
+}
+
+
+def soak(name: str, seconds: float) -> float:
+    """The load of one second (or what --duration says), every event accounted for."""
+    load = Load(SOAKS[name])
+    outcome = drive(SOAKS[name], seconds, load)
+    assert not outcome.problems, outcome.problems[0]
+    assert load.delivered == sum(load.accepted) > 0
+    assert not sum(load.refused)
+    assert not sum(taken.out_of_order for taken in load.taken)
+    return outcome.seconds / load.delivered
+
+
+def bare(name: str, seconds: float) -> float:
+    """What its producers reach with a list append in place of ``enqueue``."""
+    return 1 / calibrate(SOAKS[name], seconds).events_per_second
+
+
+GROUPS: dict[str, tuple[int, dict[str, Subject]]] = {
+    "calls": (
+        CALLS,
+        {
+            "enqueue": enqueue,
+            "enqueue_many": enqueue_many,
+            "append": append,
+            "queue_put": queue_put,
+            "refusal": refusal,
+            "queue_full": queue_full,
+            "way": way,
+            "simple_queue_way": partial(queue_way, queue.SimpleQueue),
+            "queue_way": partial(queue_way, queue.Queue),
+        },
+    ),
+    "large": (len(BLOCKS), {"large": large, "join": join_bytes}),
+    "threads": (
+        COUNT,
+        {
+            "handover": handover,
+            "simple_queue_batcher": partial(batcher, queue.SimpleQueue),
+            "queue_batcher": partial(batcher, queue.Queue),
+        },
+    ),
+    "full": (
+        FULL_COUNT,
+        {"full_buffer": full_buffer, "full_queue": partial(batcher, partial(queue.Queue, FULL_ROOM), FULL_COUNT)},
+    ),
+    "peers": (SLOW_COUNT, {"queue_listener": queue_listener, "opentelemetry": opentelemetry, "kafka": kafka}),
+    "coroutines": (
+        SLOW_COUNT,
+        {
+            "coroutines": coroutines,
+            "asyncio_queue": partial(loop_queue, "asyncio"),
+            "janus": partial(loop_queue, "janus"),
+            "culsans": partial(loop_queue, "culsans"),
+        },
+    ),
+}
+"""By group: how many payloads go through, and the subjects."""
+PACKAGES = {"opentelemetry": "opentelemetry.sdk", "kafka": "confluent_kafka", "janus": "janus", "culsans": "culsans"}
+"""Subjects that need one."""
+
+
+def main() -> None:
+    """Run pyperf's runner."""
+    import pyperf  # type: ignore[import-untyped, import-not-found, unused-ignore]  # noqa: PLC0415 - the subjects are used without it
+
+    def hand_on(command: list[str], options: argparse.Namespace) -> None:
+        command += ["--groups", ",".join(options.groups), "--duration", f"{options.duration * 1e9:.0f}ns"]
+
+    module = ("-m", "soak.benchmarks")
+    runner = pyperf.Runner(processes=1, values=3, warmups=1, loops=1, program_args=module, add_cmdline_args=hand_on)
+    add = runner.argparser.add_argument
+    add("--groups", type=names(*GROUPS, "soaks"), default="all", help=f"of {', '.join(GROUPS)}, soaks, or all")
+    add("--duration", type=duration, default="1s", help="how long a soak lasts (%(default)s)")
+    options = runner.parse_args()
+    for group in options.groups:
+        count, subjects = GROUPS.get(group, (1, {}))
+        if group == "soaks":
+            subjects = {name: partial(soak, name, options.duration) for name in SOAKS}
+            subjects |= {f"{name}_bare": partial(bare, name, options.duration) for name in SOAKS}
+        for name, subject in sorted(subjects.items()):
+            if available(name):
+                runner.bench_time_func(name, lambda _, subject=subject: subject(), inner_loops=count)
+            elif not options.worker:
+                print(f"{name} is left out: {PACKAGES[name]} is not installed", file=sys.stderr, flush=True)
+
+
+def available(name: str) -> bool:
+    """Return whether the package that a subject needs can be imported."""
+    try:
+        importlib.import_module(PACKAGES.get(name, "tempo"))
+    except ImportError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()

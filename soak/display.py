@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: MIT
+"""What a run shows while it lasts, and its samples, a JSONL file that survives a crash.
+
+On a terminal, with rich, a live display; elsewhere a plain line on stderr every five seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import sys
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import tempo
+from soak import environment
+from soak.cli import format_seconds, format_size, say
+from soak.config import Config
+
+SAMPLE_SECONDS = 1.0
+LINE_SECONDS = 5.0
+DISPLAYS = ("auto", "live", "plain", "none")
+
+
+class Stream:
+    """A JSONL file; each line is on the disk before ``write`` returns. After a failure it is closed and stays so."""
+
+    def __init__(self, path: Path) -> None:
+        """Create the file. Raises OSError, also when it exists."""
+        self.path = path
+        self.error: OSError | None = None
+        self._file: FileIO | None = FileIO(path, "x")
+
+    def write(self, line: dict[str, object]) -> None:
+        """Append one line; keep an OSError in ``error`` instead of raising it, because the load goes on."""
+        if self._file is None:
+            return
+        text = memoryview(json.dumps(line).encode() + b"\n")
+        try:
+            while text:
+                text = text[self._file.write(text) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self.error = error
+            self.close()
+
+    def close(self) -> None:
+        """Close the file. Idempotent."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+
+class Monitor:
+    """Turns the dispatcher's snapshots into samples and lines. A context manager for the length of the load."""
+
+    def __init__(self, show: str, config: Config, stream: Stream | None, seconds: float, heap: int | None) -> None:
+        """show: ``live`` (ImportError without rich), ``plain`` or ``none``; heap: the peak of the traced pass."""
+        self.every = max(0.01, min(SAMPLE_SECONDS, seconds / 20, 0.5 if show == "live" else SAMPLE_SECONDS))
+        self._line_every = min(LINE_SECONDS, seconds / 4) if show == "plain" else float("inf")
+        self._line_due = self._line_every
+        self._config, self._stream, self._seconds, self._heap = config, stream, seconds, heap
+        # (elapsed, delivered) at the last sample and at the last line: the rates are those in between.
+        self._sampled = self._shown = (0.0, 0)
+        self._live: Any = None
+        if show == "live":
+            console = importlib.import_module("rich.console").Console(stderr=True)
+            self._live = importlib.import_module("rich.live").Live(console=console, auto_refresh=False)
+
+    def __enter__(self) -> Monitor:
+        if self._live is not None:
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Leave the last display where it is."""
+        if self._live is not None:
+            with contextlib.suppress(OSError):
+                self._live.__exit__(*error)
+
+    def sample(self, elapsed: float, stats: tempo.Stats) -> None:
+        """Take one snapshot, ``elapsed`` seconds after the load began."""
+        rss = environment.current_rss()
+        rate = _rate(self._sampled, (elapsed, stats.delivered))
+        self._sampled = (elapsed, stats.delivered)
+        names = ("accepted", "delivered", "rejected", "buffered", "buffered_bytes", "batches", "waiting_producers")
+        if self._stream is not None:
+            self._stream.write(
+                {
+                    "type": "sample",
+                    "elapsed": round(elapsed, 6),
+                    "delivered_per_second": rate,
+                    **{name: getattr(stats, name) for name in names},
+                    "buffered_share": stats.buffered_bytes / self._config.max_buffered_bytes,
+                    "rss_bytes": rss,
+                }
+            )
+        with contextlib.suppress(OSError):  # a terminal that is gone: the load goes on
+            if self._live is not None:
+                self._live.update(self._table(elapsed, stats, rss, rate), refresh=True)
+            elif elapsed >= self._line_due:
+                self._print(elapsed, stats, rss)
+
+    def _print(self, elapsed: float, stats: tempo.Stats, rss: int | None) -> None:
+        """Print a line; its rate is that since the last line."""
+        self._line_due = max(self._line_due + self._line_every, elapsed)
+        rate = _rate(self._shown, (elapsed, stats.delivered))
+        self._shown = (elapsed, stats.delivered)
+        share = stats.buffered_bytes / self._config.max_buffered_bytes
+        say(
+            f"[{elapsed:7.1f} s] {rate:>11,.0f}/s  accepted {stats.accepted:,}  delivered {stats.delivered:,}"
+            f"  buffer {share:4.0%}  refused {stats.rejected:,}  RSS {format_size(rss)}"
+        )
+
+    def _table(self, elapsed: float, stats: tempo.Stats, rss: int | None, rate: float) -> Any:
+        table = importlib.import_module("rich.table").Table.grid(padding=(0, 2))
+        bar = importlib.import_module("rich.progress_bar").ProgressBar
+        limit, left = self._config.max_buffered_bytes, max(0.0, self._seconds - elapsed)
+        share = min(1.0, stats.buffered_bytes / limit)
+        refused = f"[red]{stats.rejected:,}[/red]" if stats.rejected else "0"
+        rows = (
+            ("rate", f"[bold]{rate:,.0f}[/bold] events/s", ""),
+            ("delivered", f"{stats.delivered:,}", f"in {stats.batches:,} batches"),
+            ("buffer", f"{share:.0%} of {format_size(limit)}", bar(total=1.0, completed=share, width=30)),
+            ("memory", f"{format_size(rss)} resident", f"peak heap {format_size(self._heap)} (traced pass)"),
+            ("refused", refused, f"{stats.waiting_producers} producers wait for room"),
+            ("time left", format_seconds(left) if left >= 1 else "0 s", bar(self._seconds, elapsed, 30)),
+        )
+        for row in rows:
+            table.add_row(*row)
+        return table
+
+
+def open_monitor(
+    display: str, config: Config, stream: Stream | None, seconds: float, heap: int | None = None
+) -> Monitor:
+    """Return the monitor that --display asks for; ``auto`` is live on a terminal. Without rich it is plain."""
+    if display == "live" or (display == "auto" and sys.stderr.isatty()):
+        try:
+            return Monitor("live", config, stream, seconds, heap)
+        except ImportError:
+            say("no live display: rich is not installed")
+    return Monitor("none" if display == "none" else "plain", config, stream, seconds, heap)
+
+
+def _rate(before: tuple[float, int], now: tuple[float, int]) -> float:
+    seconds = now[0] - before[0]
+    return round((now[1] - before[1]) / seconds, 1) if seconds > 0 else 0.0

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: MIT
+"""A sink that uses an executor (or ``asyncio.run``, which uses one): shut down in the program, not at exit.
+
+As the interpreter ends, executors are closed before any exit hook runs: a drain after that fails with "cannot schedule
+new futures after shutdown". So the dispatcher is closed first, then the executor, and both in the program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import tempo
+
+
+@contextmanager
+def pooled(send_one: Callable[[bytes], object], threads: int = 4, **limits: Any) -> Iterator[tempo.Dispatcher]:
+    """Yield a dispatcher whose payloads are sent by a pool of threads; leaving the block waits until all are sent."""
+    with ThreadPoolExecutor(threads) as pool, tempo.Dispatcher(**limits) as dispatcher:
+        dispatcher.start(lambda batch: list(pool.map(send_one, batch.tolist())))
+        yield dispatcher

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: MIT
+"""Retries with backoff, and a dead letter for what is given up. Needs tenacity.
+
+    delivery = Delivery(send, dead_letter)
+    d.start(delivery.deliver, on_error=delivery.give_up)
+    ...
+    delivery.close()        # ends the waits between tries
+    d.shutdown(timeout=5.0)
+
+While it retries, the next batch waits: order is kept, the buffer fills, and producers wait or see QueueFull.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import tenacity
+
+import tempo
+
+
+class Delivery:
+    """A handler and its ``on_error``. What another try cannot mend (not in ``transient``) is not tried again."""
+
+    def __init__(
+        self,
+        send: Callable[[tempo.Batch], object],
+        dead_letter: Callable[[BaseException, tempo.Batch], object],
+        *,
+        transient: tuple[type[BaseException], ...] = (OSError,),
+        patience: float = 60.0,
+        longest_pause: float = 5.0,
+        quiet: float = 60.0,
+    ) -> None:
+        """patience: seconds of tries for one batch; quiet: seconds in which at most one line is printed."""
+        self._send, self._dead_letter, self._quiet = send, dead_letter, quiet
+        self._closing = threading.Event()
+        self._retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(transient),
+            wait=tenacity.wait_random_exponential(multiplier=0.1, max=longest_pause),
+            stop=tenacity.stop_after_delay(patience) | tenacity.stop_when_event_set(self._closing),
+            sleep=tenacity.sleep_using_event(self._closing),
+            reraise=True,
+        )
+        self._printed, self._unprinted = -quiet, 0
+
+    def deliver(self, batch: tempo.Batch) -> None:
+        """Send a batch, trying again; raise what the last try raised."""
+        self._retrying(self._send, batch)
+
+    def give_up(self, exc: BaseException, batch: tempo.Batch) -> None:
+        """Hand over a batch that was not delivered: after the last try, or when the drain at exit ran out of time."""
+        self._dead_letter(exc, batch)
+        self._unprinted += 1
+        if time.monotonic() - self._printed >= self._quiet:
+            print(f"{self._unprinted} batches given up, the last because of {exc!r}", file=sys.stderr)
+            self._printed, self._unprinted = time.monotonic(), 0
+
+    def close(self) -> None:
+        """End the waits between tries: what is then not delivered at the first try is given up."""
+        self._closing.set()

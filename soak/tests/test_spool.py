@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: MIT
+"""The spool: what finds no room, or is not delivered, waits in a file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tempo
+from soak.recipes import spool as soak_spool
+from soak.recipes.spool import Spool, SpoolError, SpoolFull
+from soak.tests.helpers import ENVIRONMENT, LIMIT, Worker, make, run_python
+
+pytestmark = pytest.mark.usefixtures("no_thread_left")
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Iterator[Spool]:
+    with Spool(tmp_path / "spool", max_bytes=tempo.MiB) as spool:
+        yield spool
+
+
+def in_file(path: Path) -> list[bytes]:
+    """What the spool's file holds, in order."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return [data for (data,) in db.execute("SELECT data FROM records ORDER BY id")]
+
+
+def due(d: tempo.Dispatcher) -> tempo.Batch:
+    """All that is buffered, as a consumer receives it."""
+    d.flush(0)
+    return d.get(timeout=0)
+
+
+def test_a_record_leaves_the_spool_when_it_is_reported_and_not_before(spool: Spool, tmp_path: Path) -> None:
+    d = make()
+    spool.put([b"a", b"b", b"c"])
+    assert spool.replay(d) == 3
+    assert in_file(tmp_path / "spool") == [b"a", b"b", b"c"]  # accepted
+    batch = due(d)
+    assert batch.tolist() == [b"a", b"b", b"c"]
+    assert in_file(tmp_path / "spool") == [b"a", b"b", b"c"]  # received
+    assert spool.replay(d) == 0  # not again, while it may be under way
+    assert spool.done(batch[:2]) == 2
+    assert in_file(tmp_path / "spool") == [b"c"]
+    assert (len(spool), spool.nbytes) == (1, 1 + soak_spool.RECORD_OVERHEAD)
+    assert spool.done(batch) == 1
+    assert (len(spool), spool.nbytes, in_file(tmp_path / "spool")) == (0, 0, [])
+
+
+def test_replay_waits_for_room_until_all_is_given(spool: Spool) -> None:
+    records = [b"%03d" % i for i in range(200)]
+    spool.put(records)
+    came: list[bytes] = []
+
+    def handler(batch: tempo.Batch) -> None:
+        came.extend(batch.tolist())
+        spool.done(batch)
+
+    with make(interval=0.001, max_buffered_bytes=30) as d:
+        d.start(handler)
+        assert spool.replay(d, timeout=LIMIT) == 200
+    assert came == records
+    assert len(spool) == 0
+
+
+def test_replay_returns_when_something_is_kept(spool: Spool) -> None:
+    spool.put([b"%03d" % i for i in range(200)])
+
+    def handler(batch: tempo.Batch) -> None:
+        raise OSError("the sink is away")
+
+    with make(interval=0.001, max_buffered_bytes=30) as d:
+        d.start(handler, on_error=lambda exc, batch: spool.keep([batch]))
+        replay = Worker(spool.replay, d, timeout=LIMIT)
+        assert 0 < replay.result() < 200
+    assert len(spool) == 200
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_only_what_the_dispatcher_refuses_goes_to_the_spool(spool: Spool, tmp_path: Path, closed: bool) -> None:
+    d = make(max_buffered_bytes=5)
+    if closed:
+        d.stop()
+    records: list[Any] = [b"ab", bytearray(b"cd"), memoryview(b"ef"), b"gh"]
+    assert spool.enqueue_many(d, iter(records)) == (0 if closed else 2)
+    assert spool.enqueue(d, b"ij") is False
+    assert spool.enqueue(d, b"k") is not closed
+    refused = [b"ef", b"gh", b"ij"]
+    assert in_file(tmp_path / "spool") == ([b"ab", b"cd", *refused, b"k"] if closed else refused)
+    assert d.stats().buffered == (0 if closed else 3)
+
+
+def test_a_payload_that_never_fits_is_not_spooled_and_one_in_the_spool_stays(spool: Spool) -> None:
+    d = make(max_buffered_bytes=5)
+    with pytest.raises(tempo.PayloadTooLarge):
+        spool.enqueue(d, b"123456")
+    spool.put([b"12", b"123456"])
+    with pytest.raises(tempo.PayloadTooLarge):
+        spool.replay(d)
+    assert len(spool) == 2
+    assert spool.done(due(d)) == 1  # the one before it was given
+    d.shutdown()
+    with pytest.raises(tempo.Stopped):
+        spool.replay(d)
+    assert len(spool) == 1
+
+
+def test_a_full_spool_takes_all_of_a_call_or_nothing(tmp_path: Path) -> None:
+    one = 4 + soak_spool.RECORD_OVERHEAD
+    with Spool(tmp_path / "spool", max_bytes=3 * one) as spool:
+        spool.put([b"0000"])
+        with pytest.raises(SpoolFull, match=f"no room for {3 * one} bytes: {one} of {3 * one} bytes are taken") as full:
+            spool.put([b"1111", b"2222", b"3333"])
+        assert full.value.rest == [b"1111", b"2222", b"3333"]
+        assert in_file(tmp_path / "spool") == [b"0000"]
+        spool.put([b"1111", b"2222"])
+        d = make(max_buffered_bytes=8)
+        with pytest.raises(SpoolFull) as full:
+            spool.enqueue_many(d, [b"aaaa", b"bbbb", b"cccc"])
+        assert (full.value.accepted, full.value.rest) == (2, [b"cccc"])
+        assert (len(spool), spool.nbytes) == (3, 3 * one)
+    assert in_file(tmp_path / "spool") == [b"0000", b"1111", b"2222"]
+
+
+def test_a_full_disk_is_an_error_that_changes_nothing(spool: Spool, tmp_path: Path) -> None:
+    spool.put([b"first"])
+    (pages,) = spool._db.execute("PRAGMA page_count").fetchone()
+    spool._db.execute(f"PRAGMA max_page_count={pages}")  # so that SQLite meets the same as on a full disk
+    with pytest.raises(SpoolFull, match="full") as full:
+        spool.put([b"second", bytes(100_000), b"third"])
+    assert full.value.rest == [b"second", bytes(100_000), b"third"]
+    assert (len(spool), in_file(tmp_path / "spool")) == (1, [b"first"])
+    d = make()
+    spool.replay(d)
+    d.enqueue(bytes(100_000))
+    with pytest.raises(SpoolFull) as full:
+        spool.keep([due(d)])
+    assert full.value.rest == [bytes(100_000)]
+    spool.put([b"fits"])
+    assert in_file(tmp_path / "spool") == [b"first", b"fits"]
+
+
+class FailingAt:
+    """A database connection on which one statement fails."""
+
+    def __init__(self, db: Any, statement: str, error: BaseException) -> None:
+        self._db, self._statement, self._error = db, statement, error
+
+    def execute(self, statement: str, *args: Any) -> Any:
+        if statement.startswith(self._statement):
+            raise self._error
+        return self._db.execute(statement, *args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._db, name)
+
+
+@pytest.mark.parametrize("error", [sqlite3.OperationalError("disk I/O error"), KeyboardInterrupt()], ids=repr)
+def test_a_change_that_does_not_come_to_its_end_changes_nothing(
+    spool: Spool, tmp_path: Path, error: BaseException
+) -> None:
+    d = make()
+    db = spool._db
+    spool.put([b"a"])
+    spool.replay(d)
+    expected: Any = SpoolError if isinstance(error, sqlite3.Error) else type(error)
+    for statement in ("BEGIN", "COMMIT"):
+        with mock.patch.object(spool, "_db", FailingAt(db, statement, error)):
+            with pytest.raises(expected) as caught:
+                spool.put([b"b"])
+            if isinstance(caught.value, SpoolError):
+                assert caught.value.rest == [b"b"]
+            assert not db.in_transaction
+        assert (len(spool), in_file(tmp_path / "spool")) == (1, [b"a"])
+    batch = due(d)
+    with mock.patch.object(spool, "_db", FailingAt(db, "COMMIT", error)), pytest.raises(expected):
+        spool.done(batch)
+    assert (len(spool), spool.nbytes, in_file(tmp_path / "spool")) == (1, 1 + soak_spool.RECORD_OVERHEAD, [b"a"])
+    assert spool.replay(d) == 1  # what could not be deleted comes again
+    assert spool.done(due(d)) == 1
+
+
+@pytest.mark.parametrize("arguments", [{"max_bytes": 0}, {"max_bytes": 9, "synchronous": "OFF"}])
+def test_a_bad_argument_of_the_spool_is_named(tmp_path: Path, arguments: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{list(arguments)[-1]} must be "):
+        Spool(tmp_path / "spool", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("records", [b"secret", "secret", None, [b"a", "secret"]])
+def test_records_that_are_none_are_refused_and_not_shown(spool: Spool, records: Any) -> None:
+    with pytest.raises(TypeError) as caught:
+        spool.put(records)
+    assert "secret" not in str(caught.value)
+    assert len(spool) == 0
+
+
+def test_one_spool_at_a_time_has_the_file(spool: Spool, tmp_path: Path) -> None:
+    with pytest.raises(SpoolError, match="in use by another Spool"):
+        Spool(tmp_path / "spool", max_bytes=1000)
+    spool.put([b"left"])
+    spool.close()
+    spool.close()
+    with pytest.raises(SpoolError, match="is closed") as caught:
+        spool.put([b"late"])
+    assert caught.value.rest == [b"late"]
+    assert "not open" in repr(spool)
+    with Spool(tmp_path / "spool", max_bytes=1) as again:  # a lower limit takes nothing away
+        assert (len(again), again.nbytes) == (1, 4 + soak_spool.RECORD_OVERHEAD)
+        with pytest.raises(SpoolFull):
+            again.put([b""])
+
+
+def test_a_file_that_is_no_spool_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("some notes of mine\n" * 100, encoding="utf-8")
+    with contextlib.closing(sqlite3.connect(tmp_path / "database")) as db:
+        db.execute("CREATE TABLE records (mine)")
+    for name in ("text", "database"):
+        before = (tmp_path / name).read_bytes()
+        with pytest.raises(SpoolError, match=f"cannot open .*{name}: .*database"):
+            Spool(tmp_path / name, max_bytes=1000)
+        assert (tmp_path / name).read_bytes() == before
+    with pytest.raises(SpoolError, match="cannot open"):
+        Spool(tmp_path / "no" / "such" / "folder", max_bytes=1000)
+
+
+def test_a_call_that_interrupts_the_spool_is_refused(spool: Spool) -> None:
+    refused: list[SpoolError] = []
+
+    def nested() -> int:
+        try:
+            if len(refused) < 9:
+                spool.put([b"nested"])
+        except SpoolError as exc:
+            refused.append(exc)
+        return 0
+
+    spool._db.set_progress_handler(nested, 1)  # SQLite calls it in the midst of a statement
+    spool.put([b"outer"])
+    spool._db.set_progress_handler(None, 1)
+    assert len(spool) == 1
+    assert refused
+    assert all(exc.rest == [b"nested"] for exc in refused)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_is_refused_by_the_spool_and_its_exit_does_no_harm(tmp_path: Path) -> None:
+    program = """
+import os, sys
+from soak.recipes.spool import Spool, SpoolError
+
+spool = Spool("spool", max_bytes=10_000)
+spool.put([b"before"])
+pid = os.fork()
+if pid == 0:
+    for call in (lambda: spool.put([b"child"]), lambda: len(spool)):
+        try:
+            call()
+        except SpoolError as exc:
+            print("let a child open its own" in str(exc), exc.rest)
+    spool.close()
+    del spool  # SQLite closes what it has
+    sys.exit()
+print(os.waitpid(pid, 0)[1], flush=True)
+spool.put([b"after"])
+os._exit(0)  # as a kill: nothing is closed
+"""
+    done = run_python("-c", program, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True [b'child']\nTrue []\n0\n", "")
+    with Spool(tmp_path / "spool", max_bytes=10_000) as spool:
+        assert len(spool) == 2
+    assert in_file(tmp_path / "spool") == [b"before", b"after"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(["put", "replay", "enqueue", "done", "done", "keep", "forget"]).flatmap(
+            lambda verb: st.tuples(st.just(verb), st.sampled_from([b"", b"a", b"b"]))
+        ),
+        max_size=60,
+    )
+)
+def test_equal_records_keep_their_number(steps: list[tuple[str, bytes]]) -> None:
+    """Whichever of equal records is reported or kept: what comes out once more is what came in, to the very number."""
+    with tempfile.TemporaryDirectory() as folder, Spool(Path(folder, "spool"), max_bytes=tempo.MiB) as spool:
+        d = make(max_buffered_bytes=3, max_batch_bytes=1)  # so that equal records can be in different batches
+        expected: Counter[bytes] = Counter()
+        came: Counter[bytes] = Counter()
+        for verb, record in steps:
+            if verb == "put":
+                expected[record] += spool.put([record])
+            elif verb == "enqueue":
+                spool.enqueue(d, record)
+                expected[record] += 1
+            elif verb == "replay":
+                spool.replay(d)
+            elif d.stats().buffered:
+                batch = due(d)
+                if verb == "done":
+                    assert spool.done(batch) <= len(batch)  # a row for each record at most: a kill now loses none
+                    came.update(batch.tolist())
+                elif verb == "keep":
+                    spool.keep([batch])
+                else:  # returned to the dispatcher, as if it had never been received
+                    d.enqueue_many(batch)
+        while len(spool) or d.stats().buffered:
+            spool.replay(d)
+            batch = due(d)
+            spool.done(batch)
+            came.update(batch.tolist())
+        assert came == expected
+
+
+KILLED = """
+import contextlib, random, sys, time, tempo
+from soak.recipes.spool import Spool, SpoolFull
+
+number = int(sys.argv[1])
+dice = random.Random(number)
+spool = Spool("spool", max_bytes=20_000)
+d = tempo.Dispatcher(interval=0.001, max_buffered_bytes=400, max_batch_bytes=150)
+logs = {name: open(name, "ab", buffering=0) for name in ("taken", "delivered")}
+
+def log(name, records):  # a kill may cut it short: what was cut is known by its length
+    logs[name].write(b"".join(b"\\n" + record for record in records) + b"\\n")
+
+def handler(batch):
+    fate = dice.random()
+    if fate < 0.1:
+        raise OSError("not sent")
+    log("delivered", batch.tolist())
+    if fate < 0.2:
+        raise OSError("sent, and the answer lost")
+    spool.done(batch)
+
+def on_error(exc, batch):
+    with contextlib.suppress(SpoolFull):  # what the file has not taken is promised to nobody
+        spool.keep([batch])
+        log("taken", batch.tolist())
+
+d.start(handler, on_error=on_error)
+print("ready", flush=True)
+n = 0
+while number >= 0:  # until it is killed
+    records = [b"%04d-%06d" % (number, n + i) for i in range(dice.choice([1, 11]))]
+    n += len(records)
+    try:
+        log("taken", records[spool.enqueue_many(d, records):])
+    except SpoolFull:
+        time.sleep(0.001)
+    spool.replay(d, timeout=dice.choice([0.0, 0.002]))
+while len(spool):
+    spool.replay(d, timeout=1.0)
+    d.flush(1.0)
+d.shutdown(10.0)
+"""
+
+
+@pytest.mark.slow
+def test_nothing_that_the_spool_has_taken_is_lost_by_twenty_kills(tmp_path: Path) -> None:
+    dice = random.Random()
+    for number in range(20):
+        command = [sys.executable, "-c", KILLED, str(number)]
+        with subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+            time.sleep(dice.uniform(0.0, 0.1))
+            process.kill()
+    done = run_python("-c", KILLED, "-1", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    taken, delivered = (
+        {line for line in (tmp_path / name).read_bytes().split(b"\n") if len(line) == len(b"0000-000000")}
+        for name in ("taken", "delivered")
+    )
+    assert len({record[:4] for record in taken}) > 10  # runs in which the file took something
+    assert len(taken) > 500
+    assert taken - delivered == set()

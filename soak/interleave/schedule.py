@@ -9,14 +9,15 @@ passes only when nothing else can, and runs can be repeated.
 from __future__ import annotations
 
 import asyncio
+import dis
 import inspect
 import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import CodeType, FrameType, ModuleType
 from typing import Any
 from unittest import mock
 
@@ -79,6 +80,7 @@ class Schedule:
         self.turn = closed_lock()  # the controller's
         self.actors: list[Actor] = []
         self.by_line = False  # stops are counted in lines, not in bytecodes
+        self.at_signals = False  # or only in those before which the interpreter looks for signals
         self.over = False
         __import__("tempo")  # so that what it imports is there, with the real threading
         threads, clock, self.module = ModuleType("threading"), ModuleType("time"), ModuleType("tempo_in_a_schedule")
@@ -87,7 +89,7 @@ class Schedule:
         vars(threads).update(RLock=vars(threads)["_RLock"])
         vars(clock).update(vars(time), monotonic=lambda: self.now)
         modules = {"threading": threads, "time": clock, self.module.__name__: self.module}
-        with mock.patch.dict(sys.modules, modules):
+        with mock.patch.dict(sys.modules, modules), mock.patch("atexit.register"), mock.patch("os.register_at_fork"):
             exec(compile(source or SOURCE.read_text(encoding="utf-8"), str(SOURCE), "exec"), vars(self.module))
 
     def run(self, actor: Actor, stop_at: int = 0) -> str:
@@ -136,7 +138,7 @@ class Schedule:
         return self._local
 
     def _local(self, frame: FrameType, event: str, arg: object) -> Any:
-        if event in ("opcode", "line"):
+        if event in ("opcode", "line") and not (self.at_signals and frame.f_lasti not in signal_points(frame.f_code)):
             self.point()
         return self._local
 
@@ -222,3 +224,10 @@ class Loop(asyncio.BaseEventLoop):
     def _write_to_self(self) -> None:
         self._woken = True
         self._schedule.wake(self)
+
+
+@cache
+def signal_points(code: CodeType) -> set[int]:
+    """Return the offsets of bytecodes before which CPython looks for signals: behind calls, and at the beginning."""
+    every = list(dis.get_instructions(code))
+    return {after.offset for one, after in zip(every, every[1:]) if one.opname.startswith(("CALL", "RESUME"))}

@@ -21,7 +21,7 @@ class Plan(NamedTuple):
     calls: tuple[str, ...]
     state: str
     consumer: bool  # one waits already when they begin
-    nested: bool = False  # the second interrupts the first in its thread
+    nested: bool = False  # the second is made within the first, in its thread
 
     @property
     def kind(self) -> str:
@@ -38,8 +38,10 @@ PAIRS = (
     *itertools.product(PRODUCERS, ("enqueue", "enqueue_many", "get", "flush", "shutdown", "stop", "stats")),
     *itertools.product(OTHERS, (*PRODUCERS, *OTHERS, "stats")),
 )
-INSIDE = ("enqueue", "enqueue waiting", "enqueue two", "enqueue_many", "stats")
-NESTED = tuple(itertools.product((*PRODUCERS, *OTHERS, "stats"), INSIDE))
+INSIDE = ("enqueue", "enqueue waiting", "enqueue two", "enqueue_many", "stats", "interrupt")
+NESTED = [
+    pair for pair in itertools.product((*PRODUCERS, *OTHERS, "stats"), INSIDE) if pair != ("aenqueue", "interrupt")
+]
 TRIPLES = (("enqueue", "enqueue", "get"), ("enqueue", "enqueue", "wait"),
            ("enqueue", "shutdown", "wait"), ("shutdown", "enqueue", "wait"))  # fmt: skip
 DEEP_STATES = ("empty", "open batch with credit", "one short of a batch", "one short of the buffer", "full, one waits")
@@ -58,6 +60,7 @@ def play(schedule: Schedule, plan: Plan, stops: Sequence[int], order: int = 0) -
     stopped goes on first. Raises AssertionError, and what else came out of tempo.
     """
     schedule.by_line = len(stops) > 1
+    schedule.at_signals = plan.calls[-1] == "interrupt"
     scene = Scene(schedule, plan.state, plan.consumer, plan.nested)
     try:
         actors = [scene.begin(call) for call in plan.calls[: len(stops)]]
@@ -65,7 +68,7 @@ def play(schedule: Schedule, plan: Plan, stops: Sequence[int], order: int = 0) -
             actors[0].nested = lambda: CALLS[plan.calls[1]](scene, "Z")
         for actor, stop in zip(actors, stops, strict=True):
             if schedule.run(actor, stop) == "blocked" and len(stops) == 1:
-                schedule.run(scene.begin("nudge"))
+                scene.nudge()
                 if schedule.ready(actor):  # what it waited for has come: on to the stop
                     schedule.run(actor, stop)
         stopped = [actor.steps >= stop for actor, stop in zip(actors, stops, strict=True)]

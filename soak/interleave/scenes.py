@@ -3,334 +3,324 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
-from collections.abc import Callable, Sequence
-from types import ModuleType
+from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
-from soak.interleave.schedule import Actor, Schedule
+from soak.interleave.schedule import Actor, Loop, Schedule
 
-INTERVAL = 10.0  # seconds of the schedule's clock
-SMALL, LARGE = 8, 8 * 1024  # bytes of a payload, where producers do not rest, and where they do
-
-
-class Broken(AssertionError):
-    """Something that must hold does not."""
-
-
-def must(condition: object, what: str) -> None:
-    if not condition:
-        raise Broken(what)
-
-
-class Payload(NamedTuple):
-    """What became of a payload that a call was given."""
-
-    data: bytes
-    accepted: bool
-    at: float  # by the schedule's clock, when the call ended
-    error: Exception | None
-
-
-class Scene:
-    """One dispatcher, the calls made to it, and the record of what came of them."""
-
-    def __init__(self, module: ModuleType, state: str, consumer: bool, private: bool = True) -> None:
-        self.module = module
-        self.schedule = Schedule(module, private)
-        self.offered: list[Payload] = []
-        self.received: list[tuple[float, list[bytes]]] = []
-        self.handed_back: list[bytes] = []
-        self.taking = 0  # calls that may have taken a batch which they have not recorded yet
-        self.closing = ""  # "shutdown" or "stop", once it was called
-        self.closed = False  # one of them has come so far that nothing is accepted any more
-        self.numbers: dict[str, int] = {}
-        self.calls: list[tuple[str, Actor]] = []
-        self.took = False  # something has left since the state was set up
-        settings = STATES[state]
-        self.size: int = settings.size
-        self.limit = settings.payloads * self.size
-        self.batch = self.limit + 1 if settings.batch is None else settings.batch * self.size
-        self.d = module.Dispatcher(
-            interval=INTERVAL,
-            max_buffered_bytes=self.limit,
-            max_batch_bytes=None if settings.batch is None else self.batch,
-        )
-        self.schedule.adopt(self.d)
-        if settings.primed:
-            self.fill(2)
-            self.call_flush(0)
-            self.call_get()
-        self.consumer = consumer
-        if consumer:
-            self.begin("consumer")
-            self.schedule.settle(time_passes=False)
-        self.fill(settings.fill)
-        for call in settings.calls:
-            self.schedule.run(self.begin(call))
-        if not self.closing:  # a consumer would make an end of it
-            self.schedule.settle(time_passes=False)
-        self.took = False
-        self.closed = bool(self.closing)
-
-    # -- Setting up --------------------------------------------------------------------------------------------------
-
-    def fill(self, n: int) -> None:
-        for _ in range(n):
-            self.call_enqueue("f")
-
-    def begin(self, call: str, counts: bool = False) -> Actor:
-        """Make an actor for a call."""
-        producer = chr(ord("A") + len(self.calls))
-        actor = self.schedule.actor(lambda: CALLS[call](self, producer), counts)
-        self.calls.append((call, actor))
-        return actor
-
-    # -- Calls, each in its actor's thread, recorded -----------------------------------------------------------------
-
-    def payload(self, producer: str, size: int = 0) -> bytes:
-        number = self.numbers[producer] = self.numbers.get(producer, -1) + 1
-        return f"{producer}{number}".encode().ljust(size or self.size, b".")
-
-    def offer(self, data: bytes, error: Exception | None = None) -> None:
-        self.offered.append(Payload(data, error is None, self.schedule.now, error))
-
-    def call_enqueue(self, producer: str, timeout: float | None = 0.0, size: int = 0) -> None:
-        data = self.payload(producer, size)
-        closed = self.closed
-        try:
-            self.d.enqueue(data, timeout=timeout)
-        except self.module.Error as error:
-            self.refused(data, error)
-        else:
-            must(not closed, f"{producer}: accepted after {self.closing}")
-            self.offer(data)
-
-    def call_enqueue_many(self, producer: str) -> None:
-        many = [self.payload(producer) for _ in range(3)]
-        closed = self.closed
-        try:
-            n = self.d.enqueue_many(many)
-        except self.module.Error as error:
-            n = error.accepted
-            self.refused(many[n], error)
-            for data in many[n + 1 :]:
-                self.offer(data, error)
-        must(not closed or not n, f"{producer}: accepted after {self.closing}")
-        for data in many[:n]:
-            self.offer(data)
-
-    def refused(self, data: bytes, error: Any) -> None:
-        self.offer(data, error)
-        if isinstance(error, self.module.QueueFull):
-            must(error.buffered_bytes + error.needed > error.max_buffered_bytes, f"refused, and it fits: {error}")
-
-    def receive(self, batch: Any) -> None:
-        self.received.append((self.schedule.now, batch.tolist()))
-
-    def call_get(self, timeout: float | None = 0) -> bool:
-        """Return whether there may be more."""
-        self.taking += 1
-        self.took = True
-        try:
-            self.receive(self.d.get(timeout))
-        except queue.Empty:
-            must(timeout is not None, "get without a timeout ran out of time")
-            return False
-        except self.module.Stopped:
-            must(self.closing, "Stopped, and nobody has stopped it")
-            return False
-        finally:
-            self.taking -= 1
-        return True
-
-    def call_consume(self) -> None:
-        while self.call_get(None):
-            pass
-
-    def call_flush(self, timeout: float | None = None) -> None:
-        before = {p.data for p in self.offered if p.accepted}
-        if self.d.flush(timeout):
-            out = {data for _, batch in self.received for data in batch}
-            must(self.taking or before <= out, "flush returned before all was delivered")
-        else:
-            must(timeout is not None or self.closing == "stop", "flush gave up")
-
-    def call_shutdown(self) -> None:
-        self.closing = self.closing or "shutdown"
-        try:
-            self.d.shutdown()
-        except self.module.Stopped:
-            must(self.closing == "stop", "shutdown: Stopped, and nobody has stopped it")
-        else:
-            self.closed = True
-            must(self.taking or self.d.stats().buffered == 0, "shutdown returned before all was delivered")
-
-    def call_stop(self) -> None:
-        self.closing = "stop"
-        self.took = True
-        for batch in self.d.stop():
-            self.handed_back += batch.tolist()
-        self.closed = True
-
-    def call_stats(self) -> None:
-        t = self.d.stats()
-        must(t.accepted == t.delivered + t.in_flight + t.buffered + t.discarded, f"out of balance: {t}")
-        must(0 <= t.buffered_bytes <= t.peak_buffered_bytes <= self.limit, f"out of bounds: {t}")
-
-    def call_nudge(self) -> None:
-        """What lets a call that waits go on: room, or a batch."""
-        if not any(p.accepted for p in self.offered[-1:]):
-            self.call_enqueue("n")
-        self.call_flush(0)
-        while self.call_get():
-            self.call_flush(0)
-
-    # -- What must hold when all have gone on as far as they can -----------------------------------------------------
-
-    def check(self) -> None:
-        """Let all go on until none can, look, empty the dispatcher, and look again. Raises Broken."""
-        self.schedule.settle(time_passes=False)
-        if any(call in ("consumer", "wait") and actor.state == "blocked" for call, actor in self.calls):
-            # By the record: to ask the dispatcher would help it.
-            out = sum(len(data) for _, batch in self.received for data in batch)
-            there = sum(len(p.data) for p in self.offered if p.accepted) - out
-            must(there < self.batch, f"{there} bytes are more than a batch, and a consumer waits")
-        self.schedule.settle()
-        self.errors()
-        self.d._check()
-        t = self.d.stats()
-        accepted = [p for p in self.offered if p.accepted]
-        must(t.accepted == t.delivered + t.buffered + t.discarded, f"out of balance: {t}")
-        must(t.buffered_bytes <= t.peak_buffered_bytes <= self.limit, f"over the limit: {t}")
-        waiting = [call for call, actor in self.calls if actor.state == "blocked"]
-        if {"consumer", "wait"} & set(waiting):
-            must(not t.buffered, f"a consumer waits, and {t.buffered} are there for it")
-            must(
-                not {"enqueue waiting", "enqueue more", "flush", "shutdown"} & set(waiting),
-                f"a consumer waits, and so do {waiting}",
-            )
-        if {"enqueue waiting", "enqueue more"} & set(waiting):
-            needed = self.d._state.producers[0].entry.charge
-            must(t.buffered_bytes + needed > self.limit, f"waits for room that is there: {needed} bytes, {t}")
-        if t.buffered == 0:
-            must(not {"flush", "shutdown"} & set(waiting), f"all is delivered, and {waiting} wait")
-        if not self.took:  # then the room has only become less, and must be used up
-            full = [len(p.data) for p in self.offered if isinstance(p.error, self.module.QueueFull)]
-            must(t.buffered_bytes + min(full, default=self.limit + 1) > self.limit, f"refused what fits: {t}")
-        must(all(p.error is None or self.closing or isinstance(p.error, self.module.QueueFull) for p in self.offered),
-             "Closed, and nobody has closed it")  # fmt: skip
-        if self.consumer:  # it needed nobody's help
-            at = {data: when for when, batch in self.received for data in batch}
-            late = [p for p in accepted if p.data in at and at[p.data] > p.at + INTERVAL]
-            must(not late, f"later than the interval: {late}")
-        self.empty()
-        self.census()
-
-    def empty(self) -> None:
-        """Take out what is there, until every call has ended."""
-        for _ in range(1000):
-            self.call_flush(0)
-            more = self.call_get()
-            self.schedule.settle()
-            if not more and not self.d.stats().buffered:
-                break
-        waiting = [call for call, actor in self.calls if actor.state == "blocked" and call not in ("consumer", "wait")]
-        must(not waiting, f"all is taken, and {waiting} wait")
-        must(not self.closing or not any(actor.state == "blocked" for _, actor in self.calls), "waits after the end")
-        if self.closing == "shutdown":
-            must(self.d.stats().state == "stopped", "drained, and not stopped")
-        self.call_stop()
-        self.schedule.settle()
-        must(all(actor.state == "idle" for _, actor in self.calls), "stopped, and somebody waits")
-        self.errors()
-        self.d._check()
-
-    def errors(self) -> None:
-        for call, actor in self.calls:
-            if actor.error is not None:
-                raise Broken(f"{call} raised {actor.error!r}") from actor.error
-
-    def census(self) -> None:
-        """Every accepted payload came out once, no refused one did, in order for each producer; all is counted."""
-        out = [data for _, batch in self.received for data in batch]
-        came = out + self.handed_back
-        accepted = {p.data for p in self.offered if p.accepted}
-        must(len(came) == len(set(came)), "repeated")
-        must(accepted <= set(came), f"lost: {sorted(accepted - set(came))}")
-        must(set(came) <= accepted, f"refused, and delivered: {sorted(set(came) - accepted)}")
-        for some in (out, self.handed_back):
-            last: dict[bytes, int] = {}
-            for data in some if self.ordered else ():
-                producer, number = data[:1], int(data[1:].rstrip(b"."))
-                must(last.get(producer, -1) < number, f"out of order: {some}")
-                last[producer] = number
-        t = self.d.stats()
-        must(t.accepted == len(accepted), f"{len(accepted)} were accepted: {t}")
-        must(t.rejected == self.rejections(), f"{self.rejections()} were refused: {t}")
-        must(t.delivered == len(out) and t.discarded == len(self.handed_back), f"{len(out)} were delivered: {t}")
-        must((t.buffered, t.waiting_producers, t.waiting_consumers) == (0, 0, 0), f"left behind: {t}")
-
-    @property
-    def ordered(self) -> bool:
-        """Whether batches were recorded in the order in which they were taken: not when two consumers were at it."""
-        return sum(call in ("consumer", "wait", "get") for call, _ in self.calls) < 2
-
-    def rejections(self) -> int:
-        return len({id(p.error) for p in self.offered if p.error is not None})
-
-
-CALLS: dict[str, Callable[[Scene, str], object]] = {
-    "enqueue": lambda scene, producer: scene.call_enqueue(producer),
-    "enqueue waiting": lambda scene, producer: scene.call_enqueue(producer, None),
-    "enqueue more": lambda scene, producer: scene.call_enqueue(producer, None, 4 * scene.size),
-    "enqueue_many": lambda scene, producer: scene.call_enqueue_many(producer),
-    "get": lambda scene, producer: scene.call_get(),
-    "flush": lambda scene, producer: scene.call_flush(),
-    "shutdown": lambda scene, producer: scene.call_shutdown(),
-    "stop": lambda scene, producer: scene.call_stop(),
-    "stats": lambda scene, producer: scene.call_stats(),
-    "wait": lambda scene, producer: scene.call_get(None),
-    "consumer": lambda scene, producer: scene.call_consume(),
-    "nudge": lambda scene, producer: scene.call_nudge(),
-}
-"""What an actor does, by name."""
+INTERVAL = 0.5  # seconds of the schedule's clock; less than LOOK_UP, which would hide a timer that nobody set
+LOOK_UP = 1.0  # seconds after which a waiting thread looks anyway
+SIZE = 500  # bytes of a payload: what credit covers at first
+MORE = 4 * SIZE  # of one for which there may be no room while there is some for others
 
 
 class State(NamedTuple):
     """A dispatcher to interleave calls on: how large it is, and what has happened to it."""
 
-    payloads: int  # that it has room for
-    fill: int  # payloads that are in it, put there when the consumer has begun to wait, if there is one
-    batch: int | None = None  # payloads of a full one
-    primed: bool = True  # it has seen how large payloads are
-    size: int = SMALL
-    calls: Sequence[str] = ()  # that are under way then
+    room: int  # payloads
+    batch: int | None  # payloads of a full batch
+    fill: int  # payloads that were accepted, after a consumer began to wait if there is one
+    calls: tuple[str, ...] = ()  # that are under way
 
 
 STATES = {
-    "empty": State(100, 0, primed=False),
-    "plenty of room": State(100, 3),
-    "one short of a batch": State(100, 4, batch=5),
-    "one short of the buffer": State(6, 5),
-    "full, one waits": State(6, 6, calls=("enqueue more",)),
-    "full batch, two wait": State(6, 6, batch=6, calls=("enqueue more", "enqueue more")),
-    "shutting down": State(100, 3, batch=2, calls=("shutdown",)),
-    # Not primed, so that the payloads are larger than credit covers: each call takes the exact way.
-    "half full, producers rest": State(8, 4, primed=False, size=LARGE),
+    "empty": State(64, None, 0),
+    "open batch with credit": State(64, None, 3),
+    "one short of a batch": State(64, 16, 15),
+    "closed batch": State(64, 16, 18),
+    "one short of the buffer": State(16, None, 15),
+    "full, one waits": State(16, None, 16, calls=("enqueue more",)),
+    "full batches, two wait": State(16, 4, 16, calls=("enqueue more", "enqueue more")),
+    "shutting down": State(64, 4, 6, calls=("shutdown",)),
 }
-DEEP_STATES = ("empty", "plenty of room", "one short of a batch", "one short of the buffer", "full, one waits")
-"""Those in which three calls are interleaved."""
+WAITS = ("consumer", "async consumer", "wait")
+PRODUCERS = ("enqueue", "enqueue waiting", "enqueue more", "aenqueue")
 
-PRODUCERS = ("enqueue", "enqueue waiting", "enqueue_many")
-OTHERS = ("get", "flush", "shutdown", "stop", "wait")
-PAIRS: Sequence[tuple[str, str]] = (
-    *((a, b) for a in PRODUCERS for b in ("enqueue", "enqueue_many", "get", "flush", "shutdown", "stop", "stats")),
-    *((a, b) for a in OTHERS for b in (*PRODUCERS, *OTHERS, "stats")),
-)
-TRIPLES: Sequence[tuple[str, str, str]] = (
-    ("enqueue", "enqueue", "get"),
-    ("enqueue", "enqueue", "wait"),
-    ("enqueue", "shutdown", "wait"),
-    ("shutdown", "enqueue", "wait"),
-)
+
+class Offer(NamedTuple):
+    """What became of a payload that a call was given."""
+
+    data: bytes
+    error: Any  # None: it was accepted
+    ended: float  # when the call did
+    before: int  # offers on record when it began
+
+
+def brief(payloads: Iterable[bytes]) -> list[bytes]:
+    return [data.rstrip(b".") for data in payloads]
+
+
+class Scene:
+    """One dispatcher, the calls made to it, and the record of what came of them."""
+
+    def __init__(self, schedule: Schedule, name: str, consumer: bool, nested: bool = False) -> None:
+        """consumer: one takes batches from the beginning. nested: a call interrupts another in its thread."""
+        self.schedule = schedule
+        self.tempo: Any = schedule.module
+        self.offers: list[Offer] = []
+        self.received: list[tuple[float, list[bytes]]] = []
+        self.handed_back: list[bytes] = []
+        self.taking = 0  # calls that may have a batch which is not on record yet
+        self.took = False  # something has left since the state was set up
+        self.unsure: set[bytes] = set()  # payloads of an interrupted call
+        self.closing = ""  # "shutdown" or "stop", once that was called; "perhaps", when it was interrupted
+        self.closed = False  # that went so far that nothing is accepted any more
+        self.calls: list[tuple[str, Actor]] = []
+        state = STATES[name]
+        self.limit = state.room * SIZE
+        self.batch = state.batch * SIZE if state.batch else None
+        self.exact = not nested  # else a call may be refused while credit is out
+        self.delay = LOOK_UP if nested else 0.0  # of a wake-up that came from a nested call before the wait for it
+        limits = {"max_buffered_bytes": self.limit, "max_batch_bytes": self.batch}
+        self.d = self.tempo.Dispatcher(interval=INTERVAL, **limits)
+        self.consumer = consumer
+        if consumer:
+            self.begin("async consumer" if nested else "consumer")
+            schedule.settle()
+        for _ in range(state.fill):
+            self.enqueue("f")
+        for call in state.calls:
+            schedule.run(self.begin(call))
+        if not self.closing:  # a consumer would make an end of it
+            schedule.settle()
+        self.took, self.closed = False, bool(self.closing)
+
+    def begin(self, call: str) -> Actor:
+        """Make an actor for a call."""
+        actor = Actor(self.schedule, partial(CALLS[call], self, chr(ord("A") + len(self.calls))))
+        self.calls.append((call, actor))
+        return actor
+
+    def waiting(self, *names: str) -> list[str]:
+        """Return those calls of these names that wait."""
+        return [call for call, actor in self.calls if actor.state == "blocked" and call in names]
+
+    # -- Calls, each in its actor's thread, on record ----------------------------------------------------------------
+
+    def offer(self, producer: str, sizes: list[int], call: Callable[[list[bytes]], object]) -> None:
+        """Make a call that offers payloads, and put on record what came of it."""
+        number = sum(offer.data.startswith(producer.encode()) for offer in self.offers)
+        payloads = [f"{producer}{number + i}".encode().ljust(size, b".") for i, size in enumerate(sizes)]
+        before, closed = len(self.offers), self.closed
+        error: Any = None
+        accepted = len(payloads)
+        try:
+            call(payloads)
+        except self.tempo.Error as raised:
+            error = raised
+            accepted = getattr(error, "accepted", 0)
+        except KeyboardInterrupt:
+            self.unsure.update(payloads)
+            raise
+        if self.exact and isinstance(error, self.tempo.QueueFull):
+            assert error.buffered_bytes + error.needed > error.max_buffered_bytes, f"refused, and it fits: {error}"
+        assert not closed or not accepted, f"accepted after {self.closing}"
+        for i, data in enumerate(payloads):
+            self.offers.append(Offer(data, error if i >= accepted else None, self.schedule.now, before))
+
+    def enqueue(self, producer: str, timeout: float | None = 0.0, size: int = SIZE) -> None:
+        self.offer(producer, [size], lambda payloads: self.d.enqueue(payloads[0], timeout))
+
+    def enqueue_many(self, producer: str) -> None:
+        self.offer(producer, [SIZE] * 3, self.d.enqueue_many)
+
+    def enqueue_two(self, producer: str) -> None:
+        """Offer one that may be too large for what is free, and one that may fit: they must not change places."""
+        self.enqueue(producer, size=MORE)
+        self.enqueue(producer)
+
+    def aenqueue(self, producer: str) -> None:
+        self.offer(producer, [SIZE], lambda payloads: self.in_a_loop(self.d.aenqueue(payloads[0])))
+
+    def in_a_loop(self, work: Coroutine[Any, Any, object]) -> None:
+        with contextlib.closing(Loop(self.schedule)) as loop:
+            loop.run_until_complete(work)
+
+    def get(self, producer: str, timeout: float | None = 0.0) -> bool:
+        """Take a batch; return whether there may be more."""
+        self.took = True
+        self.taking += 1
+        try:
+            self.received.append((self.schedule.now, self.d.get(timeout).tolist()))
+        except queue.Empty:
+            assert timeout is not None, "get without a timeout ran out of time"
+            return False
+        except self.tempo.Stopped:
+            assert self.closing, "Stopped, and nobody has stopped it"
+            return False
+        except KeyboardInterrupt:
+            self.taking += 1  # for good: it may be lost
+            raise
+        finally:
+            self.taking -= 1
+        return True
+
+    def consume(self, producer: str) -> None:
+        while self.get(producer, None):
+            pass
+
+    def aconsume(self, producer: str) -> None:
+        async def take_all() -> None:
+            async for batch in self.d:
+                self.received.append((self.schedule.now, batch.tolist()))
+
+        self.in_a_loop(take_all())
+        assert self.closing, "the end, and nobody has stopped it"
+
+    def flush(self, producer: str) -> None:
+        before = self.accepted()
+        if self.d.flush():
+            assert self.taking or before <= self.out(), "flush returned before all was delivered"
+        else:
+            assert self.closing == "stop", "flush gave up"
+
+    def shutdown(self, producer: str) -> None:
+        self.closing = self.closing or "shutdown"
+        try:
+            self.d.shutdown()
+            assert self.taking or self.d.stats().buffered == 0, "shutdown returned before all was delivered"
+        except self.tempo.Stopped:
+            assert self.closing == "stop", "shutdown raised Stopped, and nobody has stopped it"
+        self.closed = True
+
+    def stop(self, producer: str) -> None:
+        self.took, self.closing = True, "stop"
+        for batch in self.d.stop():
+            self.handed_back += batch.tolist()
+        self.closed = True
+
+    def stats(self, producer: str) -> Any:
+        t = self.d.stats()
+        assert t.accepted == t.delivered + t.in_flight + t.buffered + t.discarded, f"out of balance: {t}"
+        assert 0 <= t.buffered_bytes <= t.peak_buffered_bytes <= self.limit, f"out of bounds: {t}"
+        return t
+
+    def interrupt(self, producer: str) -> None:
+        """Do what Ctrl-C does. Who was interrupted in shutdown or stop makes the call again."""
+        raise KeyboardInterrupt
+
+    def nudge(self) -> None:
+        """Do what lets a call that waits go on: put in a payload, and make room."""
+        self.enqueue("n")
+        self.d.flush(0)
+        while self.get(""):
+            self.d.flush(0)
+
+    # -- What must hold when all have gone on as far as they can -----------------------------------------------------
+
+    def interrupted(self) -> bool:
+        return any(actor.error for _, actor in self.calls)
+
+    def accepted(self) -> set[bytes]:
+        return {offer.data for offer in self.offers if offer.error is None}
+
+    def out(self) -> set[bytes]:
+        return {data for _, batch in self.received for data in batch}
+
+    def check(self) -> None:
+        """Let all go on until none can; look; let the interval pass; take out what is there; stop."""
+        self.schedule.settle(self.delay)
+        self.look()
+        self.schedule.settle(INTERVAL)
+        t = self.look()
+        assert not self.waiting(*WAITS) or not t.buffered, f"a consumer waits, and the interval is over: {t}"
+        if self.consumer:  # it needed nobody's help
+            at = {data: when for when, batch in self.received for data in batch}
+            late = [offer.data for offer in self.offers if at.get(offer.data, 0) > offer.ended + INTERVAL]
+            assert not late, f"later than the interval: {brief(late)}"
+        if self.interrupted():  # is it as good as before?
+            for _ in range(3):
+                self.enqueue("i")
+            if self.closing:
+                self.stop("")
+        self.empty()
+        assert not self.closing or self.d.stats().state == "stopped", "drained, and not stopped"
+        waiting = [call for call, actor in self.calls if actor.state != "ended" and (self.closing or call not in WAITS)]
+        assert not waiting, f"all is taken, and {waiting} wait"
+        self.stop("")
+        self.schedule.settle()
+        assert all(actor.state == "ended" for _, actor in self.calls), "stopped, and somebody waits"
+        self.look()
+        self.census()
+
+    def empty(self) -> None:
+        """Take out all that comes without waiting."""
+        more = True
+        while more or self.d.stats().buffered:
+            self.d.flush(0)
+            more = self.get("")
+            self.schedule.settle()
+
+    def look(self) -> Any:
+        """Look at those who wait, and at the books, while no call is going on."""
+        for call, actor in self.calls:
+            if actor.error is not None and not isinstance(actor.error, KeyboardInterrupt):
+                raise AssertionError(f"{call} raised {actor.error!r}") from actor.error
+        if self.waiting(*WAITS):  # by the record: to ask the dispatcher might help it
+            there = sum(map(len, self.accepted() - self.out()))
+            assert self.taking or self.batch is None or there < self.batch, (
+                f"a consumer waits, and {there} bytes are there for it"
+            )
+            others = self.waiting(*PRODUCERS, "flush", "shutdown")
+            assert not others, f"a consumer waits, and so do {others}"
+            for offer in self.offers:
+                if isinstance(offer.error, self.tempo.QueueFull):
+                    due = {before.data for before in self.offers[: offer.before] if before.error is None}
+                    assert self.taking or due <= self.out(), "a consumer waits, and a payload was refused"
+        self.d._check()
+        t = self.stats("")
+        assert t.state != "stopped" or t.buffered == 0 or self.interrupted(), f"stopped, and not empty: {t}"
+        if t.waiting_producers:
+            assert t.buffered_bytes + MORE > self.limit, f"a producer waits for room that is there: {t}"
+        if t.buffered == 0:
+            assert not self.waiting("flush", "shutdown"), f"all is delivered, and who drains waits: {t}"
+        if not self.took and self.exact:  # then the room has only become less, and must be used up
+            for offer in self.offers:
+                if isinstance(offer.error, self.tempo.QueueFull):
+                    assert t.buffered_bytes + len(offer.data) > self.limit, f"refused what fits: {t}"
+        return t
+
+    def census(self) -> None:
+        """See that each accepted payload came out once, in order for each producer, no other did, and all is counted."""
+        out = [data for _, batch in self.received for data in batch]
+        came, accepted, t = out + self.handed_back, self.accepted(), self.d.stats()
+        gone = t.delivered - len(out)  # payloads of a batch that was on its way out of an interrupted call
+        assert gone == 0 or self.taking, f"{len(out)} were delivered: {t}"
+        assert len(came) == len(set(came)), "repeated"
+        assert len(accepted - set(came)) <= gone, f"lost: {brief(accepted - set(came))}"
+        assert set(came) <= accepted | self.unsure, f"refused, and delivered: {brief(set(came) - accepted)}"
+        if sum(call in (*WAITS, "get") for call, _ in self.calls) < 2:  # else they are on record in any order
+            for some in (out, self.handed_back):
+                last: dict[bytes, int] = {}
+                for data in some:
+                    producer, number = data[:1], int(data[1:].rstrip(b"."))
+                    assert last.get(producer, -1) < number, f"out of order: {brief(some)}"
+                    last[producer] = number
+        refused = len({id(offer.error) for offer in self.offers if offer.error is not None})
+        assert 0 <= t.accepted - len(accepted) <= len(self.unsure), f"{len(accepted)} were accepted: {t}"
+        assert 0 <= t.rejected - refused <= len(self.unsure), f"{refused} were refused: {t}"
+        assert t.discarded == len(self.handed_back), f"{len(self.handed_back)} were handed back: {t}"
+        assert (t.buffered, t.waiting_producers, t.waiting_consumers) == (0, 0, 0), f"left behind: {t}"
+
+
+CALLS: dict[str, Callable[[Scene, str], object]] = {
+    "enqueue": Scene.enqueue,
+    "enqueue waiting": lambda scene, producer: scene.enqueue(producer, None),
+    "enqueue more": lambda scene, producer: scene.enqueue(producer, None, MORE),
+    "enqueue two": Scene.enqueue_two,
+    "aenqueue": Scene.aenqueue,
+    "enqueue_many": Scene.enqueue_many,
+    "get": Scene.get,
+    "flush": Scene.flush,
+    "shutdown": Scene.shutdown,
+    "stop": Scene.stop,
+    "stats": Scene.stats,
+    "interrupt": Scene.interrupt,
+    "wait": lambda scene, producer: scene.get(producer, None),
+    "consumer": Scene.consume,
+    "async consumer": Scene.aconsume,
+}
+"""What an actor does, by name."""

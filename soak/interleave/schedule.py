@@ -1,30 +1,30 @@
 # SPDX-License-Identifier: MIT
 """Real threads that run one at a time, stop at a given bytecode of tempo's, and block where nobody else would.
 
-The dispatcher gets locks and a clock from here, in place of `threading`'s and `time.monotonic`: so it is known at once
-that a thread is blocked and by what, time passes only when there is nothing else to do, and each run can be repeated.
-All else is tempo's own code in threads of its own.
+A schedule loads tempo (or a broken twin) with a lock and a clock of its own: CPython's pure-Python RLock and Condition,
+built on that lock, and `time.monotonic` stand in for the real ones. So it knows at once that a thread blocks, time
+passes only when nothing else can, and runs can be repeated.
 """
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import dis
+import inspect
 import sys
 import threading
+import time
 from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
 from types import CodeType, FrameType, ModuleType
 from typing import Any
+from unittest import mock
 
+SOURCE = Path(__file__).resolve().parents[2] / "tempo.py"
 FOREVER = float("inf")
-PATIENCE = 30.0
-"""Seconds for which a thread may run, in real time, before it is taken to loop for ever."""
-
-# Those that only move what no other thread can see. To stop before one of them is to stop before the next that is none.
-_PRIVATE = (
-    "CACHE", "COPY", "DUP", "EXTENDED_ARG", "IS_OP", "JUMP", "LOAD_CONST", "LOAD_FAST", "LOAD_GLOBAL", "LOAD_SMALL_INT",
-    "NOP", "NOT_TAKEN", "POP_", "PRECALL", "PUSH_", "RESUME", "ROT_", "STORE_FAST", "SWAP", "TO_BOOL", "UNARY_NOT",
-)  # fmt: skip
+PATIENCE = 20.0
+"""Real seconds for which a thread may run before it counts as one that loops for ever."""
 
 
 class Abandoned(BaseException):
@@ -35,258 +35,199 @@ class Stuck(Exception):
     """A thread neither ended nor blocked."""
 
 
-def _closed() -> threading.Lock:
-    """A binary semaphore that nobody has signalled yet: the quickest there is."""
+def closed_lock() -> threading.Lock:
     lock = threading.Lock()
     lock.acquire()
     return lock
 
 
-class Actor:
-    """A thread that makes one call at a time, as far as it is told to go."""
+class Actor(threading.Thread):
+    """A thread of a schedule's that makes one call, as far as it is told to go."""
 
-    def __init__(self) -> None:
-        self.go = _closed()
-        self.work: Callable[[], object] | None = None
-        self.schedule: Schedule | None = None
-        self.state = "idle"  # or "ready", "stopped" (at a bytecode), "blocked"
-        self.lock: Lock | None = None  # by which it is blocked
+    def __init__(self, schedule: Schedule, work: Callable[[], object]) -> None:
+        super().__init__(daemon=True)
+        self.schedule, self.work = schedule, work
+        schedule.actors.append(self)
+        self.turn = closed_lock()
+        self.state = "ready"  # or "stopped" (at a bytecode), "blocked", "ended"
+        self.waits_for: object = None
         self.until = FOREVER  # when it goes on all the same
         self.error: BaseException | None = None
-        self.left = 0  # bytecodes until it is to stop; 0: it does not
-        self.steps = 0  # bytecodes passed while it counted them
-        self.counts = False
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
+        self.steps = self.stop_at = 0  # bytecodes passed; where to stop (0: nowhere)
+        self.nested: Callable[[], object] | None = None  # to be done there instead
+        self.start()
 
-    def _run(self) -> None:
-        while True:
-            self.go.acquire()
-            work, schedule = self.work, self.schedule
-            if work is None or schedule is None:
-                return
-            try:
-                if self.counts:
-                    # Before settrace: 3.12 looks only then whether anybody wants bytecodes.
-                    sys._getframe().f_trace_opcodes = True
-                    sys.settrace(schedule.trace)
-                work()
-            except BaseException as error:
-                self.error = error
-            finally:
-                sys.settrace(None)
-                del work
-                self.state = "idle"
-                schedule.turn.release()
-                del schedule
-
-
-_idle: list[Actor] = []  # actors of runs that are over, for later ones
-
-
-def dismiss() -> None:
-    """End the threads that are kept for later runs."""
-    while _idle:
-        actor = _idle.pop()
-        actor.go.release()
-        actor.thread.join(PATIENCE)
+    def run(self) -> None:
+        self.turn.acquire()
+        try:
+            if self.stop_at:
+                sys.settrace(self.schedule.trace)
+            self.work()
+        except BaseException as error:
+            self.error = error
+        finally:
+            sys.settrace(None)
+            self.state = "ended"
+            self.schedule.turn.release()
 
 
 class Schedule:
-    """Who runs when: one run's actors, locks and clock."""
+    """Loads a tempo, and decides which of its threads runs when."""
 
-    def __init__(self, module: ModuleType, private: bool = True) -> None:
-        """module: tempo, or a copy. private: also stop before bytecodes of which other threads see nothing."""
+    def __init__(self, source: str | None = None) -> None:
+        """source: the text of a tempo.py; else the one of this repository."""
         self.now = 1000.0
-        self.turn = _closed()  # the controller's
+        self.turn = closed_lock()  # the controller's
         self.actors: list[Actor] = []
+        self.by_line = False  # stops are counted in lines, not in bytecodes
+        self.at_signals = False  # or only in those before which the interpreter looks for signals
         self.over = False
-        self._globals = module.__dict__
-        self._private = private
-        self._by_thread: dict[int, Actor] = {}
-        self._made: list[Callable[[], RLock]] = []  # what tempo keeps locks by
+        __import__("tempo")  # so that what it imports is there, with the real threading
+        threads, clock, self.module = ModuleType("threading"), ModuleType("time"), ModuleType("tempo_in_a_schedule")
+        vars(threads).update(vars(threading), _allocate_lock=partial(Lock, self))
+        exec("".join(map(inspect.getsource, (threading._RLock, threading.Condition))), vars(threads))
+        vars(threads).update(RLock=vars(threads)["_RLock"])
+        vars(clock).update(vars(time), monotonic=lambda: self.now)
+        modules = {"threading": threads, "time": clock, self.module.__name__: self.module}
+        with mock.patch.dict(sys.modules, modules), mock.patch("atexit.register"), mock.patch("os.register_at_fork"):
+            exec(compile(source or SOURCE.read_text(encoding="utf-8"), str(SOURCE), "exec"), vars(self.module))
 
-    # -- What the dispatcher gets ------------------------------------------------------------------------------------
-
-    def clock(self) -> float:
-        return self.now
-
-    def adopt(self, dispatcher: Any) -> None:
-        """Give the dispatcher this schedule's clock and locks."""
-        dispatcher._clock = self.clock
-        dispatcher._new_lock = lambda: Lock(self)
-        dispatcher._new_rlock = lambda: RLock(self)
-        self._made.append(dispatcher._new_rlock)
-        dispatcher._renew()
-
-    # -- Actors ------------------------------------------------------------------------------------------------------
-
-    def actor(self, work: Callable[[], object], counts: bool = False) -> Actor:
-        """Make an actor for a call, which does not begin yet. counts: it can be stopped at a bytecode."""
-        actor = _idle.pop() if _idle else Actor()
-        actor.work, actor.schedule, actor.state, actor.error = work, self, "ready", None
-        actor.lock, actor.until, actor.left, actor.steps, actor.counts = None, FOREVER, 0, 0, counts
-        self.actors.append(actor)
-        assert actor.thread.ident is not None
-        self._by_thread[actor.thread.ident] = actor
-        return actor
-
-    def run(self, actor: Actor, steps: int = 0) -> str:
+    def run(self, actor: Actor, stop_at: int = 0) -> str:
         """Let an actor go on until it ends, blocks, or has passed so many bytecodes (0: no limit); return its state."""
-        if actor.state != "idle":
-            actor.left = steps
-            actor.go.release()
+        if actor.state != "ended":
+            actor.stop_at = stop_at
+            actor.turn.release()
             if not self.turn.acquire(timeout=PATIENCE):
-                raise Stuck(f"runs for {PATIENCE} s")
+                raise Stuck(f"a thread runs for {PATIENCE} s")
         return actor.state
 
     def ready(self, actor: Actor) -> bool:
         """Whether an actor can go on now."""
         return actor.state in ("ready", "stopped") or (actor.state == "blocked" and self.now >= actor.until)
 
-    def settle(self, time_passes: bool = True) -> None:
-        """Let all actors go on until none can; time passes when there is a deadline to wait for."""
+    def settle(self, seconds: float = 0.0) -> None:
+        """Let all actors go on until none can; then let the time pass, from deadline to deadline."""
+        end = self.now + seconds
         for _ in range(10_000):
             actor = next(filter(self.ready, self.actors), None)
             if actor is not None:
                 self.run(actor)
-                continue
-            until = min((actor.until for actor in self.actors if actor.state == "blocked"), default=FOREVER)
-            if until == FOREVER or not time_passes:
+            elif self.now < end:
+                self.now = min([end, *(actor.until for actor in self.actors if actor.state == "blocked")])
+            else:
                 return
-            self.now = until
         raise Stuck("goes on for ever")
 
     def close(self) -> None:
-        """End what is left of the actors."""
+        """End what is left of the run."""
         self.over = True
         for actor in self.actors:
-            for _ in range(100):
-                if actor.state == "idle":
-                    actor.work = actor.schedule = None
-                    _idle.append(actor)
-                    break
-                with contextlib.suppress(Stuck):
-                    self.run(actor)
+            while self.run(actor) != "ended":  # a `finally` may block once more
+                pass
+            actor.join(PATIENCE)
         self.actors.clear()
-        for made in self._made:  # nobody else makes locks by it again
-            self._globals["_LOCKS"].pop((made, RLock), None)
+        self.over = False
 
     # -- In an actor's thread ----------------------------------------------------------------------------------------
 
     def trace(self, frame: FrameType, event: str, arg: object) -> Any:
-        if frame.f_globals is not self._globals:
+        if frame.f_globals is not vars(self.module):
             return None
         frame.f_trace = self._local  # before the next line: 3.13 looks only then whether there is one
-        frame.f_trace_opcodes = True
-        frame.f_trace_lines = False
+        frame.f_trace_opcodes, frame.f_trace_lines = not self.by_line, self.by_line
         return self._local
 
     def _local(self, frame: FrameType, event: str, arg: object) -> Any:
-        if event == "opcode":
-            if not self._private and not _visible(frame.f_code)[frame.f_lasti]:
-                return self._local
-            actor = self._by_thread[threading.get_ident()]
-            actor.steps += 1
-            if actor.left:
-                actor.left -= 1
-                if not actor.left:
-                    self._pause(actor, "stopped")
+        if event in ("opcode", "line") and not (self.at_signals and frame.f_lasti not in signal_points(frame.f_code)):
+            self.point()
         return self._local
 
-    def _pause(self, actor: Actor, state: str) -> None:
-        """Give the turn back to the controller, until it comes again."""
-        actor.state = state
-        self.turn.release()
-        actor.go.acquire()
-        actor.state = "ready"
+    def point(self) -> None:
+        """Stop here, or make the nested call, when the actor has passed as many bytecodes as it should."""
+        actor = threading.current_thread()
+        assert isinstance(actor, Actor), "the controller itself would block"
+        actor.steps += 1
+        if actor.steps == actor.stop_at:
+            if actor.nested is None:
+                self.pause(actor, "stopped")
+            else:
+                actor.nested()
+
+    def pause(self, actor: Actor, state: str, waits_for: object = None, until: float = FOREVER) -> None:
+        """Give the turn back to the controller until it comes again."""
+        if not self.over:
+            actor.state, actor.waits_for, actor.until = state, waits_for, until
+            self.turn.release()
+            actor.turn.acquire()
+            actor.state = "ready"
         if self.over:
             raise Abandoned
 
-    def block(self, lock: Lock, until: float) -> None:
-        """Wait in this actor for a lock that another has."""
-        actor = self._by_thread.get(threading.get_ident())
-        if actor is None:
-            raise Stuck("the controller itself would block")
-        if self.over:
-            raise Abandoned
-        actor.lock, actor.until = lock, until
-        self._pause(actor, "blocked")
-        actor.lock, actor.until = None, FOREVER
+    def block(self, key: object, until: float) -> None:
+        """Wait in this actor until `wake(key)`, or until that time."""
+        actor = threading.current_thread()
+        assert isinstance(actor, Actor), "the controller itself would block"
+        self.pause(actor, "blocked", key, until)
 
-    def released(self, lock: Lock) -> None:
-        """Those who wait for the lock can try again."""
+    def wake(self, key: object) -> None:
+        """Let those go on that wait for key."""
         for actor in self.actors:
-            if actor.lock is lock and actor.state == "blocked":
+            if actor.waits_for is key and actor.state == "blocked":
                 actor.state = "ready"
 
 
 class Lock:
-    """As threading.Lock."""
+    """As threading.Lock. A wait for it is one more point at which a call can be stopped or interrupted."""
 
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
         self._held = False
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        until = FOREVER if timeout < 0 else self._schedule.now + timeout
+        schedule = self._schedule
+        until = schedule.now if not blocking else FOREVER if timeout < 0 else schedule.now + timeout
+        if self._held and schedule.now < until:
+            schedule.point()
         while self._held:
-            if not blocking or self._schedule.now >= until:
+            if schedule.now >= until:
                 return False
-            self._schedule.block(self, until)
+            schedule.block(self, until)
         self._held = True
         return True
 
     def release(self) -> None:
-        if not self._held:
-            raise RuntimeError("release unlocked lock")
         self._held = False
-        self._schedule.released(self)
+        self._schedule.wake(self)
 
 
-class RLock(Lock):
-    """As threading.RLock."""
+class Loop(asyncio.BaseEventLoop):
+    """An event loop on a schedule's clock that watches no files: where it would select, its actor blocks."""
 
     def __init__(self, schedule: Schedule) -> None:
-        super().__init__(schedule)
-        self._owner = 0
-        self._depth = 0
+        super().__init__()
+        self._schedule = schedule
+        self._selector = self
+        self._woken = False
 
-    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        me = threading.get_ident()
-        if self._owner != me:
-            if not super().acquire(blocking, timeout):
-                return False
-            self._owner = me
-        self._depth += 1
-        return True
+    def time(self) -> float:
+        return self._schedule.now
 
-    def release(self) -> None:
-        if self._owner != threading.get_ident():
-            raise RuntimeError("cannot release un-acquired lock")
-        self._depth -= 1
-        if not self._depth:
-            self._owner = 0
-            super().release()
+    def select(self, timeout: float | None) -> list[object]:
+        if timeout != 0 and not self._woken:
+            self._schedule.block(self, FOREVER if timeout is None else self.time() + timeout)
+        self._woken = False
+        return []
 
-    def _recursion_count(self) -> int:
-        return self._depth if self._owner == threading.get_ident() else 0
+    def _process_events(self, events: list[object]) -> None:
+        pass
 
-    def __enter__(self) -> bool:
-        return self.acquire()
-
-    def __exit__(self, *exc: object) -> None:
-        self.release()
+    def _write_to_self(self) -> None:
+        self._woken = True
+        self._schedule.wake(self)
 
 
-_seen: dict[CodeType, list[bool]] = {}
-
-
-def _visible(code: CodeType) -> list[bool]:
-    """By offset in the code: whether the instruction does anything that other threads may see, or see to."""
-    if code not in _seen:
-        flags = [True] * len(code.co_code)
-        for instruction in dis.get_instructions(code):
-            flags[instruction.offset] = not instruction.opname.startswith(_PRIVATE)
-        _seen[code] = flags
-    return _seen[code]
+@cache
+def signal_points(code: CodeType) -> set[int]:
+    """Return the offsets of bytecodes before which CPython looks for signals: behind calls, and at the beginning."""
+    every = list(dis.get_instructions(code))
+    return {after.offset for one, after in zip(every, every[1:]) if one.opname.startswith(("CALL", "RESUME"))}

@@ -1,17 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Broken copies of tempo, each with one fault of the kind that a mend, or a quicker way, might bring in."""
+"""Broken copies of tempo, each with one fault of the kind that a repair or an optimization might bring in."""
 
 from __future__ import annotations
 
-import random
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 from soak.interleave import walk
-
-SOURCE = Path(__file__).resolve().parent.parent.parent / "tempo.py"
+from soak.interleave.schedule import SOURCE, Schedule
 
 
 class Twin(NamedTuple):
@@ -20,157 +15,93 @@ class Twin(NamedTuple):
     name: str
     old: str
     new: str
-    where: str  # part of the name of plans that find it, for a quick look
+    where: str  # part of the names of plans that find it
+
+    def source(self) -> str:
+        """Return the twin's text. Raises ValueError when the old text does not stand in tempo.py exactly once."""
+        text = SOURCE.read_text(encoding="utf-8")
+        if text.count(self.old) != 1:
+            raise ValueError(f"twin {self.name!r}: {text.count(self.old)} times in tempo.py: {self.old!r}")
+        return text.replace(self.old, self.new)
 
 
-TWINS: list[Twin] = [
+TWINS = [
     Twin(
-        "the length is looked at before the append, and not again",
-        """                    inbox.append(payload)
-                    if len(inbox) <= s.places and len(payload) <= s.covers:""",
-        """                    covered = len(inbox) < s.places and len(payload) <= s.covers
-                    inbox.append(payload)
-                    if covered:""",
-        "enqueue / stop in 'plenty",
-    ),
-    Twin(
-        "credit is given though no payload is in the open batch",
-        """        if first == items:
-            return
-        places = min(""",
-        """        places = min(""",
-        "with a consumer",
-    ),
-    Twin(
-        "the credit is not withdrawn by the count",
-        """        s.places = 0
-        inbox = s.inbox
-        # From here on""",
-        """        inbox = s.inbox
-        # From here on""",
-        "get / enqueue in 'plenty",
-    ),
-    Twin(
-        "empty places are not taken back by the count",
-        "        header = self._narrow_locked(s) if len(inbox) < inbox[0][3] else inbox[0]\n",
-        "        header = inbox[0]\n",
-        "get / enqueue in 'plenty",
-    ),
-    Twin(
-        "the count swaps the list under the producers' feet",
-        "                inbox[:n] = [header]\n",
-        "                s.inbox = [header, *inbox[n:]]\n",
-        "enqueue / get in 'plenty",
-    ),
-    Twin(
-        "a commit does not notice that the inbox has grown",
-        """            try:
-                inbox[::-1] = [*pending, header]  # fails""",
-        """            try:
-                inbox[:] = [header, *reversed(pending)]  # fails""",
-        "enqueue / enqueue in 'empty'",
-    ),
-    Twin(
-        "a late payload goes the exact way though it was counted",
-        """        if not self._withdraw_locked(s, late):
-            return None
-""",
-        """        self._withdraw_locked(s, late)
-""",
-        "enqueue / stats in 'one short of the buffer' with",
-    ),
-    Twin(
-        "a consumer is not told of a batch",
-        """        if s.consumers:
-            self._signal_locked(s)
-""",
+        "seal not withdrawn",
+        "        run.places = 0  # first: who sees another value appended before the slice\n",
         "",
-        "with a consumer",
+        "flush / enqueue in 'open batch",
     ),
     Twin(
-        "a wake-up is taken for one that came before",
-        """            self.woken = False
-            self._ready.acquire(False)
+        "late payload not looked for",
+        "        if late and not buffer.withdraw(late.pop(), data):\n            return True\n",
+        "        late.clear()\n",
+        "enqueue / stats in 'open batch",
+    ),
+    Twin(
+        "commit before store",
+        "                (last or self._pack(items, total)).append(new, sizes, charge)\n",
+        """                self.run = _Run(items + n, total + charge, first, base, due, served)
+                (last or self._pack(items, total)).append(new, sizes, charge)
 """,
-        """            self._ready.acquire(False)
-""",
-        "flush / shutdown in 'full, one waits' with",
+        "interrupt inside enqueue in",
     ),
     Twin(
-        "who makes room does not serve those who wait for it",
-        """        if s.producers and s.phase is _RUNNING:
-            self._serve_locked(s)
-        if s.resting:""",
-        """        if s.resting:""",
-        "enqueue / get in 'full batch",
+        "claim not published",
+        "        run.claim = charge  # first: a nested call must see it, or be seen\n        if self._ceiling(run) > self.max_buffered:\n",
+        "        if self._ceiling(run) + charge > self.max_buffered:\n",
+        "enqueue inside enqueue in 'one short of the buffer'",
     ),
     Twin(
-        "producers that wait are not told of the end",
-        "                for parker in chain(s.producers, s.consumers, s.drainers):",
-        "                for parker in chain(s.consumers, s.drainers):",
-        "stop in 'full, one waits'",
-    ),
-    Twin(
-        "who waits for the drain is not told of it",
-        """        for parker in s.drainers:
-            if self._delivered(s, parker.target):
-                parker.wake()
-""",
-        "",
-        "flush / get in 'full batch",
-    ),
-    Twin(
-        "credit goes on behind the open batch while a consumer waits",
-        "            if near < places:\n",
-        "            if near < 0:\n",
+        "wake-up of a consumer dropped",
+        "                if waiter.wake():\n                    self._called",
+        "                if True:\n                    self._called",
         "enqueue / enqueue in 'one short of a batch' with",
     ),
     Twin(
-        "credit is given while producers wait for room",
-        "        if s.producers or s.phase is not _RUNNING or (",
-        "        if s.phase is not _RUNNING or (",
-        "get / enqueue in 'full batch",
+        "wake-up of a drain dropped",
+        "                waiter.wake()\n                self._drainers.remove(waiter)\n",
+        "                self._drainers.remove(waiter)\n",
+        "flush / get in 'open batch",
     ),
     Twin(
-        "a consumer that waits sets no timer",
-        "                delay = max(0.0, born + self._interval - self._clock())\n",
-        "                pass\n",
-        "wait / enqueue in 'plenty",
+        "turn not given",
+        "        if turns:\n            _wake(self._resting, turns)\n",
+        "        if turns < 0:\n            _wake(self._resting, turns)\n",
+        "enqueue waiting / get in 'full",
     ),
     Twin(
-        "enqueue_many does not look whether it is the end",
-        "        if s.phase is not _RUNNING or (wait and s.producers):",
-        "        if wait and s.producers:",
-        "enqueue_many / stop in 'shutting",
+        "phase changed before the seal",
+        "        buffer.seal(_monotonic())  # first: with the credit gone, a nested call goes by the phase\n        if instead",
+        "        if instead",
+        "shutting down",
+    ),
+    Twin(
+        "nested payload of a stop not counted",
+        "        buffer.seal(_monotonic())  # again: a nested call may have come before it saw the phase\n",
+        "",
+        "enqueue inside stop in 'open batch",
+    ),
+    Twin(
+        "what a nested call leaves is not looked for again",
+        "            if not self._left:\n                return\n",
+        "            return\n",
+        "enqueue inside stats in 'empty' with",
+    ),
+    Twin(
+        "nested call does not close the run",
+        "            run.places = 0  # what follows stays behind this payload\n            run.granted = min(run.granted, len(run))\n",
+        "",
+        "enqueue two inside flush in 'closed batch",
     ),
 ]
-"""None of them can be seen by calls that are made one after the other, except where they make a call wait for ever."""
 
 
-def broken(twin: Twin) -> ModuleType:
-    """Make the twin: a module of its own."""
-    source = SOURCE.read_text(encoding="utf-8")
-    assert source.count(twin.old) == 1, f"{twin.name}: {twin.old!r} stands {source.count(twin.old)} times in tempo.py"
-    module = ModuleType("tempo_twin")
-    sys.modules[module.__name__] = module  # typing looks there
-    exec(compile(source.replace(twin.old, twin.new), f"<tempo, {twin.name}>", "exec"), module.__dict__)
-    return module
-
-
-def find(name: str, quick: bool = False) -> str | None:
-    """Walk a twin, plan by plan in a random order, until something breaks; return where, or None.
-
-    quick: only plans of two calls in which it is known to be found.
-    """
-    twin = next(twin for twin in TWINS if twin.name == name)
-    module = broken(twin)
-    plans = [plan for plan in walk.PLANS if twin.where in str(plan)] if quick else [*walk.PLANS, *walk.DEEP]
-    assert plans, twin
-    if not quick:
-        random.Random(name).shuffle(plans)
-        plans.sort(key=lambda plan: len(plan.calls))
-    for plan in plans:
-        for outcome in walk.walk(module, plan):
-            if isinstance(outcome, walk.Failure):
-                return str(outcome)
-    return None
+def find(twin: Twin) -> tuple[str, str | None]:
+    """Walk a twin until something breaks; return its name, and where that was (None: nowhere)."""
+    schedule = Schedule(twin.source())
+    for plan in walk.PLANS:
+        for outcome in walk.walk(schedule, plan) if twin.where in str(plan) else ():
+            if isinstance(outcome, str):
+                return twin.name, outcome
+    return twin.name, None

@@ -1,144 +1,118 @@
 # SPDX-License-Identifier: MIT
-"""Stops a call at each of its bytecodes, lets others run to their end or until they block, goes on, and checks."""
+"""Stops a call at each of its bytecodes, lets others run to their end or until they block, goes on, and checks.
+
+Or makes another call there, in the same thread, as a signal handler or a finalizer does.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import random
-import re
 from collections.abc import Iterator, Sequence
-from types import ModuleType
 from typing import NamedTuple
 
-from soak.interleave.scenes import DEEP_STATES, PAIRS, STATES, TRIPLES, Scene
-from soak.interleave.schedule import Actor
+from soak.interleave.scenes import CALLS, STATES, Scene
+from soak.interleave.schedule import Schedule
 
 
 class Plan(NamedTuple):
-    """Calls to interleave in a state. The first is stopped, the second too when there are three."""
+    """Calls to interleave in a state: the first is stopped, the second too when there are three."""
 
     calls: tuple[str, ...]
     state: str
     consumer: bool  # one waits already when they begin
+    nested: bool = False  # the second is made within the first, in its thread
+
+    @property
+    def kind(self) -> str:
+        return "nested" if self.nested else "one preempted" if len(self.calls) == 2 else "two preempted"
 
     def __str__(self) -> str:
-        return f"{' / '.join(self.calls)} in {self.state!r}{' with a consumer' if self.consumer else ''}"
+        calls = f"{self.calls[1]} inside {self.calls[0]}" if self.nested else " / ".join(self.calls)
+        return f"{calls} in {self.state!r}{' with a consumer' if self.consumer else ''}"
 
 
-class Failure(NamedTuple):
-    """Where something did not hold."""
+PRODUCERS = ("enqueue", "enqueue waiting", "aenqueue", "enqueue_many")
+OTHERS = ("get", "flush", "shutdown", "stop", "wait")
+PAIRS = (
+    *itertools.product(PRODUCERS, ("enqueue", "enqueue_many", "get", "flush", "shutdown", "stop", "stats")),
+    *itertools.product(OTHERS, (*PRODUCERS, *OTHERS, "stats")),
+)
+INSIDE = ("enqueue", "enqueue waiting", "enqueue two", "enqueue_many", "stats", "interrupt")
+NESTED = [
+    pair for pair in itertools.product((*PRODUCERS, *OTHERS, "stats"), INSIDE) if pair != ("aenqueue", "interrupt")
+]
+TRIPLES = (("enqueue", "enqueue", "get"), ("enqueue", "enqueue", "wait"),
+           ("enqueue", "shutdown", "wait"), ("shutdown", "enqueue", "wait"))  # fmt: skip
+DEEP_STATES = ("empty", "open batch with credit", "one short of a batch", "one short of the buffer", "full, one waits")
 
-    plan: Plan
-    stops: tuple[int, ...]
-    order: int
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.plan}, stopped at {self.stops}, order {self.order}: {self.what}"
+PLANS = [
+    *(Plan(*each) for each in itertools.product(PAIRS, STATES, (False, True))),
+    *(Plan(*each, nested=True) for each in itertools.product(NESTED, STATES, (False, True))),
+    *(Plan(*each) for each in itertools.product(TRIPLES, DEEP_STATES, (False,))),
+]
 
 
-PLANS = [Plan(pair, state, consumer) for pair in PAIRS for state in STATES for consumer in (False, True)]
-DEEP = [Plan(triple, state, False) for triple in TRIPLES for state in DEEP_STATES]
-DEEP.append(Plan(("stop", "stop", "stats"), "one short of a batch", False))  # one claims what the other looks at
-
-
-def play(module: ModuleType, plan: Plan, stops: Sequence[int], order: int = 0) -> int:
+def play(schedule: Schedule, plan: Plan, stops: Sequence[int], order: int = 0) -> int:
     """Interleave the plan's calls once; return how many were stopped, up to the first that ended before.
 
-    stops: after how many bytecodes the first call is stopped, and the second of three; order: of two that were stopped,
-    which one goes on first. Raises Broken.
+    stops: after how many bytecodes (of three calls: lines) the first is stopped, and the second of three; order: which of two that were
+    stopped goes on first. Raises AssertionError, and what else came out of tempo.
     """
-    scene = Scene(module, plan.state, plan.consumer, private=len(stops) < 2)
+    schedule.by_line = len(stops) > 1
+    schedule.at_signals = plan.calls[-1] == "interrupt"
+    scene = Scene(schedule, plan.state, plan.consumer, plan.nested)
     try:
-        stopped: list[bool] = []
-        actors = []
-        for call, steps in itertools.zip_longest(plan.calls, stops, fillvalue=0):
-            actor = scene.begin(str(call), counts=bool(steps))
-            actors.append(actor)
-            alone = bool(steps) and len(stops) == 1
-            state = past_a_wait(scene, actor, int(steps)) if alone else scene.schedule.run(actor, int(steps))
-            stopped.append(state == "stopped")
-        for actor in actors[: len(stops)] if order == 0 else reversed(actors[: len(stops)]):
-            if scene.schedule.ready(actor):
-                scene.schedule.run(actor)
+        actors = [scene.begin(call) for call in plan.calls[: len(stops)]]
+        if plan.nested:
+            actors[0].nested = lambda: CALLS[plan.calls[1]](scene, "Z")
+        for actor, stop in zip(actors, stops, strict=True):
+            if schedule.run(actor, stop) == "blocked" and len(stops) == 1:
+                scene.nudge()
+                if schedule.ready(actor):  # what it waited for has come: on to the stop
+                    schedule.run(actor, stop)
+        stopped = [actor.steps >= stop for actor, stop in zip(actors, stops, strict=True)]
+        if not plan.nested:
+            schedule.run(scene.begin(plan.calls[-1]))
+        for actor in reversed(actors) if order else actors:
+            if schedule.ready(actor):
+                schedule.run(actor)
         scene.check()
-        return stopped.index(False)  # the last one never is
+        return [*stopped, False].index(False)
     finally:
-        scene.schedule.close()
+        schedule.close()
 
 
-def past_a_wait(scene: Scene, actor: Actor, steps: int = 0) -> str:
-    """As Schedule.run; what comes after a wait is run too."""
-    state = scene.schedule.run(actor, steps)
-    if state == "blocked":
-        scene.schedule.run(scene.begin("nudge"))
-        if scene.schedule.ready(actor):
-            state = scene.schedule.run(actor, steps and steps - actor.steps)
-    return state
-
-
-def attempt(module: ModuleType, plan: Plan, stops: tuple[int, ...], order: int = 0) -> int | Failure:
-    """As play, with the failure returned."""
+def attempt(schedule: Schedule, plan: Plan, stops: tuple[int, ...], order: int = 0) -> int | str:
+    """As play; return what did not hold, and where."""
     try:
-        return play(module, plan, stops, order)
+        return play(schedule, plan, stops, order)
     except Exception as error:  # of any kind: none may come out of tempo here
-        return Failure(plan, stops, order, f"{type(error).__name__}: {error}")
+        return f"{plan}, stopped at {stops}, order {order}: {type(error).__name__}: {error}"
 
 
-def walk(module: ModuleType, plan: Plan) -> Iterator[int | Failure]:
+def walk(schedule: Schedule, plan: Plan) -> Iterator[int | str]:
     """Play the plan with its calls stopped at each of their bytecodes."""
-    if len(plan.calls) == 2:
-        for stop in itertools.count(1):
-            outcome = attempt(module, plan, (stop,))
-            yield outcome
-            if outcome == 0:
-                return
     for first in itertools.count(1):
-        for second in itertools.count(1):
-            for order in (0, 1):
-                outcome = attempt(module, plan, (first, second), order)
+        for rest in ((second,) for second in itertools.count(1)) if len(plan.calls) > 2 else [()]:
+            for order in range(len(plan.calls) - 1):
+                outcome = attempt(schedule, plan, (first, *rest), order)
                 yield outcome
             if outcome == 0:
                 return
-            if outcome == 1 or isinstance(outcome, Failure):
+            if outcome == 1:
                 break
 
 
-def length(module: ModuleType, plan: Plan, which: int = 0) -> int:
-    """How many bytecodes a call of the plan has, when it runs first and alone."""
-    scene = Scene(module, plan.state, plan.consumer, private=len(plan.calls) < 3)
-    try:
-        actor = scene.begin(plan.calls[which], counts=True)
-        past_a_wait(scene, actor)
-        return actor.steps
-    finally:
-        scene.schedule.close()
-
-
-def sample(module: ModuleType, seed: int) -> Iterator[int | Failure]:
+def sample(schedule: Schedule, seed: int) -> Iterator[int | str]:
     """Play plans with their calls stopped at random, without end."""
     chance = random.Random(seed)
-    lengths: dict[tuple[Plan, int], int] = {}
+    most: dict[tuple[str, ...], list[int]] = {}  # bytecodes of the calls, as far as it is known
     while True:
-        plan = chance.choice(PLANS if chance.random() < 0.8 else DEEP)
-        stops = []
-        for which in range(len(plan.calls) - 1):
-            if (plan, which) not in lengths:
-                lengths[plan, which] = length(module, plan, which)
-            stops.append(chance.randint(1, lengths[plan, which]))
-        yield attempt(module, plan, tuple(stops), chance.randrange(2))
-
-
-def parse(text: str) -> tuple[Plan, tuple[int, ...], int]:
-    """Read what a Failure's text says of where it was.
-
-    Raises: ValueError, when it is no such text.
-    """
-    found = re.match(r"(.+) in '(.+)'( with a consumer)?, stopped at \(([\d, ]+)\), order (\d)", text)
-    with contextlib.suppress(KeyError):
-        if found is not None:
-            plan = Plan(tuple(found[1].split(" / ")), found[2], found[3] is not None)
-            if plan in PLANS or plan in DEEP:
-                return plan, tuple(int(stop) for stop in found[4].split(",") if stop.strip()), int(found[5])
-    raise ValueError(f"{text!r} is no place: as a failure tells it, up to the order")
+        plan = chance.choice(PLANS)
+        bounds = most.setdefault((plan.state, *plan.calls), [1000] * (1 if plan.nested else len(plan.calls) - 1))
+        stops = tuple(chance.randint(1, bound) for bound in bounds)
+        outcome = attempt(schedule, plan, stops, chance.randrange(2))
+        yield outcome
+        if isinstance(outcome, int) and outcome < len(stops):
+            bounds[outcome] = max(50, stops[outcome])

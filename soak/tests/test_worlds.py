@@ -1,0 +1,1323 @@
+# SPDX-License-Identifier: MIT
+"""tempo in the worlds where its users meet it: forks, servers, exits, signals, finalizers, interrupts, event loops.
+
+Everything hostile runs in a child process with a time limit, by the public API alone. A child is either a short program
+or a function of this module (`in_child`); it fails by an exception, a hang, or a word on stderr.
+
+    python3 -m pytest soak/tests/test_worlds.py              # about a minute and a half
+    REPEAT=20 python3 -m pytest soak/tests/test_worlds.py    # twenty times the rounds
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import gc
+import http.client
+import importlib
+import itertools
+import multiprocessing
+import os
+import queue
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import pytest
+
+import tempo
+
+ROOT = Path(__file__).resolve().parents[2]
+REPEAT = float(os.environ.get("REPEAT", "1"))
+"""Multiplies the rounds of all tests."""
+LIMIT = 30.0
+"""Seconds that a test waits for something that must come."""
+RATE = 3000.0
+"""Signals a second."""
+
+posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+
+
+def rounds(n: int) -> int:
+    return max(1, round(n * REPEAT))
+
+
+# Children -------------------------------------------------------------------------------------------------------------
+
+
+class Ended(NamedTuple):
+    """A child that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+GOOD = Ended(0, "", "")
+
+
+class Child:
+    """A program under way, in a process group of its own, which ends with the `with` block."""
+
+    def __init__(self, command: list[str], folder: Path, **more: Any) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(folder)}
+        self.process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            **more,
+        )
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
+
+    def end(self, limit: float = LIMIT) -> Ended:
+        """Wait for the end; a child that hangs prints its stacks before it is killed."""
+        try:
+            out, err = self.process.communicate(timeout=limit * max(1.0, REPEAT))
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)
+            out, err = self.process.communicate(timeout=LIMIT)
+            err = f"hangs: {err}"
+        return Ended(self.process.returncode, out, err)
+
+
+def program(folder: Path, source: str, *arguments: object) -> Child:
+    """Start a Python program of these lines."""
+    path = folder / "program.py"
+    path.write_text(source, encoding="utf-8")
+    return Child([sys.executable, "-X", "faulthandler", str(path), *map(str, arguments)], folder)
+
+
+def in_child(folder: Path, scenario: Callable[..., object], *arguments: object) -> None:
+    """Run a function of this module in a child, which must end well and say nothing."""
+    call = f"import soak.tests.test_worlds as w; w.{scenario.__name__}(*{arguments!r})"
+    with Child([sys.executable, "-X", "faulthandler", "-c", call], folder) as child:
+        ended = child.end(2 * LIMIT)
+        assert ended == GOOD, ended.err[-3000:]
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + LIMIT * max(1.0, REPEAT)
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not come"
+        time.sleep(0.001)
+
+
+class Worker(threading.Thread):
+    """A daemon thread, started at once; `result` joins it and returns, or raises, what came of its work."""
+
+    def __init__(self, work: Callable[..., Any], *args: Any) -> None:
+        super().__init__(daemon=True)
+        self._work, self._args = work, args
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._value = self._work(*self._args)
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> Any:
+        self.join(LIMIT)
+        if self.is_alive():
+            faulthandler.dump_traceback()
+            raise AssertionError(f"{self._work} is stuck")
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+# The census -----------------------------------------------------------------------------------------------------------
+
+
+class Sender:
+    """Makes payloads that nobody else makes; its books say which were accepted.
+
+    A payload whose call a foreign exception ended is `unsure`: it may have been accepted.
+    """
+
+    def __init__(self, name: int, ordered: bool = True) -> None:
+        self.name = name
+        self.ordered = ordered  # one thread makes its calls, one after the other
+        self.numbers = itertools.count()
+        self.accepted: list[bytes] = []
+        self.unsure: set[bytes] = set()
+        self.refused = 0
+
+    def make(self, size: int = 0) -> bytes:
+        return b"%d.%d." % (self.name, next(self.numbers)) + b"." * size
+
+    @contextlib.contextmanager
+    def offering(self, items: list[bytes]) -> Iterator[None]:
+        """Put on record what comes of a call that offers these."""
+        self.unsure.update(items)
+        try:
+            yield
+            self.accepted += items
+        except tempo.Error as error:
+            self.accepted += items[: getattr(error, "accepted", 0)]
+            self.refused += 1
+        self.unsure.difference_update(items)
+
+    def send(self, d: tempo.Dispatcher, size: int = 0, timeout: float | None = 0.0) -> bool:
+        """Enqueue one payload; return whether it was accepted."""
+        item = self.make(size)
+        before = len(self.accepted)
+        with self.offering([item]):
+            d.enqueue(item, timeout)
+        return len(self.accepted) > before
+
+    def send_many(self, d: tempo.Dispatcher, n: int, timeout: float | None = 0.0) -> None:
+        items = [self.make() for _ in range(n)]
+        with self.offering(items):
+            d.enqueue_many(items, timeout)
+
+    async def asend(self, d: tempo.Dispatcher, timeout: float | None = None) -> None:
+        item = self.make()
+        with self.offering([item]):
+            await d.aenqueue(item, timeout)
+
+
+class Receiver:
+    """Keeps what one consumer took, or what was handed back."""
+
+    def __init__(self, back: bool = False) -> None:
+        self.back = back
+        self.batches: list[list[bytes]] = []  # one append a batch, so that an interrupt leaves nothing half noted
+
+    def take(self, batch: tempo.Batch) -> None:
+        items = batch.tolist()
+        assert items and b"".join(items) == bytes(batch.data), "a batch at odds with itself"
+        self.batches.append(items)
+
+    def take_all(self, batches: Any) -> None:
+        for batch in batches:
+            self.take(batch)
+
+    def payloads(self) -> list[bytes]:
+        return [item for batch in self.batches for item in batch]
+
+
+class Census:
+    """All who send to one dispatcher and all who receive from it."""
+
+    def __init__(self) -> None:
+        self.senders: list[Sender] = []
+        self.receivers: list[Receiver] = []
+
+    def sender(self, ordered: bool = True) -> Sender:
+        self.senders.append(Sender(len(self.senders), ordered))
+        return self.senders[-1]
+
+    def receiver(self, back: bool = False) -> Receiver:
+        self.receivers.append(Receiver(back))
+        return self.receivers[-1]
+
+    def verify(self, d: tempo.Dispatcher, interrupted: int = 0) -> None:
+        """Check that what was accepted came once, in order, and nothing more, and that stats() says so.
+
+        All threads have ended, and all was taken out. interrupted: how many calls that take a batch were ended by an
+        exception; each may have lost one on its way out, and stats() must then say so.
+        """
+        s = balanced(d)
+        assert (s.buffered, s.in_flight, s.waiting_producers, s.waiting_consumers) == (0, 0, 0, 0), s
+        accepted = {item for sender in self.senders for item in sender.accepted}
+        unsure = {item for sender in self.senders for item in sender.unsure} - accepted
+        came = Counter(item for receiver in self.receivers for item in receiver.payloads())
+        assert max(came.values(), default=1) == 1, f"repeated: {came.most_common(3)}"
+        assert came.keys() <= accepted | unsure, f"refused, and delivered: {list(came.keys() - accepted - unsure)[:3]}"
+        back = sum(len(receiver.payloads()) for receiver in self.receivers if receiver.back)
+        assert back == s.discarded, f"{back} were handed back: {s}"
+        batches = s.batches - sum(len(receiver.batches) for receiver in self.receivers if not receiver.back)
+        assert 0 <= batches <= interrupted, f"{batches} batches lost in {interrupted} interrupted calls: {s}"
+        gone = s.delivered - (len(came) - back)  # payloads of these batches
+        assert gone >= batches and (gone > 0) == (batches > 0), f"{gone} payloads in {batches} lost batches: {s}"
+        lost = accepted - came.keys()
+        assert len(lost) <= gone, f"lost: {len(lost)} of {len(accepted)}, such as {sorted(lost)[:3]}; {s}"
+        assert len(accepted) <= s.accepted <= len(accepted) + len(unsure), f"{len(accepted)} were accepted: {s}"
+        refused = sum(sender.refused for sender in self.senders)
+        assert refused <= s.rejected <= refused + len(unsure), f"{refused} were refused: {s}"
+        for receiver in self.receivers:
+            last: dict[int, int] = {}
+            for item in receiver.payloads():
+                name, number = map(int, item.split(b".", 2)[:2])
+                if self.senders[name].ordered:
+                    assert number > last.get(name, -1), f"out of order: {item!r}"
+                    last[name] = number
+
+
+def balanced(d: tempo.Dispatcher) -> tempo.Stats:
+    """Return the stats, which balance in payloads and in bytes."""
+    s = d.stats()
+    assert s.accepted == s.delivered + s.in_flight + s.buffered + s.discarded, s
+    total = s.delivered_bytes + s.in_flight_bytes + s.buffered_bytes + s.discarded_bytes
+    assert s.accepted_bytes == total and s.buffered_bytes <= s.peak_buffered_bytes, s
+    return s
+
+
+class Load:
+    """A dispatcher, threads that enqueue, threads that take, and the census of all of it."""
+
+    def __init__(self, seed: object, producers: int = 1, consumers: int = 1, buffer: int = 2000) -> None:
+        sys.setswitchinterval(0.0005)  # more turns, and so more orders of events
+        self.chance = random.Random(str(seed))
+        self.d = tempo.Dispatcher(interval=0.002, max_buffered_bytes=buffer, max_batch_bytes=buffer // 4)
+        self.census = Census()
+        self.halt = threading.Event()
+        self.receivers = [self.census.receiver() for _ in range(consumers)]
+        self.producers = [Worker(self.produce, self.census.sender()) for _ in range(producers)]
+        self.consumers = [Worker(receiver.take_all, self.d) for receiver in self.receivers]
+
+    def produce(self, sender: Sender) -> None:
+        while not self.halt.is_set():
+            if self.chance.random() < 0.8:
+                sender.send(self.d, self.chance.choice((0, 10, 50, 300)), self.chance.choice((0.0, 0.001, 0.02)))
+            else:
+                sender.send_many(self.d, self.chance.choice((1, 5, 100)), self.chance.choice((0.0, 0.02)))
+            if self.chance.random() < 0.3:
+                time.sleep(0.0003)
+
+    def end(self, interrupted: int = 0) -> None:
+        """Drain, join all threads, and verify."""
+        self.halt.set()
+        for producer in self.producers:
+            producer.result()
+        closer = Worker(self.d.shutdown, LIMIT)
+        self.census.receiver().take_all(self.d)
+        for worker in (closer, *self.consumers):
+            worker.result()
+        self.census.verify(self.d, interrupted)
+
+
+# Signals, finalizers and interrupts, in every call --------------------------------------------------------------------
+
+
+class Calls:
+    """Every public call, each made once by the method of its name, for a load's main thread."""
+
+    def __init__(self, load: Load) -> None:
+        self.load, self.d = load, load.d
+        self.sender = load.census.sender()
+        self.receiver = load.census.receiver()
+        self.iterator = iter(self.d)
+
+    def enqueue(self) -> None:
+        self.sender.send(self.d, 20)
+
+    def enqueue_waiting(self) -> None:
+        self.sender.send(self.d, 300, 0.01)
+
+    def enqueue_many(self) -> None:
+        self.sender.send_many(self.d, 30, 0.01)
+
+    def aenqueue(self) -> None:
+        asyncio.run(self.sender.asend(self.d, 0.01))
+
+    def get(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            self.receiver.take(self.d.get(0.002))
+
+    def iterate(self) -> None:
+        self.receiver.take(next(self.iterator))
+
+    def aiterate(self) -> None:
+        async def one() -> None:
+            self.receiver.take(await anext(aiter(self.d)))
+
+        asyncio.run(one())
+
+    def flush(self) -> None:
+        self.d.flush(0.02)
+
+    def stats(self) -> None:
+        balanced(self.d)
+
+    def lifetime(self) -> None:
+        """Start, flush, shutdown and stop, on a dispatcher that lives for this call."""
+        d = tempo.Dispatcher(interval=0.001, max_buffered_bytes=1000)
+        try:
+            d.start(lambda batch: None)
+            d.enqueue(b"one")
+            d.flush(1)
+            d.shutdown(5)
+        finally:
+            d.stop()
+
+
+CALLS = [name for name in vars(Calls) if not name.startswith("_")]
+TAKE = ("get", "iterate", "aiterate")
+
+
+@contextlib.contextmanager
+def storm(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Have a signal handler called RATE times a second, in the main thread."""
+    signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 1 / RATE, 1 / RATE)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def inside_tempo(frame: FrameType | None) -> bool:
+    """Whether a call of tempo's is under way in a frame."""
+    while frame is not None and frame.f_globals is not vars(tempo):
+        frame = frame.f_back
+    return frame is not None
+
+
+def signals(call: str, seconds: float) -> None:
+    """A signal handler enqueues and asks for stats, whatever it interrupts."""
+    load = Load(call)
+    calls = Calls(load)
+    nested = load.census.sender()
+    inside = 0
+    busy = False
+
+    def handler(_: int, frame: FrameType | None) -> None:
+        nonlocal inside, busy
+        if busy:  # a signal came during the handler
+            return
+        busy = True
+        inside += inside_tempo(frame)
+        nested.send(load.d, load.chance.choice((0, 0, 300)), load.chance.choice((0.0, 0.001, None)))
+        if load.chance.random() < 0.1:
+            nested.send_many(load.d, 3)
+            load.d.stats()
+        busy = False
+
+    end = time.monotonic() + seconds
+    with storm(handler):
+        while time.monotonic() < end or not inside:
+            getattr(calls, call)()
+    load.end()
+    assert nested.accepted, "the signal handler's payloads were never accepted"
+
+
+@posix
+@pytest.mark.parametrize("call", CALLS)
+def test_signal_handlers_may_enqueue_whatever_call_they_interrupt(call: str, tmp_path: Path) -> None:
+    in_child(tmp_path, signals, call, 0.5 * REPEAT)
+
+
+def finalizers(call: str, n: int) -> None:
+    """Finalizers enqueue, and the collector runs at nearly every allocation, inside tempo too."""
+    load = Load(call)
+    calls = Calls(load)
+    nested = load.census.sender(ordered=False)
+    left = 0
+
+    class Garbage:
+        def __init__(self) -> None:
+            self.me = self
+
+        def __del__(self) -> None:
+            nonlocal left
+            nested.send(load.d)
+            if left > 0:
+                left -= 1
+                Garbage()
+
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1)
+    for _ in range(n):
+        left = 50
+        Garbage()
+        getattr(calls, call)()
+    gc.set_threshold(*thresholds)
+    gc.collect()
+    load.end()
+    assert nested.accepted, "the finalizers' payloads were never accepted"
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_finalizers_may_enqueue_at_any_allocation_within_any_call(call: str, tmp_path: Path) -> None:
+    in_child(tmp_path, finalizers, call, rounds(60))
+
+
+def interrupts(call: str, seconds: float) -> None:
+    """KeyboardInterrupt comes out of any point of a call; what was accepted before and after comes out once."""
+    gc.disable()  # an exception in a weakref callback, which the collector calls, is printed and dropped
+    load = Load(call, consumers=1 if call in TAKE else 2)
+    calls = Calls(load)
+    armed = False
+    interrupted = 0
+
+    def handler(_: int, frame: FrameType | None) -> None:
+        nonlocal armed
+        if armed and inside_tempo(frame) and load.chance.random() < 0.5:
+            armed = False
+            raise KeyboardInterrupt
+
+    end = time.monotonic() + seconds
+    with storm(handler):
+        while time.monotonic() < end or not interrupted:
+            armed = True
+            try:
+                getattr(calls, call)()
+            except KeyboardInterrupt:
+                interrupted += 1
+            armed = False
+    gc.enable()
+    load.end(interrupted if call in TAKE else 0)
+
+
+@posix
+@pytest.mark.parametrize("call", CALLS)
+def test_keyboard_interrupt_in_any_call_loses_nothing_that_was_accepted(call: str, tmp_path: Path) -> None:
+    in_child(tmp_path, interrupts, call, 0.5 * REPEAT)
+
+
+# Forks ----------------------------------------------------------------------------------------------------------------
+
+
+def fork(work: Callable[[], object]) -> int:
+    """Fork a child that does the work and ends with exit code 0, or says on stderr what went wrong."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            signal.alarm(20)
+            work()
+            code = 0
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            os._exit(code)
+    return pid
+
+
+def reap(pid: int) -> None:
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, "a forked child failed, or hung"
+
+
+class Mailbox:
+    """A handler that keeps what it gets by process."""
+
+    def __init__(self) -> None:
+        self.by_process: dict[int, Receiver] = {}
+
+    def __call__(self, batch: tempo.Batch) -> None:
+        self.by_process.setdefault(os.getpid(), Receiver()).take(batch)
+
+    def mine(self) -> list[bytes]:
+        return self.by_process.get(os.getpid(), Receiver()).payloads()
+
+
+def use_in_child(d: tempo.Dispatcher, mailbox: Mailbox | None) -> None:
+    """Check that a forked child has a running, empty dispatcher, and that it delivers the child's payloads alone."""
+    s = balanced(d)
+    assert (s.accepted, s.buffered, s.in_flight, s.waiting_producers, s.state) == (0, 0, 0, 0, "running"), s
+    mine = [b"child %d" % n for n in range(5)]
+    for item in mine:
+        d.enqueue(item, timeout=10)
+    if mailbox is None:
+        taken = Receiver()
+        d.flush(0)
+        while sum(map(len, taken.batches)) < len(mine):
+            taken.take(d.get(10))
+        assert taken.payloads() == mine, taken.payloads()
+    else:
+        wait_until(lambda: len(mailbox.mine()) == len(mine), "the child's delivery")
+        assert mailbox.mine() == mine, mailbox.mine()
+    d.shutdown(10)  # which does not wait in a handler
+    wait_until(lambda: d.stats().state == "stopped", "the end of the drain")
+    assert d.stats().delivered == len(mine), d.stats()
+
+
+def forks_under_load(push: bool, n: int) -> None:
+    """Eight threads fork while others enqueue and take."""
+    load = Load(push, producers=3, consumers=0 if push else 2, buffer=20_000)
+    mailbox = Mailbox() if push else None
+    if mailbox is not None:
+        load.d.start(mailbox)
+
+    def forks() -> None:
+        for _ in range(n):
+            reap(fork(lambda: use_in_child(load.d, mailbox)))
+
+    for forker in [Worker(forks) for _ in range(8)]:
+        forker.result()
+    if mailbox is None:
+        load.end()
+    else:
+        load.halt.set()
+        for producer in load.producers:
+            producer.result()
+        load.d.shutdown(LIMIT)
+        load.census.receivers += mailbox.by_process.values()
+        load.census.verify(load.d)
+
+
+@posix
+@pytest.mark.parametrize("push", [False, True])
+def test_forks_of_eight_threads_under_load_give_fresh_dispatchers(push: bool, tmp_path: Path) -> None:
+    in_child(tmp_path, forks_under_load, push, rounds(8))
+
+
+def forks_in_a_handler(n: int) -> None:
+    """A batch handler forks; the child goes on with the dispatcher that called it."""
+    d = tempo.Dispatcher(interval=0.001, max_buffered_bytes=1000)
+    mailbox = Mailbox()
+
+    def handler(batch: tempo.Batch) -> None:
+        mailbox(batch)
+        reap(fork(lambda: use_in_child(d, mailbox)))
+
+    d.start(handler)
+    for i in range(n):
+        d.enqueue(b"%d" % i)
+        assert d.flush(LIMIT)
+    d.shutdown(LIMIT)
+    assert mailbox.mine() == [b"%d" % i for i in range(n)]
+
+
+def forks_in_a_signal_handler(n: int) -> None:
+    """A signal handler forks in the middle of a call; the child finishes that call, and uses the dispatcher."""
+    load = Load("forks", consumers=1)
+    calls = Calls(load)
+    parent = os.getpid()
+    pids: list[int] = []
+
+    def handler(_: int, frame: FrameType | None) -> None:
+        if inside_tempo(frame) and os.getpid() == parent and len(pids) < n:
+            pid = os.fork()
+            if pid:
+                pids.append(pid)
+            else:
+                signal.alarm(20)
+
+    signal.signal(signal.SIGALRM, handler)
+    with contextlib.suppress(tempo.Error):
+        while len(pids) < n and os.getpid() == parent:
+            signal.setitimer(signal.ITIMER_REAL, 0.003 * load.chance.random() + 1e-6)
+            getattr(
+                calls, load.chance.choice(("enqueue", "enqueue_waiting", "enqueue_many", "get", "flush", "stats"))
+            )()
+    if os.getpid() != parent:
+        code = 1
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(20)
+            load.d.flush(0)  # the call that was interrupted may have put its payload into the child's dispatcher
+            with contextlib.suppress(queue.Empty):
+                load.d.get(0)
+            assert balanced(load.d).buffered == 0, load.d.stats()
+            load.d.enqueue(b"child")
+            load.d.flush(0)
+            assert load.d.get(10).tolist() == [b"child"]
+            Worker(load.d.enqueue, b"thread").result()
+            load.d.shutdown(0.01) if load.d.stats().buffered == 0 else load.d.stop()
+            code = 0
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            os._exit(code)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for pid in pids:
+        reap(pid)
+    load.end()
+
+
+@posix
+@pytest.mark.parametrize("scenario", [forks_in_a_handler, forks_in_a_signal_handler])
+def test_fork_within_a_call_of_tempo(scenario: Callable[[int], None], tmp_path: Path) -> None:
+    in_child(tmp_path, scenario, rounds(30))
+
+
+NO_HOOKS = """
+import ctypes, os, signal, sys, threading, time, tempo
+
+push, n = sys.argv[1] == "True", int(sys.argv[2])
+fork = ctypes.PyDLL(None).fork  # as a C library does, without Python's hooks
+came = {}
+handler = lambda batch: came.setdefault(os.getpid(), []).extend(batch.tolist())
+d = tempo.Dispatcher(interval=0.001, max_buffered_bytes=100_000, max_batch_bytes=1000)
+if push:
+    d.start(handler)
+halt = threading.Event()
+
+def produce(name):
+    for i in range(10**9):
+        if halt.is_set():
+            return
+        d.enqueue(b"%d.%d" % (name, i), timeout=None)
+
+def consume():
+    for batch in d:
+        handler(batch)
+
+producers = [threading.Thread(target=produce, args=(i,), daemon=True) for i in range(2)]
+consumers = [threading.Thread(target=consume, daemon=True) for _ in range(0 if push else 2)]
+for thread in producers + consumers:
+    thread.start()
+for i in range(n):
+    time.sleep(0.005)
+    pid = fork()
+    if pid == 0:
+        signal.alarm(20)
+        mine = [b"child %d" % i for i in range(2000)]
+        for item in mine:
+            d.enqueue(item)
+        s = d.stats()
+        assert s.accepted == 2000, s
+        if push:
+            assert d.flush(10), d.stats()
+        else:
+            d.flush(0)
+            while len(came.get(os.getpid(), [])) < 2000:
+                handler(d.get(10))
+        assert came[os.getpid()] == mine, came[os.getpid()][:5]
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status == 0, status
+halt.set()
+for thread in producers:
+    thread.join(30)
+d.shutdown(30)
+for thread in consumers:
+    thread.join(30)
+mine = came[os.getpid()]
+s = d.stats()
+assert len(mine) == len(set(mine)) == s.accepted == s.delivered, s
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks up the C library as on Linux")
+@pytest.mark.parametrize("push", [False, True])
+def test_fork_without_hooks_is_noticed_by_the_process_id(push: bool, tmp_path: Path) -> None:
+    with program(tmp_path, NO_HOOKS, push, rounds(20)) as child:
+        assert child.end() == GOOD
+
+
+# Worlds that fork for us: each process writes what it delivers into a file of its own ---------------------------------
+
+EVENTS = """
+import os, sys, threading, time, tempo
+
+def deliver(batch):
+    with open(f"{os.getpid()}.events", "ab") as file:
+        file.write(b"".join(item + b"\\n" for item in batch.tolist()))
+
+d = tempo.Dispatcher(interval=0.05, max_buffered_bytes=tempo.MiB)
+d.start(deliver)
+"""
+
+
+def delivered(folder: Path) -> dict[str, list[str]]:
+    """Return by process what was delivered."""
+    return {path.stem: path.read_text("utf-8").split() for path in folder.glob("*.events")}
+
+
+MULTIPROCESSING = """
+import multiprocessing
+
+def work(name):
+    for i in range(100):
+        d.enqueue(b"%d.%d" % (name, i), timeout=10)
+    assert d.flush(20)
+    return os.getpid()
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    d.enqueue(b"parent", timeout=10)
+    processes = [context.Process(target=work, args=(name,)) for name in range(2)]
+    for process in processes:
+        process.start()
+    with context.Pool(2) as pool:
+        pids = pool.map(work, range(2, 8), chunksize=1)
+        pool.close()
+        pool.join()
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0, process.exitcode
+    assert os.getpid() not in pids
+"""
+
+
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_multiprocessing_delivers_in_every_process(method: str, tmp_path: Path) -> None:
+    with program(tmp_path, EVENTS + MULTIPROCESSING, method) as child:
+        assert child.end() == GOOD
+        found = delivered(tmp_path)
+        came = Counter(itertools.chain(*found.values()))
+        assert came == Counter({"parent": 1, **{f"{name}.{i}": 1 for name in range(8) for i in range(100)}})
+        assert found[str(child.process.pid)] == ["parent"]
+
+
+WSGI = """
+d.enqueue(b"master")
+
+def app(environ, start_response):
+    path = environ["PATH_INFO"][1:]
+    if path == "flush":
+        answer = str(d.flush(10)).encode()
+    else:
+        d.enqueue(path.encode(), timeout=10)
+        answer = b"%d" % os.getpid()
+    start_response("202 Accepted", [("Content-Length", str(len(answer)))])
+    return [answer]
+"""
+
+
+def ask(port: int, path: str) -> str:
+    """Send one request; return the answer, which must be a 202."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT)
+    try:
+        connection.request("GET", f"/{path}")
+        response = connection.getresponse()
+        assert response.status == 202, response.status
+        return response.read().decode()
+    finally:
+        connection.close()
+
+
+def ask_often(port: int, n: int) -> dict[str, str]:
+    """Send n requests from four threads; return which process answered each."""
+    answered: dict[str, str] = {}
+
+    def client(number: int) -> None:
+        for i in range(number, n, 4):
+            answered[f"e{i}"] = ask(port, f"e{i}")
+
+    for worker in [Worker(client, number) for number in range(4)]:
+        worker.result()
+    return answered
+
+
+def up(port: int) -> bool:
+    with contextlib.suppress(OSError):
+        return bool(ask(port, "up"))
+    return False
+
+
+def serve(command: list[str], port: int, n: int, folder: Path, *fds: int) -> None:
+    """Run a server and end it; every request was delivered once, by the process that answered it."""
+    (folder / "application.py").write_text(EVENTS + WSGI, encoding="utf-8")
+    with Child(command, folder, pass_fds=fds) as server:
+        wait_until(lambda: server.process.poll() is not None or up(port), "an answer")
+        answered = ask_often(port, n)
+        server.process.terminate()
+        ended = server.end()
+        log = ended.out + ended.err
+        found = delivered(folder)
+        came = Counter(event for events in found.values() for event in events if event not in ("up", "master"))
+        assert came == Counter(dict.fromkeys(answered, 1)), (len(came), len(answered), log[-3000:])
+        wrong = [event for pid, events in found.items() for event in events if answered.get(event, pid) != pid]
+        assert not wrong and found.get(str(server.process.pid), ["master"]) == ["master"], (wrong[:5], log[-3000:])
+        assert "Traceback" not in log, log[-3000:]
+
+
+@posix
+@pytest.mark.parametrize("kind", ["sync", "gthread", "gevent"])
+def test_gunicorn_with_preload_delivers_what_each_worker_accepted(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("gunicorn")
+    if kind == "gevent":
+        pytest.importorskip("gevent")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port, number = listener.getsockname()[1], listener.fileno()
+        options = ["--preload", "--workers=2", "--threads=2", f"--worker-class={kind}", f"--bind=fd://{number}"]
+        command = [sys.executable, "-m", "gunicorn", *options, "application:app"]
+        serve(command, port, rounds(400), tmp_path, number)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+UWSGI = shutil.which("uwsgi") or shutil.which("uwsgi", path=os.path.dirname(sys.executable))
+
+
+@posix
+@pytest.mark.parametrize("flags", [[], ["--enable-threads", "--py-call-uwsgi-fork-hooks"]])
+def test_uwsgi_delivers_what_each_worker_accepted(flags: list[str], tmp_path: Path) -> None:
+    """By default uWSGI forks without Python's hooks; the flags make it run them."""
+    if UWSGI is None:
+        pytest.skip("uwsgi is not installed")
+    port = free_port()
+    options = ["--master", "--processes=2", "--die-on-term", "--module=application:app", "--need-app"]
+    serve([UWSGI, f"--http-socket=127.0.0.1:{port}", *options, *flags], port, rounds(400), tmp_path)
+
+
+CELERY = """
+from celery import Celery
+from celery.signals import worker_process_shutdown
+
+app = Celery("application")
+app.conf.update(
+    broker_url="filesystem://",
+    broker_transport_options={"data_folder_in": "queue", "data_folder_out": "queue", "control_folder": "control"},
+    worker_hijack_root_logger=False,
+    broker_connection_retry_on_startup=False,
+)
+
+@app.task(ignore_result=True)
+def work(number):
+    d.enqueue(b"%d" % number, timeout=10)
+    open(f"done.{number}", "w").close()
+
+@worker_process_shutdown.connect  # a pool's processes end without Python's exit hooks
+def end(**_):
+    d.shutdown(10)
+"""
+
+
+@posix
+def test_celery_prefork_delivers_at_the_end_of_each_worker_process(tmp_path: Path) -> None:
+    pytest.importorskip("celery")
+    for name in ("queue", "control"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "application.py").write_text(EVENTS.replace("0.05", "60") + CELERY, encoding="utf-8")
+    command = [sys.executable, "-m", "celery", "-A", "application"]
+    options = ["-P", "prefork", "-c", "2", "--without-gossip", "--without-mingle", "--without-heartbeat"]
+    n = rounds(20)
+    send = f"from application import work\nfor i in range({n}): work.delay(i)"
+    with Child([*command, "worker", *options], tmp_path) as worker:
+        with Child([sys.executable, "-c", send], tmp_path) as client:
+            assert client.end() == GOOD
+        wait_until(lambda: len(list(tmp_path.glob("done.*"))) == n or worker.process.poll() is not None, "every task")
+        worker.process.terminate()
+        ended = worker.end()
+        came = Counter(itertools.chain(*delivered(tmp_path).values()))
+        assert came == Counter({str(i): 1 for i in range(n)}), ended.err[-3000:]
+
+
+# Exits of the interpreter ---------------------------------------------------------------------------------------------
+
+EXIT = """
+import atexit, os, signal, sys, threading, time, tempo
+
+how, = sys.argv[1:]
+wait = threading.Event().wait
+accepted = open("accepted", "ab", buffering=0)
+came = open("delivered", "ab", buffering=0)
+
+def send(item):
+    try:
+        d.enqueue(item)
+    except tempo.Closed:
+        return
+    accepted.write(item + b"\\n")
+
+def handler(batch):
+    if "hang" in how and came.tell():
+        wait()
+    wait(0.005)
+    came.write(b"".join(item + b"\\n" for item in batch))
+
+def on_error(exc, batch):
+    print(type(exc).__name__, len(batch), batch.nbytes, flush=True)
+
+def late():
+    wait(0.1)
+    for i in range(50):
+        send(b"late %d" % i)
+
+def on_term(number, frame):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not end the drain
+    sys.exit(128 + number)
+
+signal.signal(signal.SIGTERM, on_term)
+d = tempo.Dispatcher(interval=60, max_buffered_bytes=10_000, max_batch_items=10)
+d.start(handler, on_error=on_error if "on_error" in how else None, exit_timeout=0.3 if "hang" in how else 30)
+for i in range(100):
+    send(b"%d" % i)
+if "atexit" in how:
+    atexit.register(late)
+if "thread" in how:
+    threading.Thread(target=late).start()
+if "term" in how:
+    print("ready", flush=True)
+    wait()
+if "hang" in how:
+    while d.stats().in_flight == 0 or d.stats().delivered == 0:
+        wait(0.001)
+if "sys.exit" in how:
+    sys.exit(3)
+if "error" in how.split():
+    raise KeyError("the program's own")
+"""
+
+EXITS = {
+    "end": 0,
+    "end, an atexit hook enqueues": 0,
+    "end, a thread enqueues": 0,
+    "sys.exit": 3,
+    "error of the program": 1,
+    "term": 143,
+    "term twice": 143,
+}
+
+
+@pytest.mark.parametrize("how", EXITS)
+def test_exit_delivers_what_was_accepted(how: str, tmp_path: Path) -> None:
+    with program(tmp_path, EXIT, how) as child:
+        if "term" in how:
+            assert child.process.stdout is not None and child.process.stdout.readline() == "ready\n"
+            child.process.terminate()
+            if "twice" in how:
+                wait_until(lambda: (tmp_path / "delivered").stat().st_size, "the drain")
+                child.process.terminate()
+        ended = child.end()
+    assert (ended.code, ended.out) == (EXITS[how], "")
+    assert ("KeyError" in ended.err) if "error" in how else not ended.err, ended.err
+    accepted, came = [(tmp_path / name).read_text("utf-8").splitlines() for name in ("accepted", "delivered")]
+    assert sorted(came) == sorted(accepted) and len(accepted) >= 100, (len(came), len(accepted))
+
+
+@pytest.mark.parametrize("told", ["stderr", "on_error"])
+def test_exit_with_a_hanging_handler_says_what_was_not_delivered(told: str, tmp_path: Path) -> None:
+    begin = time.monotonic()
+    with program(tmp_path, EXIT, f"hang, {told}") as child:
+        ended = child.end()
+    assert ended.code == 0 and time.monotonic() - begin < LIMIT / 2, ended
+    # Of ten batches one was delivered, and the handler has one: the other eight hold 80 payloads of two bytes.
+    if told == "on_error":
+        assert ended == Ended(0, "DrainTimeout 10 20\n" * 8, "")
+    else:
+        assert ended.out == "" and len(ended.err.splitlines()) == 1, ended
+        assert "80 payloads" in ended.err and "160 bytes" in ended.err, ended
+
+
+PULL = """
+import sys, threading, tempo
+
+d = tempo.Dispatcher(interval=60, max_buffered_bytes=1000)
+threading.Thread(target=lambda: [None for batch in d], daemon=True).start()
+d.enqueue(b"one")
+if sys.argv[1] == "shutdown":
+    d.shutdown(30)
+"""
+
+
+@pytest.mark.parametrize("ending", ["shutdown", "nothing"])
+def test_exit_warns_of_payloads_that_a_pull_mode_dispatcher_still_holds(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / "program.py"
+    path.write_text(PULL, encoding="utf-8")
+    with Child([sys.executable, "-W", "always::ResourceWarning", str(path), ending], tmp_path) as child:
+        ended = child.end()
+    assert (ended.code, ended.out) == (0, "")
+    assert ("ResourceWarning" in ended.err) == (ending == "nothing"), ended.err
+
+
+# gevent and eventlet --------------------------------------------------------------------------------------------------
+
+GREEN = """
+import sys
+
+world, when = sys.argv[1:]
+if when == "after":
+    import tempo
+if world == "gevent":
+    import gevent.monkey
+    gevent.monkey.patch_all()
+    from gevent import spawn
+else:
+    import eventlet
+    eventlet.monkey_patch()
+    from eventlet import spawn
+import os, queue, threading, time
+import tempo
+
+ticks = 0
+
+def tick():
+    global ticks
+    while True:
+        time.sleep(0.001)
+        ticks += 1
+
+spawn(tick)
+came = []
+
+def handler(batch):
+    time.sleep(0.002)
+    came.extend(batch.tolist())
+
+def produce(d, name):
+    for i in range(300):
+        d.enqueue(b"%d.%d" % (name, i), timeout=None)
+
+def run(push):
+    came.clear()
+    d = tempo.Dispatcher(interval=0.005, max_buffered_bytes=200, max_batch_items=20)
+    if push:
+        d.start(handler)
+        consumers = []
+    else:
+        consumers = [threading.Thread(target=lambda: [handler(batch) for batch in d]) for _ in range(2)]
+    producers = [threading.Thread(target=produce, args=(d, name)) for name in range(4)]
+    for thread in consumers + producers:
+        thread.start()
+    before = ticks
+    for thread in producers:
+        thread.join(30)
+    assert ticks > before, "a wait blocks all greenlets"
+    d.shutdown(30)
+    for thread in consumers:
+        thread.join(30)
+    assert sorted(came) == sorted(b"%d.%d" % (name, i) for name in range(4) for i in range(300)), len(came)
+    assert d.stats().accepted == d.stats().delivered == 1200, d.stats()
+
+run(True)
+run(False)
+
+d = tempo.Dispatcher(interval=60, max_buffered_bytes=10)
+d.enqueue(b"0123456789")
+waits = spawn(d.enqueue, b"killed", None)
+while not d.stats().waiting_producers:
+    time.sleep(0.001)
+waits.kill()
+while d.stats().waiting_producers:
+    time.sleep(0.001)
+later = threading.Thread(target=d.enqueue, args=(b"later",), kwargs={"timeout": 10})
+later.start()
+assert d.get(10).tolist() == [b"0123456789"]
+later.join(30)
+d.flush(0)
+assert d.get(10).tolist() == [b"later"]
+try:
+    d.get(0.01)
+except queue.Empty:
+    pass
+
+at_exit = tempo.Dispatcher(interval=60, max_buffered_bytes=1000)
+at_exit.start(lambda batch: os.write(1, batch.data))
+at_exit.enqueue(b"at exit")
+"""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("world", ["gevent", "eventlet"])
+def test_green_threads_patched_before_or_after_the_import(world: str, when: str, tmp_path: Path) -> None:
+    pytest.importorskip(world)
+    with program(tmp_path, GREEN, world, when) as child:
+        ended = child.end()
+    warned = [line for line in ended.err.splitlines() if "eventlet" in line or "Deprecat" in line]
+    assert ended.code == 0 and ended.out == "at exit", ended
+    assert len(warned) == len(ended.err.splitlines()) if world == "eventlet" else not ended.err, ended.err
+
+
+# asyncio --------------------------------------------------------------------------------------------------------------
+
+
+def cancellations(n: int) -> None:
+    """Tasks that wait for room or for a batch are cancelled at random; what was accepted comes out once."""
+    chance = random.Random("cancellations")
+    d = tempo.Dispatcher(interval=0.002, max_buffered_bytes=300, max_batch_bytes=60)
+    census = Census()
+
+    async def send(sender: Sender) -> None:
+        for _ in range(20):
+            with contextlib.suppress(asyncio.CancelledError, asyncio.TimeoutError):
+                await asyncio.wait_for(sender.asend(d), chance.choice((0.0, 0.001, 0.02, 10)))
+
+    async def receive(receiver: Receiver) -> None:
+        batches = aiter(d)
+        while True:
+            try:
+                receiver.take(await asyncio.wait_for(anext(batches), chance.choice((0.0, 0.0005, 0.01))))
+            except StopAsyncIteration:
+                return
+            except asyncio.TimeoutError:
+                pass
+
+    async def main() -> None:
+        consumers = [asyncio.create_task(receive(census.receiver())) for _ in range(2)]
+        for _ in range(n):
+            senders = [asyncio.create_task(send(census.sender())) for _ in range(10)]
+            for _ in range(10):
+                await asyncio.sleep(0.001)
+                chance.choice(senders).cancel()
+            await asyncio.gather(*senders, return_exceptions=True)
+            assert await d.aflush(LIMIT)
+        await d.ashutdown(LIMIT)
+        await asyncio.gather(*consumers)
+
+    asyncio.run(main())
+    census.verify(d)
+
+
+def loops_that_end(n: int) -> None:
+    """Loops are stopped or closed while tasks of theirs wait; threads that wait too are served, and no loop is kept."""
+    for number in range(n):
+        d = tempo.Dispatcher(interval=0.01, max_buffered_bytes=100)
+        full = number % 2 == 0  # the tasks wait for room; else for a batch
+        if full:
+            d.enqueue(bytes(100))
+        loop = asyncio.new_event_loop()
+
+        async def waits() -> None:
+            await (d.aenqueue(b"task") if full else anext(aiter(d)))  # noqa: B023
+
+        tasks = [loop.create_task(waits()) for _ in range(3)]
+        for _ in range(10):
+            loop.call_soon(loop.stop)
+            loop.run_forever()
+        s = d.stats()
+        assert (s.waiting_producers, s.waiting_consumers) == ((3, 0) if full else (0, 3)), s
+        closed = number % 4 < 2
+        if closed:
+            loop.close()
+        if full:
+            later = Worker(d.enqueue, b"later", LIMIT)
+            items: list[bytes] = []
+            while b"later" not in items:
+                items += d.get(LIMIT).tolist()
+            later.result()
+        else:
+            batch = Worker(d.get, LIMIT)
+            for _ in range(4):  # a task that cannot go on may have been told of the first ones
+                d.enqueue(b"x")
+                d.flush(0)
+            assert batch.result()
+        d.stop()
+        for task in tasks:
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+        gone = weakref.ref(loop)
+        loop.close()
+        del loop, tasks, task
+        gc.collect()
+        assert gone() is None or not closed, "tempo keeps a loop alive"
+
+
+def loops_in_threads(n: int) -> None:
+    """Several loops and several threads share a dispatcher."""
+    load = Load("loops", producers=1, consumers=1)
+
+    async def main(senders: list[Sender], receiver: Receiver) -> None:
+        async def produce(sender: Sender) -> None:
+            for _ in range(n):
+                await sender.asend(load.d)
+
+        async def consume() -> None:
+            async for batch in load.d:
+                receiver.take(batch)
+
+        consumer = asyncio.create_task(consume())
+        await asyncio.gather(*map(produce, senders))
+        consumer.cancel()
+
+    loops = [
+        Worker(asyncio.run, main([load.census.sender() for _ in range(10)], load.census.receiver())) for _ in range(3)
+    ]
+    for loop in loops:
+        loop.result()
+    load.end()
+
+
+@pytest.mark.parametrize("scenario, n", [(cancellations, 20), (loops_that_end, 8), (loops_in_threads, 50)])
+def test_asyncio(scenario: Callable[[int], None], n: int, tmp_path: Path) -> None:
+    in_child(tmp_path, scenario, rounds(n))
+
+
+# Sub-interpreters -----------------------------------------------------------------------------------------------------
+
+INSIDE = """
+import sys
+sys.path.insert(0, ROOT)
+import tempo
+d = tempo.Dispatcher(interval=60, max_buffered_bytes=1000, max_batch_items=10)
+assert d.enqueue_many([b"%d" % i for i in range(100)]) == 100
+came = []
+for _ in range(10):
+    came += d.get(10).tolist()
+assert came == [b"%d" % i for i in range(100)], came
+d.shutdown(10)
+d = tempo.Dispatcher(interval=0.001, max_buffered_bytes=1000)
+try:
+    d.start(came.append)
+except RuntimeError as error:
+    assert "pull mode" in str(error), error
+else:
+    d.enqueue(b"pushed")
+    assert d.flush(10) and came[-1].tolist() == [b"pushed"]
+    d.shutdown(10)
+"""
+
+
+def sub_interpreter(kind: str, n: int) -> None:
+    low: Any = importlib.import_module("_interpreters" if sys.version_info >= (3, 13) else "_xxsubinterpreters")
+    for _ in range(n):
+        if sys.version_info >= (3, 13):
+            interpreter = low.create(kind)
+            failure = low.exec(interpreter, INSIDE.replace("ROOT", repr(str(ROOT))))
+            assert failure is None, failure.formatted
+        else:
+            interpreter = low.create(isolated=kind == "isolated")
+            low.run_string(interpreter, INSIDE.replace("ROOT", repr(str(ROOT))))
+        low.destroy(interpreter)
+
+
+@pytest.mark.skipif(
+    sys.version_info < (3, 12) or sys.implementation.name != "cpython", reason="before 3.12 these share their state"
+)
+@pytest.mark.parametrize("kind", ["isolated", "legacy"])
+def test_sub_interpreters_have_pull_mode_and_push_mode_where_threads_are_allowed(kind: str, tmp_path: Path) -> None:
+    in_child(tmp_path, sub_interpreter, kind, rounds(3))
+
+
+# Dispatchers that are dropped -----------------------------------------------------------------------------------------
+
+
+def dropped(push: bool, n: int) -> None:
+    """Dispatchers are made, used and dropped: no memory and no thread stays."""
+
+    def once() -> weakref.ref[tempo.Dispatcher]:
+        d = tempo.Dispatcher(interval=60, max_buffered_bytes=10_000)
+        if push:
+            d.start(lambda batch: None)
+        d.enqueue_many([b"x" * 50] * 100)
+        if push:
+            d.shutdown(LIMIT)
+        else:
+            d.flush(0)
+            assert len(d.get(0)) == 100
+        return weakref.ref(d)
+
+    for _ in range(50):
+        once()
+    threads = threading.active_count()
+    gc.collect()
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    alive = [ref for ref in [once() for _ in range(n)] if ref() is not None]
+    gc.collect()
+    assert not any(ref() for ref in alive), "a dropped dispatcher stays"
+    del alive
+    grown = tracemalloc.get_traced_memory()[0] - before
+    assert grown < 50_000, f"{grown} bytes stay of {n} dispatchers"
+    assert threading.active_count() <= threads
+
+
+@pytest.mark.parametrize("push, n", [(False, 5000), (True, 500)])
+def test_dropped_dispatchers_leave_no_memory_and_no_thread(push: bool, n: int, tmp_path: Path) -> None:
+    in_child(tmp_path, dropped, push, rounds(n))

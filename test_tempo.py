@@ -67,12 +67,6 @@ CONSUMERS = each("way", ["get", "batches", "async for"])
 FLUSHES = each("how", ["flush", "aflush"])
 SHUTDOWNS = each("how", ["shutdown", "ashutdown"])
 ENDS = each("end", ["shutdown", "ashutdown", "stop"])
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-needs_signals = pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="there are no signals to threads here")
-needs_opcodes = pytest.mark.skipif(
-    not CPYTHON or sys.version_info[:2] == (3, 12),
-    reason="PyPy has no events for bytecodes, and CPython 3.12 crashes with threads stopped there",
-)
 
 
 # Helpers
@@ -103,8 +97,8 @@ class inside:  # noqa: N801 - a namespace
         return False
 
     @staticmethod
-    def in_section() -> bool:
-        """Whether this thread has tempo's lock."""
+    def mine() -> bool:
+        """Whether this thread has it."""
         return any(mutex.owner == threading.get_ident() for mutex in tempo._MUTEXES.values())
 
 
@@ -260,20 +254,22 @@ def consume(d: tempo.Dispatcher, way: str) -> list[bytes]:
     return taken
 
 
+def begun(d: tempo.Dispatcher, field: str, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Worker:
+    """A thread whose call has begun: a field of the stats shows it."""
+    before = getattr(d.stats(), field)
+    worker = Worker(work, *args, **kwargs)
+    wait_until(lambda: getattr(d.stats(), field) != before or not worker.is_alive())
+    return worker
+
+
 def waiter(d: tempo.Dispatcher, payload: bytes, timeout: float | None = None, how: str = "enqueue") -> Worker:
     """A thread that waits for room, and stands in the line already."""
-    waiting = d.stats().waiting_producers
-    worker = Worker(send, d, how, payload, timeout=timeout)
-    wait_until(lambda: d.stats().waiting_producers > waiting or not worker.is_alive())
-    return worker
+    return begun(d, "waiting_producers", send, d, how, payload, timeout=timeout)
 
 
 def taker(d: tempo.Dispatcher, way: str = "get") -> Worker:
     """A thread that waits for a batch."""
-    waiting = d.stats().waiting_consumers
-    worker = Worker(take, d, way)
-    wait_until(lambda: d.stats().waiting_consumers > waiting or not worker.is_alive())
-    return worker
+    return begun(d, "waiting_consumers", take, d, way)
 
 
 def closing(d: tempo.Dispatcher, how: str = "shutdown") -> Worker:
@@ -365,6 +361,8 @@ def run_python(*args: str, cwd: Path | None = None) -> subprocess.CompletedProce
 
 def program(source: str, *options: str, told: str = "", code: int = 0) -> list[str]:
     """Run a program; check its exit code and what it writes to stderr; return the lines that it prints."""
+    if "fork" in source and not hasattr(os, "fork"):
+        pytest.skip("there is no fork here")
     # From 3.12 on, fork in a process with threads warns. That is what is tested here.
     options = ("-W", "ignore::DeprecationWarning", *options)
     done = run_python(*options, "-c", PRELUDE + textwrap.dedent(source))
@@ -381,6 +379,8 @@ class Steps:
     """
 
     def __init__(self, n: int, do: Callable[[], object], signals: bool = False) -> None:
+        if not CPYTHON or sys.version_info[:2] == (3, 12):
+            pytest.skip("PyPy has no events for bytecodes, and CPython 3.12 crashes with threads stopped there")
         self.n, self.do, self.signals = n, do, signals
         self.count = 0
         self._last: dict[FrameType, int] = {}  # the bytecode before, in each frame
@@ -503,14 +503,6 @@ def test_dispatcher_says_what_is_wrong(work: Callable[[], object], message: str)
     assert str(caught.value) == message or re.fullmatch(message, str(caught.value))
 
 
-@each("kwargs", [{}, {"max_batch_bytes": None, "max_batch_items": None}, {"max_batch_bytes": 10**9},
-                 {"max_batch_items": 10**9}, {"interval": 1}, {"interval": threading.TIMEOUT_MAX}], ids=str)  # fmt: skip
-def test_dispatcher_takes_batch_limits_above_the_buffer_and_any_interval(kwargs: dict[str, Any]) -> None:
-    d = holding(b"a", max_buffered_bytes=100, **kwargs)
-    assert not_due(d)
-    assert payloads(d.stop()) == [b"a"]
-
-
 @each("make_other", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_dispatcher_cannot_be_copied_or_pickled(make_other: Callable[[object], object]) -> None:
     with pytest.raises(TypeError, match="Dispatcher"):
@@ -570,26 +562,13 @@ class Subclass(bytes):
         return b"other"
 
 
-class Record:
-    """Holds a payload, from Python 3.12 on (PEP 688)."""
-
-    def __buffer__(self, flags: int) -> memoryview:
-        return memoryview(b"record")
-
-
-class BrokenRepr:
-    def __repr__(self) -> str:
-        raise ZeroDivisionError
-
-
 GOOD: list[tuple[Any, bytes]] = [
     (b"abc", b"abc"), (b"", b""), (bytearray(b"abc"), b"abc"), (bytearray(), b""), (Subclass(b"abc"), b"abc"),
     (memoryview(b"abc"), b"abc"), (memoryview(bytearray(b"xabcx"))[1:4], b"abc"),
     (memoryview(b"abcdef").cast("B", (2, 3)), b"abcdef"), (array.array("b", b"abc"), b"abc"),
     (memoryview(array.array("i", [1, 2])), array.array("i", [1, 2]).tobytes()),
 ]  # fmt: skip
-GOOD += [(Record(), b"record")] if sys.version_info >= (3, 12) else []
-BAD: list[Any] = ["secret", "", 3, True, None, 1.5, [b"secret"], object(), memoryview(b"secret")[::2], BrokenRepr()]
+BAD: list[Any] = ["secret", "", 3, True, None, 1.5, [b"secret"], object(), memoryview(b"secret")[::2]]
 
 
 @each(("payload", "expected"), GOOD, ids=lambda value: type(value).__name__)
@@ -677,35 +656,17 @@ def test_enqueue_waits_until_there_is_room(how: str, limit: int, timeout: float 
 
 
 @LIMITS
-def test_enqueue_serves_threads_and_coroutines_first_come_first_served_as_far_as_they_fit(limit: int) -> None:
+def test_enqueue_serves_threads_and_coroutines_first_come_first_served(limit: int) -> None:
     d = full(limit)
-    ways = ["enqueue", "aenqueue", "enqueue_many"] * 2
-    sent = [b"%d" % i * (limit // 8) for i in range(6)]
+    ways = ["enqueue", "aenqueue", "enqueue_many"] * 3
+    sent = [b"%d" % i * ((limit - 4) // 8) for i in range(9)]
     blocked = [waiter(d, payload, how=how) for how, payload in zip(ways, sent, strict=True)]
-    late = [waiter(d, bytes([i]) * (limit // 2), how=how) for i, how in enumerate(ways)]
-
     d.get()
+    assert (d.stats().accepted, d.stats().waiting_producers) == (9, 1)  # eight of them fit
+    d.enqueue(b"a")  # a call that does not wait is not refused while it fits
+    assert payloads(d.get() for _ in range(10)) == [*sent[:8], b"a", sent[8]]
     for worker in blocked:
         worker.result()
-    assert (d.stats().accepted, d.stats().waiting_producers) == (7, 6)  # there is no room for half of it
-    assert payloads(d.get() for _ in sent) == sent
-    assert [late[0].result(), late[1].result()] == [None, None]
-    assert payloads(d.stop()) == [bytes([i]) * (limit // 2) for i in range(2)]
-    assert [refusal(worker.result) for worker in late[2:]] == [tempo.Stopped] * 4
-
-
-@LIMITS
-@PRODUCERS
-def test_enqueue_behind_a_head_that_does_not_fit(how: str, limit: int) -> None:
-    d = holding(b"x" * (limit - 10), max_buffered_bytes=limit)
-    head = waiter(d, b"h" * 20, 0.3)
-    d.enqueue(b"12")  # a call that does not wait is never refused while it fits
-    send(d, how, b"34", timeout=0.01)  # who waited is accepted if it fits at its deadline
-    last = waiter(d, b"56", how=how)  # or when the head gives up
-
-    assert refusal(head.result) is tempo.QueueFull
-    last.result()
-    assert payloads(d.stop())[1:] == [b"12", b"34", b"56"]
 
 
 @ENDS
@@ -728,36 +689,26 @@ def test_enqueue_is_released_and_refused_by_the_end(how: str, limit: int, end: s
 # enqueue_many(payloads, timeout=0.0)
 
 
-@each("value", [3, None, 1.5, "text", b"bytes", bytearray(b"bytes")], ids=shown)
-def test_enqueue_many_refuses_what_is_no_iterable_of_payloads(value: Any) -> None:
-    d = make()
-    with pytest.raises(TypeError) as caught:
-        d.enqueue_many(value)
-    assert getattr(caught.value, "accepted", None) == 0
-    assert d.stats() == make().stats()
-
-
-class Slotted(Exception):
-    def __setattr__(self, name: str, value: object) -> None:
-        raise ZeroDivisionError
-
-
 def raising(error: BaseException) -> Iterator[bytes]:
     raise error
     yield
 
 
 @each("at", [0, 1, 511, 512, 600])
-@each("error", [TypeError, ZeroDivisionError, KeyboardInterrupt, Slotted, tempo.PayloadTooLarge])
+@each("error", [TypeError, ZeroDivisionError, KeyboardInterrupt, tempo.PayloadTooLarge])
 def test_enqueue_many_that_raises_says_how_many_it_took(error: Any, at: int) -> None:
     d = make()
     bad: dict[Any, Any] = {TypeError: ["secret"], tempo.PayloadTooLarge: [bytes(tempo.MiB + 1)]}
     taken = [b"%d" % i for i in range(at)]
     with pytest.raises(error) as caught:
         d.enqueue_many(itertools.chain(taken, bad.get(error) or raising(error()), [b"never"]), timeout=None)
-    assert error is Slotted or caught.value.accepted == at
+    assert caught.value.accepted == at
     assert d.stats().rejected == (error is tempo.PayloadTooLarge)
     assert payloads(d.stop()) == taken
+    for value in (3, None, "text", b"bytes", bytearray(b"bytes")):  # not many, but one, or none
+        with pytest.raises(TypeError) as caught:
+            make().enqueue_many(value)  # type: ignore[arg-type]
+        assert caught.value.accepted == 0
 
 
 @each("kind", [list, iter])
@@ -812,22 +763,18 @@ def test_enqueue_many_has_one_deadline_for_all(clock: Clock) -> None:
 
 @each("limit", [4000, LARGE])
 def test_enqueue_many_runs_an_iterable_that_calls_tempo(limit: int) -> None:
-    d = make(max_buffered_bytes=limit)
-    left: list[tempo.Batch] = []
-
     def source() -> Iterator[bytes]:
         for i in range(600):
             d.enqueue(b"n")
-            if i % 100 == 0:
-                assert d.enqueue_many([b"m", b"m"], timeout=None) == 2
-            if i == 500:
-                left.extend(d.stop())
+            assert i % 100 or d.enqueue_many([b"m", b"m"], timeout=None) == 2
+            left.extend(d.stop() if i == 500 else [])
             yield b"%d" % i
 
+    d = make(max_buffered_bytes=limit)
+    left: list[tempo.Batch] = []
     assert refusal(d.enqueue_many, source()) is tempo.Stopped
     came = Counter(payloads(left))
-    assert (came.pop(b"n"), came.pop(b"m")) == (501, 12)
-    assert list(came) == [b"%d" % i for i in range(500)]
+    assert (came.pop(b"n"), came.pop(b"m"), list(came)) == (501, 12, [b"%d" % i for i in range(500)])
 
 
 # await aenqueue(payload, timeout=None)
@@ -949,7 +896,7 @@ def test_consumer_in_a_loop_ends_after_the_drain_or_at_once_after_stop(end: str)
     assert len(seen) == (1 if end == "stop" else 3)
 
 
-def test_consumers_that_wait_share_batches_and_pass_the_timer_and_their_wake_up_on() -> None:
+def test_consumers_that_wait_share_batches_and_pass_their_wake_up_on() -> None:
     d = make(max_batch_bytes=1, interval=0.5)
     workers = [taker(d, way) for way in ("get", "async for", "batches")]
     d.enqueue_many([b"a", b"b", b"c"])
@@ -962,15 +909,6 @@ def test_consumers_that_wait_share_batches_and_pass_the_timer_and_their_wake_up_
             leaving.result()
             d.enqueue(b"x")  # the leaving one had the first
         assert staying.result().tolist() == [b"x"]
-
-    d = make(interval=0.5)
-    leaving = Worker(d.get, timeout=0.2)
-    wait_until(lambda: d.stats().waiting_consumers == 1)
-    staying = taker(d)
-    d.enqueue(b"x")
-    with pytest.raises(queue.Empty):
-        leaving.result()
-    assert staying.result().tolist() == [b"x"]
 
 
 def test_task_cancelled_while_it_waits_loses_nothing_and_passes_its_batch_on() -> None:
@@ -1042,11 +980,6 @@ async def a_coroutine_function(batch: tempo.Batch) -> None:
     raise AssertionError
 
 
-class AsyncCallable:
-    async def __call__(self, batch: tempo.Batch) -> None:
-        raise AssertionError
-
-
 class Awaitable:
     def __await__(self) -> Iterator[None]:
         raise AssertionError
@@ -1056,7 +989,7 @@ def a_handler(batch: tempo.Batch) -> None:
     """Do nothing."""
 
 
-NOT_HANDLERS = [None, 3, "print", a_coroutine_function, AsyncCallable(), functools.partial(a_coroutine_function)]
+NOT_HANDLERS = [None, 3, "print", a_coroutine_function, functools.partial(a_coroutine_function)]
 
 
 @each(
@@ -1066,7 +999,7 @@ NOT_HANDLERS = [None, 3, "print", a_coroutine_function, AsyncCallable(), functoo
     + [({"handler": print, "exit_timeout": value}, "exit_timeout", kind) for value, kind in BAD_TIMES],
     ids=shown,
 )
-def test_start_refuses_a_bad_argument_and_can_be_called_again_once(
+def test_start_refuses_a_bad_argument_and_a_second_call(
     arguments: dict[str, Any], name: str, kind: type[Exception]
 ) -> None:
     received: list[bytes] = []
@@ -1077,56 +1010,35 @@ def test_start_refuses_a_bad_argument_and_can_be_called_again_once(
     assert type(caught.value) is kind
     assert names(caught.value, name, arguments[name])
     assert (d.stats(), threading.active_count()) == (before, threads)
-
     d.start(lambda batch: received.extend(batch.tolist()))
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="start was called before"):
-            d.start(print)
+    with pytest.raises(RuntimeError, match="start was called before"):
+        d.start(print)
     d.shutdown()
     assert received == [b"a"]
 
 
-def test_start_calls_the_handler_in_order_on_one_daemon_thread() -> None:
+def test_start_calls_the_handler_in_order_on_one_daemon_thread_named_after_it() -> None:
     threads: set[threading.Thread] = set()
     taken: list[bytes] = []
     sent = [b"%05d" % i for i in range(3000)]
+
+    def my_handler(batch: tempo.Batch) -> None:
+        threads.add(threading.current_thread())
+        taken.extend(batch.tolist())
+
     with make(interval=0.005, max_batch_bytes=200) as d:
-        d.start(lambda batch: (threads.add(threading.current_thread()), taken.extend(batch.tolist())))
+        d.start(my_handler)
         for payload in sent:
             d.enqueue(payload, timeout=LIMIT)
     assert taken == sent
     (thread,) = threads
-    assert thread.daemon and thread is not threading.current_thread()
-
-
-@each(("handler", "name"), [(a_handler, "a_handler"), (print, "print"), (Gate(), "Gate")], ids=shown)
-def test_start_names_the_thread_after_the_handler(handler: Any, name: str) -> None:
-    before = set(threading.enumerate())
-    with make() as d:
-        d.start(handler)
-        (thread,) = set(threading.enumerate()) - before
-    assert name in thread.name
-
-
-def test_handler_has_its_batch_in_flight_its_bytes_are_released_and_what_comes_meanwhile_is_one_batch() -> None:
-    gate = Gate()
-    with make(interval=0.001, max_buffered_bytes=10) as d:
-        d.start(gate)
-        d.enqueue(b"0123456789")
-        assert gate.entered.wait(LIMIT)
-        during = balanced(d)
-        for i in range(10):
-            d.enqueue(b"%d" % i)
-        assert refusal(d.enqueue, b"x") is tempo.QueueFull
-        gate.go_on.set()
-    after = balanced(d)
-    assert (during.in_flight, during.in_flight_bytes, during.delivered, during.buffered) == (1, 10, 0, 0)
-    assert (after.in_flight, after.delivered, after.delivered_bytes, after.batches) == (0, 11, 20, 2)
+    assert thread.daemon and thread is not threading.current_thread() and "my_handler" in thread.name
 
 
 @each("error", [ValueError("bad"), SystemExit("bad"), KeyboardInterrupt("bad"), MemoryError("bad")], ids=repr)
+@each("where", ["on_error", "excepthook", "on_error that raises", "excepthook that raises"])
 def test_handler_that_raises_fails_its_batch_is_reported_and_goes_on(
-    error: BaseException, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    error: BaseException, where: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     errors: list[tuple[BaseException, list[bytes]]] = []
 
@@ -1134,15 +1046,26 @@ def test_handler_that_raises_fails_its_batch_is_reported_and_goes_on(
         if batch.tolist() == [b"bad"]:
             raise error
 
-    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
-    for on_error in (lambda exc, batch: errors.append((exc, batch.tolist())), None):
-        with make(max_batch_bytes=1) as d:
-            d.start(handler, on_error=on_error)
-            d.enqueue_many([b"bad", b"good"])
-        s = balanced(d)
-        assert (s.failed, s.failed_bytes, s.delivered, s.in_flight) == (1, 3, 2, 0)
-    assert errors == [(error, [b"bad"])]
-    assert capsys.readouterr().err.count(f"{type(error).__name__}: bad") == 1
+    def on_error(exc: BaseException, batch: tempo.Batch) -> None:
+        errors.append((exc, batch.tolist()))
+        if where == "on_error that raises":
+            raise RuntimeError("raised by on_error")
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if where == "excepthook that raises":
+            raise RuntimeError
+        threading.__excepthook__(args)
+
+    monkeypatch.setattr(threading, "excepthook", hook)
+    with make(max_batch_bytes=1) as d:
+        d.start(handler, on_error=on_error if "on_error" in where else None)
+        d.enqueue_many([b"bad", b"good"])
+    s = balanced(d)
+    assert (s.failed, s.failed_bytes, s.delivered, s.in_flight) == (1, 3, 2, 0)
+    assert errors == ([(error, [b"bad"])] if "on_error" in where else [])
+    told = capsys.readouterr().err
+    assert where != "excepthook" or told.count(f"{type(error).__name__}: bad") == 1
+    assert where != "on_error that raises" or told.count("RuntimeError: raised by on_error") == 1
 
 
 @each("result", [a_coroutine_function, lambda _: Awaitable()], ids=["coroutine", "awaitable"])
@@ -1157,26 +1080,6 @@ def test_handler_that_returns_an_awaitable_has_failed(result: Callable[[Any], ob
     assert [type(error) for error in errors] == [TypeError] * 2
     assert "await" in str(errors[0])
     assert (d.stats().failed, d.stats().delivered) == (2, 2)
-
-
-@each("where", ["on_error", "excepthook"])
-def test_handler_goes_on_though_its_error_cannot_be_reported(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-
-    def raises(*_: object) -> None:
-        raise RuntimeError
-
-    def hook(args: threading.ExceptHookArgs) -> None:
-        seen.append(args.exc_type)
-        if where == "excepthook":
-            raise RuntimeError
-
-    monkeypatch.setattr(threading, "excepthook", hook)
-    with make(max_batch_bytes=1) as d:
-        d.start(raises, on_error=raises if where == "on_error" else None)
-        d.enqueue_many([b"a", b"b"])
-    assert d.stats().failed == 2
-    assert len(seen) >= 2 and set(seen) == {RuntimeError}
 
 
 @each(
@@ -1302,32 +1205,26 @@ def test_shutdown_drains_what_was_accepted_and_is_idempotent(limit: int, how: st
 
 
 @SHUTDOWNS
+@each("mode", ["pull", "push"])
 @each("timeout", [0, 0.01])
-def test_shutdown_out_of_time_hands_back_what_is_left_and_says_how_much(how: str, timeout: float) -> None:
-    d = holding(b"a", b"b", b"c", max_batch_bytes=2)
-    with pytest.raises(tempo.DrainTimeout, match=r"2 batches.*3 payloads") as caught:
-        call(d, how, timeout=timeout)
-    assert lists(caught.value.undelivered) == [[b"a", b"b"], [b"c"]]
-    assert (d.stats().state, balanced(d).discarded) == ("stopped", 3)
-    assert d.stop() == []
-
-
-@SHUTDOWNS
-def test_shutdown_waits_for_the_handler_and_out_of_time_says_what_it_still_has(how: str) -> None:
+def test_shutdown_out_of_time_hands_back_what_is_left_and_says_how_much(how: str, mode: str, timeout: float) -> None:
     gate = Gate()
     d = make(max_batch_items=2)
-    d.start(gate)
-    d.enqueue_many([b"a", b"b", b"c", b"d", b"e"])
-    assert gate.entered.wait(LIMIT)
+    d.start(gate) if mode == "push" else None
+    d.enqueue_many([b"a", b"b", b"c", b"d", b"e"][mode == "pull" :])
+    assert mode == "pull" or gate.entered.wait(LIMIT)
     waiting = closing(d, how)
-    with pytest.raises(tempo.DrainTimeout, match=r"2 batches.*3 payloads.*\b2 payloads.*handler") as caught:
-        call(d, how, timeout=0.01)
+    says = {"pull": "2 batches.*4 payloads", "push": r"2 batches.*3 payloads.*\b2 payloads.*handler"}
+    with pytest.raises(tempo.DrainTimeout, match=says[mode]) as caught:
+        call(d, how, timeout=timeout)
+
+    assert lists(caught.value.undelivered) == [[b"b", b"c"], [b"d", b"e"]] if mode == "pull" else [[b"c", b"d"], [b"e"]]
     s = balanced(d)
-    assert lists(caught.value.undelivered) == [[b"c", b"d"], [b"e"]]
-    assert (s.state, s.in_flight, s.discarded) == ("stopped", 2, 3)
+    assert (s.state, s.in_flight, s.discarded) == ("stopped", *((0, 4) if mode == "pull" else (2, 3)))
     assert refusal(waiting.result) in (tempo.Stopped, tempo.DrainTimeout)
+    assert d.stop() == []
     gate.go_on.set()
-    wait_until(lambda: d.stats().delivered == 2)
+    wait_until(lambda: d.stats().in_flight == 0)
 
 
 @SHUTDOWNS
@@ -1362,16 +1259,6 @@ def test_shutdown_and_flush_in_the_body_of_a_loop_do_not_wait_for_themselves(asy
     Worker(run_async, main()).result() if asynchronous else Worker(in_a_thread).result()
     assert sorted(seen) == [b"a", b"b", b"c", b"d"]
     assert d.stats().state == "stopped"
-
-
-def test_shutdown_in_the_loop_over_another_or_after_a_loop_waits_as_usual() -> None:
-    d, other = holding(b"y", b"z", max_batch_bytes=1), holding(b"x", max_batch_bytes=1)
-    for _ in d:
-        break
-    gc.collect()  # for interpreters that do not count references
-    for _ in other:
-        assert refusal(d.shutdown, timeout=0) is tempo.DrainTimeout
-        other.shutdown()
 
 
 @each(("how", "instead"), [("shutdown", "ashutdown"), ("flush", "aflush"), ("with", "ashutdown")])
@@ -1411,25 +1298,6 @@ def test_stop_hands_back_once_what_was_not_delivered(limit: int) -> None:
     assert (s.accepted, s.delivered, s.discarded, s.discarded_bytes, s.state) == (6, 2, 4, 5, "stopped")
 
 
-def test_stop_loses_nothing_while_all_are_busy() -> None:
-    def produce(name: bytes) -> Any:
-        for i in itertools.count():
-            if refusal(d.enqueue, b"%s%d" % (name, i), timeout=None):
-                return [b"%s%d" % (name, accepted) for accepted in range(i)]
-
-    for _ in range(5):
-        d = make(interval=0.001, max_batch_bytes=64, max_buffered_bytes=4096)
-        producers = [Worker(produce, name) for name in (b"a", b"b", b"c")]
-        consumers = [Worker(consume, d, "batches") for _ in range(2)]
-        wait_until(lambda: d.stats().delivered > 300)  # noqa: B023
-        left = payloads(d.stop())
-        accepted = [payload for producer in producers for payload in producer.result()]
-        delivered = [payload for consumer in consumers for payload in consumer.result()]
-        assert sorted(accepted) == sorted(delivered + left)
-        s = balanced(d)
-        assert (s.accepted, s.delivered, s.discarded) == (len(accepted), len(delivered), len(left))
-
-
 # stats()
 
 
@@ -1451,38 +1319,27 @@ def test_stats_balance_at_each_stage(limit: int) -> None:
         if batch.tolist() == [b"bad"]:
             raise ValueError
 
+    def now(*names: str) -> list[int]:
+        s = balanced(d)
+        return [value for name in names for value in (getattr(s, name), getattr(s, name + "_bytes"))]
+
     d = holding(b"", b"abc", b"d", b"", b"ef", b"bad", b"left", max_buffered_bytes=limit, max_batch_bytes=4)
-    s = balanced(d)
-    assert (s.accepted, s.accepted_bytes, s.buffered, s.buffered_bytes, s.batches) == (7, 15, 7, 15, 0)
+    assert now("accepted", "buffered") == [7, 15, 7, 15]
     assert d.get().tolist() == [b"", b"abc"]
-    s = balanced(d)
-    assert (s.delivered, s.delivered_bytes, s.buffered, s.buffered_bytes, s.batches) == (2, 4, 5, 11, 1)
+    assert now("delivered", "buffered") == [2, 4, 5, 11]
     d.start(handler, on_error=lambda *_: None)
     assert entered.acquire(timeout=LIMIT)
-    s = balanced(d)
-    assert (s.in_flight, s.in_flight_bytes, s.delivered, s.buffered, s.buffered_bytes) == (3, 4, 2, 2, 7)
+    assert now("in_flight", "delivered", "buffered") == [3, 4, 2, 4, 2, 7]  # its bytes are released
     for _ in range(2):
         gate.release()
         assert entered.acquire(timeout=LIMIT)
-    s = balanced(d)
-    assert (s.failed, s.failed_bytes, s.delivered, s.in_flight, s.batches) == (1, 3, 6, 1, 4)
+    assert now("failed", "delivered", "in_flight") == [1, 3, 6, 11, 1, 4]
     d.enqueue(b"back")
     assert payloads(d.stop()) == [b"back"]
-    s = balanced(d)
-    assert (s.in_flight, s.discarded, s.discarded_bytes, s.state) == (1, 1, 4, "stopped")
+    assert now("in_flight", "discarded") == [1, 4, 1, 4]
     gate.release()
     wait_until(lambda: d.stats().in_flight == 0)
-    assert balanced(d).delivered == 7
-
-
-@LIMITS
-def test_stats_show_the_most_that_was_buffered(limit: int) -> None:
-    d = holding(*[b"x"] * 30, max_buffered_bytes=limit)
-    drained(d)
-    for _ in range(40):
-        d.enqueue(b"x")
-    d.stop()  # accepted without the lock, and taken in one section
-    assert balanced(d).peak_buffered_bytes == 40
+    assert (d.stats().delivered, d.stats().batches) == (7, 4)
 
 
 @LIMITS
@@ -1491,13 +1348,10 @@ def test_stats_count_a_refused_call_once_and_only_tempos_errors(limit: int) -> N
     calls: list[tuple[Callable[[], object], int]] = [
         (lambda: d.enqueue(b"abc"), 3),
         (lambda: d.enqueue(b""), 1),
-        (lambda: d.enqueue(b"x" * (limit + 1)), limit + 1),
         (lambda: d.enqueue(bytearray(limit + 2)), limit + 2),
         (lambda: d.enqueue(b"ab", timeout=0.001), 2),
         (lambda: d.enqueue_many([b"abcd", b"e", b"f"]), 4),
-        (lambda: run_async(d.aenqueue(b"ab", timeout=0)), 2),
-        (lambda: d.stop() and d.enqueue(b"late"), 4),
-        (lambda: run_async(d.aenqueue(b"late")), 4),
+        (lambda: d.stop() and run_async(d.aenqueue(b"late")), 4),
     ]
     total = 0
     for count, (work, size) in enumerate(calls, 1):
@@ -1536,13 +1390,11 @@ def test_with_in_a_coroutine_lets_a_task_of_its_own_loop_drain() -> None:
     assert run_async(main()) == [b"a", b"b"]
 
 
-@each(
-    ("mode", "way"),
-    [("pull", "with"), ("push", "with"), ("push", "async with"), ("hangs", "with"), ("hangs", "async with")],
-)
+@each(("mode", "way"), [("pull", "with"), ("push", "with"), ("push", "async with")])
 def test_with_left_by_an_exception_shows_it_after_exit_timeout_at_most(mode: str, way: str, clock: Clock) -> None:
     gate = Gate()
     d = make(max_batch_bytes=1)
+    d.start(gate, exit_timeout=0.5) if mode == "push" else None
 
     def leave() -> None:
         with d:
@@ -1554,18 +1406,13 @@ def test_with_left_by_an_exception_shows_it_after_exit_timeout_at_most(mode: str
             d.enqueue_many([b"in the handler", b"x"])
             raise KeyError
 
-    if mode != "pull":
-        d.start(gate, exit_timeout=0.5)
     leaver = Worker(run_async, aleave()) if way == "async with" else Worker(leave)
-    wait_until(lambda: d.stats().state == "shutting_down")
+    wait_until(lambda: d.stats().state == "shutting_down" and (mode == "pull" or gate.entered.is_set()))
     assert leaver.is_alive()
-    if mode == "push":
-        gate.go_on.set()
-    else:
-        clock.now += 5.0
+    clock.now += 5.0
     with pytest.raises(KeyError):
         leaver.result()
-    assert (d.stats().state, balanced(d).discarded) == ("stopped", {"pull": 2, "push": 0, "hangs": 1}[mode])
+    assert (d.stats().state, balanced(d).discarded) == ("stopped", 2 if mode == "pull" else 1)
     gate.go_on.set()
 
 
@@ -1647,15 +1494,10 @@ def test_batch_is_an_immutable_sequence_of_read_only_views(name: str) -> None:
             view.release()
         batch.tolist().clear()
         assert batch.tolist() == [bytes(view) for view in batch] == items
-
-
-@EACH_SHAPE
-def test_batch_can_be_pickled_and_copied(name: str) -> None:
-    for batch in shape(name)[1][:3]:
         again = [pickle.loads(pickle.dumps(batch, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
         for other in [*again, copy.copy(batch), copy.deepcopy(batch)]:
             assert type(other) is tempo.Batch
-            assert (other.tolist(), other.data, other.data.readonly) == (batch.tolist(), batch.data, True)
+            assert (other.tolist(), other.data, other.data.readonly) == (items, batch.data, True)
 
 
 # Errors and constants
@@ -1843,30 +1685,23 @@ def test_clock_that_is_frozen_or_jumps_stops_no_interval(clock: Clock) -> None:
 @PRODUCERS
 @CONSUMERS
 @each("batch_limit", [None, 900])
-def test_full_buffer_is_due_where_a_payload_waits(how: str, way: str, batch_limit: int | None) -> None:
+def test_full_buffer_is_due_where_a_payload_waits_or_was_refused(how: str, way: str, batch_limit: int | None) -> None:
     d = make(max_buffered_bytes=1000, max_batch_bytes=batch_limit)  # the interval never ends
-    consumer = Worker(consume, d, way)
-    for i in range(20):
-        send(d, how, numbered(i, 350), timeout=LIMIT)
-    d.shutdown()
-    assert consumer.result() == [numbered(i, 350) for i in range(20)]
-    assert d.stats().rejected == 0
-
-
-@PRODUCERS
-@CONSUMERS
-@each("batch_limit", [None, 900])
-def test_full_buffer_is_due_where_a_payload_was_refused(how: str, way: str, batch_limit: int | None) -> None:
-    d = make(max_buffered_bytes=1000, max_batch_bytes=batch_limit)
-    for waits in (True, False):
-        consumer = taker(d, way) if waits else None
-        d.enqueue(bytes(350))
-        d.enqueue(bytes(351))
+    for early in (True, False):
+        consumer = taker(d, way) if early else None
+        d.enqueue_many([bytes(350), bytes(351)])
         assert refusal(send, d, how, bytes(352), timeout=0) is tempo.QueueFull
         assert (consumer or taker(d, way)).result().tolist() == [bytes(350), bytes(351)]
         d.enqueue(b"not due")
         assert not_due(d)
         assert payloads(drained(d)) == [b"not due"]
+
+    consumer = Worker(consume, d, way)
+    for i in range(20):
+        send(d, how, numbered(i, 350), timeout=LIMIT)
+    d.shutdown()
+    assert consumer.result() == [numbered(i, 350) for i in range(20)]
+    assert d.stats().rejected == 2
 
 
 # Behaviour: no thread in pull mode, and nobody is woken for nothing
@@ -1904,31 +1739,23 @@ def test_waiting_threads_look_up_once_a_second_at_most(content: list[bytes]) -> 
 # Behaviour: memory is truly bounded
 
 
-class Heap:
-    """What is allocated since it was made, now and at the most."""
-
-    def __init__(self) -> None:
-        gc.collect()
-        tracemalloc.reset_peak()
-        self._base = tracemalloc.get_traced_memory()[0]
-
-    def now(self) -> int:
-        gc.collect()
-        return tracemalloc.get_traced_memory()[0] - self._base
-
-    def peak(self) -> int:
-        return tracemalloc.get_traced_memory()[1] - self._base
-
-
 @pytest.fixture
-def heap() -> Iterator[Heap]:
-    """Trace allocations during a test."""
+def heap() -> Iterator[Callable[[], tuple[int, int]]]:
+    """Trace allocations during a test; tells how many bytes are allocated since it began, now and at the most."""
     if not CPYTHON:
         pytest.skip("tracemalloc is CPython's")
     was_tracing = tracemalloc.is_tracing()
-    if not was_tracing:
-        tracemalloc.start()
-    yield Heap()
+    tracemalloc.start()
+    gc.collect()
+    tracemalloc.reset_peak()
+    base = tracemalloc.get_traced_memory()[0]
+
+    def heap() -> tuple[int, int]:
+        gc.collect()
+        now, peak = tracemalloc.get_traced_memory()
+        return now - base, peak - base
+
+    yield heap
     if not was_tracing:
         tracemalloc.stop()
 
@@ -1951,7 +1778,7 @@ def drop_all(d: tempo.Dispatcher) -> int:
      (511, 400, None), (1000, 1024, None), (1000, 1024, 64), (10240, 1024, 32768)],
 )  # fmt: skip
 def test_memory_stays_within_the_bound_however_often_the_buffer_is_filled(
-    size: int, limit: int, batch_limit: Any, heap: Heap
+    size: int, limit: int, batch_limit: Any, heap: Any
 ) -> None:
     limit *= tempo.KiB
     d = make(max_buffered_bytes=limit, max_batch_bytes=None if batch_limit == "flush" else batch_limit)
@@ -1963,42 +1790,31 @@ def test_memory_stays_within_the_bound_however_often_the_buffer_is_filled(
             left -= some
             d.enqueue_many([bytes(size)] * some) if some > 1 else d.enqueue(bytes(size))
             d.flush(0) if batch_limit == "flush" else None
-        assert heap.peak() <= bound
+        assert heap()[1] <= bound
         assert refusal(d.enqueue, bytes(max(1, size))) is tempo.QueueFull
         bound += drop_all(d)
-    assert heap.peak() <= bound
-    assert heap.now() < 64 * tempo.KiB
+    assert heap()[1] <= bound
+    assert heap()[0] < 64 * tempo.KiB
 
 
-def test_memory_is_not_spent_on_what_enqueue_many_has_no_room_for(heap: Heap) -> None:
+def test_memory_is_not_spent_on_what_enqueue_many_has_no_room_for(heap: Any) -> None:
     d = make(max_buffered_bytes=2 * tempo.MiB)
     assert refusal(d.enqueue_many, (bytearray(64 * tempo.KiB) for _ in range(600))) is tempo.QueueFull
     assert d.stats().accepted == 32
-    assert heap.peak() <= 2.5 * tempo.MiB + 384 * tempo.KiB  # the generator's own, and the one refused
+    assert heap()[1] <= 2.5 * tempo.MiB + 384 * tempo.KiB  # the generator's own, and the one refused
 
 
 @each("limit", [1000, tempo.MiB])
-def test_memory_is_not_spent_on_refusals(limit: int, heap: Heap) -> None:
+def test_memory_is_not_spent_on_refusals(limit: int, heap: Any) -> None:
     d = full(limit)
     too_large = bytearray(limit + 1)
     for count in (300, 1000):
-        before = heap.now()
+        before = heap()[0]
         for _ in range(count):
             assert refusal(d.enqueue, bytes(300)) is tempo.QueueFull
             assert refusal(d.enqueue, too_large) is tempo.PayloadTooLarge
     assert d.stats().rejected == 2 * 1300
-    assert heap.now() - before < 4 * tempo.KiB
-
-
-@PRODUCERS
-def test_memory_of_a_payload_that_waited_goes_with_its_batch(how: str, heap: Heap) -> None:
-    d = full(tempo.MiB)
-    worker = waiter(d, bytes(tempo.MiB), how=how)
-    drop_all(d)
-    worker.result()
-    del worker
-    drop_all(d)
-    assert heap.now() < 128 * tempo.KiB
+    assert heap()[0] - before < 4 * tempo.KiB
 
 
 # Behaviour: nothing accepted is lost, duplicated or reordered
@@ -2026,21 +1842,24 @@ async def produce(d: tempo.Dispatcher, number: int, sizes: list[int]) -> tuple[l
     return accepted, raised
 
 
-@each("interval", [None, 1e-5], ids=["usual switches", "frequent switches"])
-@each(
-    ("limit", "batch_limit", "items", "sizes"),
-    [
-        (2000, 500, None, [0, 4, 5, 64, 163, 499, 501, 1999, 2001]),
-        (256 * tempo.KiB, 32 * tempo.KiB, 100, [0, 4, 5, 64, 163, 163, 163, 600, 3000, 32769]),
-    ],
-    ids=["small", "large"],
-)
-@each("ways", [["batches"], ["handler"], ["batches", "get", "async for", "async for"]], ids=len)
-def test_census_each_accepted_payload_comes_once(
-    limit: int, batch_limit: int, items: int | None, sizes: list[int], ways: list[str], interval: float | None
-) -> None:
+SMALL_LOAD = (2000, 500, None, [0, 4, 5, 64, 163, 499, 501, 1999, 2001])
+LARGE_LOAD = (256 * tempo.KiB, 32 * tempo.KiB, 100, [0, 4, 5, 64, 163, 163, 163, 600, 3000, 32769])
+
+
+@pytest.fixture(params=[None, 1e-5], ids=["usual switches", "frequent switches"])
+def switching(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let the interpreter switch threads as often as it can, in one of two runs."""
     before = sys.getswitchinterval()
-    sys.setswitchinterval(interval or before)
+    sys.setswitchinterval(request.param or before)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("switching")
+@each("load", [SMALL_LOAD, LARGE_LOAD], ids=["small", "large"])
+@each("ways", [["batches"], ["handler"], ["batches", "get", "async for", "async for"]], ids=len)
+def test_census_each_accepted_payload_comes_once(load: Any, ways: list[str]) -> None:
+    limit, batch_limit, items, sizes = load
     d = make(interval=0.002, max_buffered_bytes=limit, max_batch_bytes=batch_limit, max_batch_items=items)
     received: list[list[bytes]] = [[]]
     if ways == ["handler"]:
@@ -2050,7 +1869,6 @@ def test_census_each_accepted_payload_comes_once(
     accepted = [producer.result() for producer in producers]
     d.shutdown(timeout=LIMIT)
     received += [taker.result() for taker in takers]
-    sys.setswitchinterval(before)
 
     sent = Counter(item for some, _ in accepted for item in some)
     assert Counter(itertools.chain(*received)) == sent
@@ -2145,7 +1963,6 @@ class Model(Lists, RuleBasedStateMachine):
         self.d = make(interval=1.0, max_buffered_bytes=self.limit, **batch_limits)
         self.line: list[tuple[bytes, Any, bool]] = []  # who waits for room: a payload, a future, whether a coroutine
         self.born = 0.0  # when the open batch began
-        self.full = False  # a payload was refused, and nothing was taken since: the open batch is due
         self.refused = False  # a payload was refused while this batch was open: it may be due
         self.state = "running"
         self.peak = self.batches = 0
@@ -2176,7 +1993,7 @@ class Model(Lists, RuleBasedStateMachine):
             return (tempo.Closed, tempo.PayloadTooLarge)
         if charge(item) > self.limit:
             return (tempo.PayloadTooLarge,)
-        self.full = self.refused = True
+        self.refused = True
         return (tempo.QueueFull,)
 
     def outcome(self, work: Callable[[], object], refused: tuple[type[BaseException], ...]) -> Any:
@@ -2199,9 +2016,8 @@ class Model(Lists, RuleBasedStateMachine):
 
     def take(self, batch: tempo.Batch) -> None:
         if not self.closed:
-            assert self.limit > 1000 or self.due() or self.full or self.refused or self.line
+            assert self.limit > 1000 or self.due() or self.refused or self.line
             self.cut()
-        self.full = False
         expected = self.pop()
         assert batch.tolist() == expected
         self.batches += 1
@@ -2224,7 +2040,6 @@ class Model(Lists, RuleBasedStateMachine):
         assert lists(batches) == self.closed
         while self.closed:
             self.count("discarded", self.pop())
-        self.full = False
 
     @rule(
         size=SIZES,
@@ -2271,7 +2086,7 @@ class Model(Lists, RuleBasedStateMachine):
         try:
             batch = self.d.get(timeout=0)
         except queue.Empty:
-            assert not self.due() and not (self.open and (self.full or self.line))
+            assert not self.due() and not (self.open and self.line)
             assert self.state == "running"
         except tempo.Stopped:
             assert self.state == "stopped"
@@ -2279,15 +2094,20 @@ class Model(Lists, RuleBasedStateMachine):
             self.take(batch)
 
     @precondition(lambda self: self.due() or self.state == "stopped")
-    @rule(asynchronous=st.booleans())
-    def iterate(self, asynchronous: bool) -> None:
+    @rule(asynchronous=st.booleans(), shuts_down=st.booleans())
+    def iterate(self, asynchronous: bool, shuts_down: bool) -> None:
         if self.state == "stopped":
             assert list(self.d) == self.background.run(collect(self.d)) == []
-        else:
-            self.take(self.background.run(anext(aiter(self.d))) if asynchronous else next(iter(self.d)))
-            gc.collect() if not CPYTHON else None  # until it is collected, this thread is in its loop's body
+            return
+        iterator = None if asynchronous else iter(self.d)
+        self.take(next(iterator) if iterator else self.background.run(anext(aiter(self.d))))
+        if iterator and shuts_down and self.number > 20:
+            self.d.shutdown(timeout=0)  # in a loop's body
+            self.end("shutting_down" if self.closed or self.open else "stopped")
+        del iterator
+        gc.collect() if not CPYTHON else None
 
-    @precondition(lambda self: self.state == "running" and not (self.full or self.line or self.closed or self.open))
+    @precondition(lambda self: self.state == "running" and not (self.line or self.closed or self.open))
     @rule(size=SIZES, coroutine=st.booleans())
     def wait_for_a_batch(self, size: int, coroutine: bool) -> None:
         item = self.payload(min(size, self.limit))
@@ -2318,16 +2138,6 @@ class Model(Lists, RuleBasedStateMachine):
         )
         self.discard(left.undelivered if left else [])
 
-    @precondition(lambda self: self.number > 20 and self.due())
-    @rule()
-    def shutdown_in_a_loop_body(self) -> None:
-        for batch in self.d:
-            self.take(batch)
-            self.d.shutdown(timeout=0)
-            self.end("shutting_down" if self.closed or self.open else "stopped")
-            break
-        gc.collect() if not CPYTHON else None
-
     @precondition(lambda self: self.number > 20 and self.state == "running")
     @rule()
     def start_and_drain(self) -> None:
@@ -2341,7 +2151,7 @@ class Model(Lists, RuleBasedStateMachine):
         self.cut()
         assert came == list(itertools.chain(*self.closed))
         self.count("delivered", came)
-        self.closed, self.line, self.used, self.full = [], [], 0, False
+        self.closed, self.line, self.used = [], [], 0
         self.batches, self.peak = self.d.stats().batches, self.d.stats().peak_buffered_bytes
         self.state = "stopped"
 
@@ -2411,10 +2221,10 @@ class BufferModel(Lists, RuleBasedStateMachine):
             assert self.fits(item)
             self.accept(item)
 
-    @rule()
-    def grant(self) -> None:
+    @rule(told=st.booleans())
+    def grant(self, told: bool) -> None:
         self.buffer.seal(self.now)
-        self.buffer.grant()
+        self.buffer.grant(self.now, told)
 
     @rule()
     def close(self) -> None:
@@ -2466,18 +2276,6 @@ OUTER: dict[str, Callable[[tempo.Dispatcher], Any]] = {
 }
 
 
-class Finalizer:
-    """Calls something when it is dropped."""
-
-    def __init__(self, at_end: Callable[[], object]) -> None:
-        self.at_end = at_end
-
-    def __del__(self) -> None:
-        self.at_end()
-
-
-@needs_opcodes
-@needs_signals
 @each("outer", OUTER)
 @each("by", ["signal", "finalizer"])
 def test_nested_calls_at_each_bytecode_keep_their_order_the_bound_and_the_census(outer: str, by: str) -> None:
@@ -2495,26 +2293,26 @@ def test_nested_calls_at_each_bytecode_keep_their_order_the_bound_and_the_census
         d.enqueue(b"d")
         accepted.clear()
         came: list[bytes] = []
-        doomed = [Finalizer(nested)] if by == "finalizer" else []
-        trace = steps(doomed.clear if by == "finalizer" else lambda: signal.raise_signal(signal.SIGUSR1))
+        doomed = [Clock()]
+        watch = weakref.ref(doomed[0], nested) if by == "finalizer" else None
+        trace = steps(doomed.clear if watch else lambda: signal.raise_signal(signal.SIGINT))
         with contextlib.suppress(tempo.Error):
             result = trace.run(OUTER[outer], d)
             came += payloads(result) if outer in ("get", "stop") else []
         inside.check(d)
         assert balanced(d).peak_buffered_bytes <= 5010
         came += payloads(drained(d))
-        assert [item for item in came if item in (big, little)] == accepted[: None if trace.count >= trace.n else 0]
+        assert [item for item in came if item in (big, little)] == accepted
         assert [item for item in came if item in (b"a", b"b", b"c", b"d")] == [b"a", b"b", b"c", b"d"]
         assert d.stats().accepted == len(came)
         return trace
 
     d = make()
-    before = signal.signal(signal.SIGUSR1, nested)
+    before = signal.signal(signal.SIGINT, nested)
     each_step(scene, 2)
-    signal.signal(signal.SIGUSR1, before)
+    signal.signal(signal.SIGINT, before)
 
 
-@needs_opcodes
 @each("outer", ["enqueue", "stats", "flush"])
 def test_nested_enqueue_at_each_bytecode_reaches_a_task_that_waits(outer: str) -> None:
     async def main() -> None:
@@ -2532,14 +2330,13 @@ def test_nested_enqueue_at_each_bytecode_reaches_a_task_that_waits(outer: str) -
     asyncio.run(main())
 
 
-@needs_opcodes
 def test_nested_calls_of_two_dispatchers_in_each_others_sections_do_not_deadlock() -> None:
     def scene(steps: Callable[..., Steps]) -> Steps:
         one, two = make(), make()
         both = threading.Barrier(2)
 
         def do(other: tempo.Dispatcher) -> None:
-            if inside.in_section():
+            if inside.mine():
                 with contextlib.suppress(threading.BrokenBarrierError):
                     both.wait(0.05)  # one lock for all: they never meet here
                 other.enqueue(b"nested")
@@ -2557,6 +2354,8 @@ def test_nested_calls_of_two_dispatchers_in_each_others_sections_do_not_deadlock
 @contextlib.contextmanager
 def signal_when_parked(handler: Callable[[], object]) -> Iterator[None]:
     """Interrupt the main thread by a signal once it stands still inside tempo."""
+    if not hasattr(signal, "pthread_kill"):
+        pytest.skip("there are no signals to threads here")
     main = threading.main_thread().ident or 0
     places: list[Any] = []
 
@@ -2578,7 +2377,6 @@ def signal_when_parked(handler: Callable[[], object]) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-@needs_signals
 @each("nested", ["enqueue", "shutdown", "flush", "stop"])
 def test_nested_call_from_a_signal_does_not_wait_for_the_wait_that_it_interrupts(nested: str) -> None:
     d = make(max_buffered_bytes=100, max_batch_bytes=1)
@@ -2615,7 +2413,6 @@ WAITS: dict[str, tuple[list[bytes], Callable[[tempo.Dispatcher], object]]] = {
 }
 
 
-@needs_signals
 @each("wait", WAITS)
 def test_interrupt_of_a_wait_leaves_nothing_behind(wait: str) -> None:
     content, work = WAITS[wait]
@@ -2631,7 +2428,6 @@ def test_interrupt_of_a_wait_leaves_nothing_behind(wait: str) -> None:
         assert works(d) == content
 
 
-@needs_opcodes
 @LIMITS
 @each("outer", OUTER)
 def test_interrupt_anywhere_in_a_call_loses_and_repeats_nothing(outer: str, limit: int) -> None:
@@ -2648,7 +2444,7 @@ def test_interrupt_anywhere_in_a_call_loses_and_repeats_nothing(outer: str, limi
             came += payloads(result) if outer in ("get", "stop") else []
         except (KeyboardInterrupt, tempo.QueueFull):
             lost = outer in ("get", "stop")
-        assert not inside.in_section()
+        assert not inside.mine()
         came += payloads(d.stop() if outer == "stop" else drained(d))
         accepted = [*sent, *(b"w%d" % i for i, worker in enumerate(blocked, 1) if refusal(worker.result) is None)]
         came += payloads(drained(d))
@@ -2663,7 +2459,6 @@ def test_interrupt_anywhere_in_a_call_loses_and_repeats_nothing(outer: str, limi
     each_step(scene)
 
 
-@needs_opcodes
 @each("way", ["get", "async for"])
 def test_interrupt_anywhere_in_an_enqueue_owes_nobody_a_wake_up(way: str) -> None:
     def scene(steps: Callable[..., Steps]) -> Steps:
@@ -2683,7 +2478,6 @@ def test_interrupt_anywhere_in_an_enqueue_owes_nobody_a_wake_up(way: str) -> Non
 # Behaviour: a thread stopped anywhere, while others go on
 
 
-@needs_opcodes
 @LIMITS
 @each("meanwhile", ["flush", "enqueue", "shutdown", "stop"])
 def test_enqueue_stopped_at_each_bytecode_is_accepted_once_or_refused(meanwhile: str, limit: int) -> None:
@@ -2717,7 +2511,6 @@ def test_enqueue_stopped_at_each_bytecode_is_accepted_once_or_refused(meanwhile:
     each_step(scene)
 
 
-@needs_opcodes
 @each("stride", [3])
 def test_flush_is_not_true_before_the_handler_has_returned_wherever_its_thread_stands(stride: int) -> None:
     def scene(steps: Callable[..., Steps]) -> Steps:
@@ -2743,7 +2536,6 @@ def test_flush_is_not_true_before_the_handler_has_returned_wherever_its_thread_s
     each_step(scene, stride)
 
 
-@needs_opcodes
 def test_refusal_by_a_full_buffer_takes_no_lock() -> None:
     in_section: list[int] = []
 
@@ -2767,7 +2559,6 @@ def test_refusal_by_a_full_buffer_takes_no_lock() -> None:
 FORKS = each("fork", ["os.fork", "ctypes.PyDLL(None).fork"], ids=["with hooks", "without hooks"])
 
 
-@needs_fork
 @FORKS
 @each("stopped", [False, True])
 def test_fork_gives_the_child_an_empty_running_dispatcher_and_the_parent_keeps_its_own(
@@ -2791,7 +2582,6 @@ def test_fork_gives_the_child_an_empty_running_dispatcher_and_the_parent_keeps_i
     assert lines == ["0 0 0 running", "[b'c']", "stopped", rest]
 
 
-@needs_fork
 @FORKS
 @each("work", ['enqueue(b"child")', 'enqueue_many([b"child"])'])
 def test_fork_brings_the_handlers_thread_back_at_the_childs_first_enqueue(fork: str, work: str) -> None:
@@ -2811,7 +2601,6 @@ def test_fork_brings_the_handlers_thread_back_at_the_childs_first_enqueue(fork: 
     assert lines == ["[b'parent'] True", "[b'child'] True", "True", "0", "[b'parent again'] True"]
 
 
-@needs_fork
 def test_fork_without_hooks_keeps_all_that_the_child_appends_before_it_is_noticed() -> None:
     lines = program("""
         d = make(max_buffered_bytes=1 << 20)
@@ -2832,10 +2621,10 @@ def test_fork_without_hooks_keeps_all_that_the_child_appends_before_it_is_notice
     assert lines == ["True", "0", "True"]
 
 
-@needs_fork
-@needs_opcodes
 @each("outer", OUTER)
 def test_fork_by_a_signal_handler_in_a_call_leaves_the_child_working_when_it_returns_there(outer: str) -> None:
+    if not hasattr(os, "fork"):
+        pytest.skip("there is no fork here")
     parent = os.getpid()
 
     def scene(steps: Callable[..., Steps]) -> Steps:
@@ -2969,7 +2758,6 @@ def test_exit_runs_finalizers_that_never_wait() -> None:
     assert lines == ["QueueFull", "False", "None"]
 
 
-@needs_fork
 @each(("exit_timeout", "sent", "told"), [("INF", 30, ""), ("INF", 0, ""), ("0.1", 30, "[^\n]*payloads[^\n]*\n")])
 def test_exit_of_a_child_that_cannot_start_the_handlers_thread(exit_timeout: str, sent: int, told: str) -> None:
     lines = program(
@@ -3033,53 +2821,40 @@ def test_vendored_examples_and_type_hints_can_be_evaluated() -> None:
 
 
 TYPED = """\
-import asyncio
-from collections.abc import Iterator
-
 import tempo
-
 
 class Events(tempo.Dispatcher):
     pass
 
-
 def handle(batch: tempo.Batch) -> None:
-    data: memoryview = batch.data
-    some: list[bytes] = batch.tolist()[:2]
-    views: Iterator[memoryview] = iter(batch)
-    print(len(batch), batch.nbytes, data, batch[0], batch[:2], some, next(views))
-
+    view: memoryview = batch.data or batch[0] or batch[:1][0] or next(iter(batch))
+    some: list[bytes] = batch.tolist()[: len(batch)]
+    print(batch.nbytes, view, some)
 
 def failed(error: BaseException, batch: tempo.Batch) -> None:
     print(error, batch.tolist())
 
-
 async def consume(d: tempo.Dispatcher) -> int:
-    total: int = 0
-    async for batch in d:
-        total += batch.nbytes
+    total: int = sum([batch.nbytes async for batch in d])
     await d.aenqueue(b"a", timeout=1.0)
-    done: bool = await d.aflush(1.0)
     await d.ashutdown(timeout=1)
     async with Events(interval=1, max_buffered_bytes=1) as events:
         own: Events = events
-    return total + done + own.stats().accepted
-
+        done: bool = await own.aflush(1.0)
+    return total + done
 
 with Events(interval=0.25, max_batch_bytes=None, max_batch_items=500, max_buffered_bytes=4 * tempo.MiB) as d:
     own: Events = d
-d.start(handle, on_error=failed, exit_timeout=1)
-d.enqueue(b"a", 1.0)
-d.enqueue(memoryview(b"a"))
-d.enqueue(bytearray(b"a"), timeout=None)
-count: int = d.enqueue_many([b"b", b"c"], 1)
-done: bool = d.flush(timeout=1.0)
+    d.start(handle, on_error=failed, exit_timeout=1)
+    d.enqueue(b"a", 1.0)
+    d.enqueue(memoryview(b"a"), timeout=None)
+    count: int = d.enqueue_many([b"b", bytearray(b"c")], 1)
+    done: bool = d.flush(timeout=1.0)
 stats: tempo.Stats = d.stats()
 try:
     d.shutdown(timeout=1.0)
 except tempo.DrainTimeout as late:
     left: list[tempo.Batch] = late.undelivered
-print(asyncio.run(consume(d)), stats.accepted)
 """
 
 

@@ -138,12 +138,12 @@ class Clock:
 
 
 class Gate:
-    """A handler that stays in each batch until it is told to go on."""
+    """A handler, or anything that is called, that stays there until it is told to go on."""
 
     def __init__(self) -> None:
         self.entered, self.go_on = threading.Event(), threading.Event()
 
-    def __call__(self, batch: tempo.Batch) -> None:
+    def __call__(self, *_: object) -> None:
         self.entered.set()
         assert self.go_on.wait(LIMIT)
 
@@ -222,6 +222,10 @@ async def until(condition: Callable[[], object]) -> None:
         await asyncio.sleep(0)
 
 
+async def next_batch(d: tempo.Dispatcher) -> tempo.Batch:
+    return await anext(aiter(d))
+
+
 async def collect(d: tempo.Dispatcher) -> list[bytes]:
     """All payloads until the dispatcher ends."""
     return [payload async for batch in d for payload in batch.tolist()]
@@ -241,7 +245,7 @@ def send(d: tempo.Dispatcher, how: str, payload: Any, *args: Any, **kwargs: Any)
 def take(d: tempo.Dispatcher, way: str) -> Any:
     """Receive one batch, in one of the ways of CONSUMERS."""
     if way == "async for":
-        return run_async(anext(aiter(d)))  # type: ignore[arg-type]
+        return run_async(next_batch(d))
     return d.get() if way == "get" else next(d.batches())
 
 
@@ -420,7 +424,7 @@ class Steps:
 @functools.cache
 def bytecode(code: Any) -> tuple[dict[int, str], Callable[[int], list[int]]]:
     """The bytecodes' names, and by which handlers an exception at one is caught (before 3.11: not known)."""
-    table = getattr(dis, "_parse_exception_table", lambda _: [])(code)
+    table: list[Any] = getattr(dis, "_parse_exception_table", lambda _: [])(code)
     names = {at: dis.opname[name] for at, name in enumerate(code.co_code)}
     return names, lambda at: [entry.target for entry in table if entry.start <= at < entry.end]
 
@@ -439,14 +443,14 @@ def each_step(scene: Callable[[Callable[..., Steps]], Steps], stride: int = 1) -
 @contextlib.contextmanager
 def halted(steps: Callable[..., Steps], work: Callable[..., Any], *args: Any) -> Iterator[tuple[Steps, Worker]]:
     """A thread that stands still before one of its bytecodes, or has ended, during the block."""
-    arrived, go_on = threading.Event(), threading.Event()
-    trace = steps(lambda: (arrived.set(), go_on.wait(LIMIT)))
+    gate = Gate()
+    trace = steps(gate)
     worker = Worker(trace.run, work, *args)
     try:
-        wait_until(lambda: arrived.is_set() or not worker.is_alive())
+        wait_until(lambda: gate.entered.is_set() or not worker.is_alive())
         yield trace, worker
     finally:
-        go_on.set()
+        gate.go_on.set()
         worker.join(LIMIT)
 
 
@@ -463,9 +467,9 @@ def names(error: BaseException, name: str, value: object) -> bool:
     return name in str(error) and repr(value)[:20] in str(error)
 
 
-BAD_TIMES = [(value, TypeError) for value in ("1", b"1", True, False, [1], 1j)]
-BAD_TIMES += [(value, ValueError) for value in (-1, -0.001, -INF, NAN)]
-BAD_LIMITS = [(value, TypeError) for value in ("1", True, False, 1.0, NAN, [])]
+BAD_TIMES: list[Any] = [("1", TypeError), (b"1", TypeError), (True, TypeError), ([1], TypeError), (1j, TypeError)]
+BAD_TIMES += [(value, ValueError) for value in (-1.0, -0.001, -INF, NAN)]
+BAD_LIMITS: list[Any] = [("1", TypeError), (True, TypeError), (1.0, TypeError), (NAN, TypeError), ([], TypeError)]
 BAD_LIMITS += [(value, ValueError) for value in (0, -1)]
 
 
@@ -494,7 +498,7 @@ def test_dispatcher_refuses_a_bad_argument_by_name(name: str, value: Any, kind: 
         (lambda: make().get("x" * 73), f"timeout must be a number of seconds, not str: '{'x' * 73}'"),  # type: ignore[arg-type]
         (lambda: make().get("x" * 74), f"timeout must be a number of seconds, not str: '{'x' * 71}..."),  # type: ignore[arg-type]
         (lambda: tempo.Dispatcher(interval=1), ".*max_buffered_bytes.*"),  # type: ignore[call-arg]
-        (lambda: tempo.Dispatcher(1.0, 100), ".*positional.*"),  # type: ignore[misc]
+        (lambda: tempo.Dispatcher(1.0, 100), ".*positional.*"),  # type: ignore[call-arg]
     ],
 )  # fmt: skip
 def test_dispatcher_says_what_is_wrong(work: Callable[[], object], message: str) -> None:
@@ -690,8 +694,9 @@ def test_enqueue_is_released_and_refused_by_the_end(how: str, limit: int, end: s
 
 
 def raising(error: BaseException) -> Iterator[bytes]:
-    raise error
-    yield
+    for _ in range(1):
+        raise error
+    yield b"never"
 
 
 @each("at", [0, 1, 511, 512, 600])
@@ -706,9 +711,9 @@ def test_enqueue_many_that_raises_says_how_many_it_took(error: Any, at: int) -> 
     assert d.stats().rejected == (error is tempo.PayloadTooLarge)
     assert payloads(d.stop()) == taken
     for value in (3, None, "text", b"bytes", bytearray(b"bytes")):  # not many, but one, or none
-        with pytest.raises(TypeError) as caught:
+        with pytest.raises(TypeError) as none:
             make().enqueue_many(value)  # type: ignore[arg-type]
-        assert caught.value.accepted == 0
+        assert getattr(none.value, "accepted", None) == 0
 
 
 @each("kind", [list, iter])
@@ -880,7 +885,7 @@ def test_consumer_that_waits_is_released_by_the_end(way: str, end: str) -> None:
     with pytest.raises({"get": tempo.Stopped, "batches": StopIteration, "async for": StopAsyncIteration}[way]):
         waiting.result()
     assert refusal(d.get, timeout=0) is tempo.Stopped
-    assert list(d) == consume(d, way) == []
+    assert payloads(d) == consume(d, way) == []
 
 
 @ENDS
@@ -914,7 +919,7 @@ def test_consumers_that_wait_share_batches_and_pass_their_wake_up_on() -> None:
 def test_task_cancelled_while_it_waits_loses_nothing_and_passes_its_batch_on() -> None:
     async def main() -> Any:
         tasks: list[asyncio.Future[Any]] = []
-        for work in (collect(d), collect(d), anext(aiter(d))):
+        for work in (collect(d), collect(d), next_batch(d)):
             tasks.append(asyncio.ensure_future(work))
             await until(lambda: d.stats().waiting_consumers == len(tasks))
         tasks[1].cancel()
@@ -940,7 +945,7 @@ def test_task_in_wait_for_loses_no_batch_at_a_timeout() -> None:
         taken: list[bytes] = []
         while len(taken) < len(sent):
             with contextlib.suppress(asyncio.TimeoutError):
-                taken += (await asyncio.wait_for(anext(aiter(d)), 0.0007)).tolist()
+                taken += (await asyncio.wait_for(next_batch(d), 0.0007)).tolist()
         return taken
 
     d = make(max_batch_bytes=1)
@@ -1179,7 +1184,7 @@ def test_flush_by_a_coroutine_can_be_cancelled() -> None:
             await asyncio.wait_for(d.aflush(), 0.01)
         task = asyncio.ensure_future(d.aflush())
         await asyncio.sleep(0)
-        assert (await anext(aiter(d))).tolist() == [b"x"]
+        assert (await next_batch(d)).tolist() == [b"x"]
         assert await task is True
 
     d = holding(b"x")
@@ -1470,15 +1475,11 @@ def test_batch_is_an_immutable_sequence_of_read_only_views(name: str) -> None:
         assert (batch[-1], batch[-n], batch.index(items[0]), batch.count(items[0])) == (
             items[-1], items[0], items.index(items[0]), items.count(items[0])
         )  # fmt: skip
-        for index, error in (
-            (n, IndexError),
-            (-n - 1, IndexError),
-            (10**20, IndexError),
-            ("0", TypeError),
-            (0.0, TypeError),
-        ):
-            with pytest.raises(error):
-                batch[index]  # type: ignore[call-overload]
+        for index in (n, -n - 1, 10**20):
+            with pytest.raises(IndexError):
+                batch[index]
+        with pytest.raises(TypeError):
+            batch["0"]  # type: ignore[call-overload]
         for cut in (slice(1, 3), slice(None, None, -1), slice(-2, None), slice(5, 2), slice(None, None, 7)):
             assert type(batch[cut]) is list
             assert [bytes(view) for view in batch[cut]] == items[cut]
@@ -2100,7 +2101,7 @@ class Model(Lists, RuleBasedStateMachine):
             assert list(self.d) == self.background.run(collect(self.d)) == []
             return
         iterator = None if asynchronous else iter(self.d)
-        self.take(next(iterator) if iterator else self.background.run(anext(aiter(self.d))))
+        self.take(next(iterator) if iterator else self.background.run(next_batch(self.d)))
         if iterator and shuts_down and self.number > 20:
             self.d.shutdown(timeout=0)  # in a loop's body
             self.end("shutting_down" if self.closed or self.open else "stopped")
@@ -2111,7 +2112,7 @@ class Model(Lists, RuleBasedStateMachine):
     @rule(size=SIZES, coroutine=st.booleans())
     def wait_for_a_batch(self, size: int, coroutine: bool) -> None:
         item = self.payload(min(size, self.limit))
-        waiting: Any = self.background.start(anext(aiter(self.d))) if coroutine else Worker(self.d.get)
+        waiting: Any = self.background.start(next_batch(self.d)) if coroutine else Worker(self.d.get)
         wait_until(lambda: self.d.stats().waiting_consumers)
         self.accept(item)
         self.d.enqueue(item)
@@ -2280,25 +2281,25 @@ OUTER: dict[str, Callable[[tempo.Dispatcher], Any]] = {
 @each("by", ["signal", "finalizer"])
 def test_nested_calls_at_each_bytecode_keep_their_order_the_bound_and_the_census(outer: str, by: str) -> None:
     big, little = b"B" * 5000, b"l"  # the big one cannot be accepted without the lock, the little ones may be equal
-    accepted: list[bytes] = []
-
-    def nested(*_: object) -> None:
-        accepted.extend(p for p in (big, little, little) if refusal(d.enqueue, p, timeout=None) is None)
-        balanced(d)
 
     def scene(steps: Callable[..., Steps]) -> Steps:
-        nonlocal d
         d = holding(b"a", b"b", b"c", max_buffered_bytes=5010, max_batch_bytes=6000)
         d.flush(0)
         d.enqueue(b"d")
-        accepted.clear()
+        accepted: list[bytes] = []
         came: list[bytes] = []
+
+        def nested(*_: object) -> None:
+            accepted.extend(p for p in (big, little, little) if refusal(d.enqueue, p, timeout=None) is None)
+            balanced(d)
+
         doomed = [Clock()]
-        watch = weakref.ref(doomed[0], nested) if by == "finalizer" else None
-        trace = steps(doomed.clear if watch else lambda: signal.raise_signal(signal.SIGINT))
+        watch = weakref.ref(doomed[0], nested) if by == "finalizer" else signal.signal(signal.SIGINT, nested)
+        trace = steps(doomed.clear if by == "finalizer" else lambda: signal.raise_signal(signal.SIGINT))
         with contextlib.suppress(tempo.Error):
             result = trace.run(OUTER[outer], d)
             came += payloads(result) if outer in ("get", "stop") else []
+        del watch
         inside.check(d)
         assert balanced(d).peak_buffered_bytes <= 5010
         came += payloads(drained(d))
@@ -2307,8 +2308,7 @@ def test_nested_calls_at_each_bytecode_keep_their_order_the_bound_and_the_census
         assert d.stats().accepted == len(came)
         return trace
 
-    d = make()
-    before = signal.signal(signal.SIGINT, nested)
+    before = signal.getsignal(signal.SIGINT)
     each_step(scene, 2)
     signal.signal(signal.SIGINT, before)
 
@@ -2318,7 +2318,7 @@ def test_nested_enqueue_at_each_bytecode_reaches_a_task_that_waits(outer: str) -
     async def main() -> None:
         for n in itertools.count(1):
             d = make(max_batch_bytes=1)
-            task = asyncio.ensure_future(anext(aiter(d)))
+            task = asyncio.ensure_future(next_batch(d))
             await asyncio.sleep(0)
             trace = Steps(n, lambda: d.enqueue(b"nested"))  # noqa: B023
             trace.run(OUTER[outer], d)
@@ -2369,7 +2369,12 @@ def signal_when_parked(handler: Callable[[], object]) -> Iterator[None]:
         return len(places) > 20 and len(set(places[-20:])) == 1
 
     before = signal.signal(signal.SIGINT, lambda *_: handler())
-    worker = Worker(lambda: (wait_until(parked), signal.pthread_kill(main, signal.SIGINT)))
+
+    def send_one() -> None:
+        wait_until(parked)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    worker = Worker(send_one)
     try:
         yield
     finally:
@@ -2511,29 +2516,25 @@ def test_enqueue_stopped_at_each_bytecode_is_accepted_once_or_refused(meanwhile:
     each_step(scene)
 
 
-@each("stride", [3])
-def test_flush_is_not_true_before_the_handler_has_returned_wherever_its_thread_stands(stride: int) -> None:
+def test_flush_is_not_true_before_the_handler_has_returned_wherever_its_thread_stands() -> None:
     def scene(steps: Callable[..., Steps]) -> Steps:
         d = holding(b"a", max_batch_bytes=1)
         done: list[bytes] = []
-        arrived, go_on = threading.Event(), threading.Event()
-        trace = steps(lambda: (arrived.set(), go_on.wait(LIMIT)))
+        gate = Gate()
+        trace = steps(gate)
         threading.settrace(trace)
-        try:
-            d.start(lambda batch: done.extend(batch.tolist()))
-        finally:
-            threading.settrace(None)  # type: ignore[arg-type]
-        wait_until(lambda: done or arrived.is_set())
-        if not inside.locked() and d.flush(0):
-            assert done == [b"a"]
+        d.start(lambda batch: done.extend(batch.tolist()))
+        threading.settrace(typing.cast(Any, None))
+        wait_until(lambda: done or gate.entered.is_set())
+        assert inside.locked() or not d.flush(0) or done == [b"a"]
         count = 0 if done else trace.count  # after that it only waits
-        go_on.set()
+        gate.go_on.set()
         assert d.flush(LIMIT) and done == [b"a"]
         d.shutdown(LIMIT)
         trace.count = count
         return trace
 
-    each_step(scene, stride)
+    each_step(scene, 3)
 
 
 def test_refusal_by_a_full_buffer_takes_no_lock() -> None:

@@ -1073,6 +1073,42 @@ def test_handler_that_raises_fails_its_batch_is_reported_and_goes_on(
     assert where != "on_error that raises" or told.count("RuntimeError: raised by on_error") == 1
 
 
+def test_handler_and_get_lose_nothing_by_a_memory_error_in_the_taking(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short_of_memory(*args: Any) -> Any:
+        monkeypatch.setattr(tempo, "Batch", batch_type)  # once
+        raise MemoryError
+
+    batch_type, taken = tempo.Batch, []
+    d = holding(b"a", b"b", max_batch_bytes=1)
+    monkeypatch.setattr(tempo, "Batch", short_of_memory)
+    with pytest.raises(MemoryError):
+        d.get()
+    assert d.get().tolist() == [b"a"]
+    monkeypatch.setattr(tempo, "Batch", short_of_memory)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    d.start(lambda batch: taken.extend(batch.tolist()))
+    d.shutdown(LIMIT)
+    assert (taken, balanced(d).failed) == ([b"b"], 0)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 13), reason="isolated sub-interpreters allow no daemon threads from 3.13 on")
+def test_start_in_an_isolated_sub_interpreter_names_pull_mode() -> None:
+    lines = program("""
+        import _interpreters
+        _interpreters.exec(_interpreters.create(), '''if True:
+            import tempo
+            d = tempo.Dispatcher(interval=60, max_buffered_bytes=100)
+            try:
+                d.start(print)
+            except RuntimeError as error:
+                print("pull mode" in str(error), flush=True)
+            d.enqueue(b"a")
+            print(d.stop()[0].tolist(), flush=True)
+        ''')
+    """)
+    assert lines == ["True", "[b'a']"]
+
+
 @each("result", [a_coroutine_function, lambda _: Awaitable()], ids=["coroutine", "awaitable"])
 def test_handler_that_returns_an_awaitable_has_failed(result: Callable[[Any], object]) -> None:
     errors: list[BaseException] = []
@@ -2163,14 +2199,13 @@ class Model(Lists, RuleBasedStateMachine):
 
     @invariant()
     def stats_are_the_models(self) -> None:
-        if hasattr(self, "d"):
-            inside.check(self.d)
-            s = balanced(self.d)._asdict()
-            for name in ("accepted", "delivered", "discarded", "rejected"):
-                assert (s[name], s[name + "_bytes"]) == (self.counts[name], self.counts[name + "_bytes"]), name
-            assert (s["buffered"], s["buffered_bytes"]) == (sum(map(len, [*self.closed, self.open])), self.used)
-            assert (s["peak_buffered_bytes"], s["batches"], s["state"]) == (self.peak, self.batches, self.state)
-            assert (s["waiting_producers"], s["waiting_consumers"]) == (len(self.line), 0)
+        inside.check(self.d)
+        s = balanced(self.d)._asdict()
+        for name in ("accepted", "delivered", "discarded", "rejected"):
+            assert (s[name], s[name + "_bytes"]) == (self.counts[name], self.counts[name + "_bytes"]), name
+        assert (s["buffered"], s["buffered_bytes"]) == (sum(map(len, [*self.closed, self.open])), self.used)
+        assert (s["peak_buffered_bytes"], s["batches"], s["state"]) == (self.peak, self.batches, self.state)
+        assert (s["waiting_producers"], s["waiting_consumers"]) == (len(self.line), 0)
 
     def teardown(self) -> None:
         if hasattr(self, "d"):
@@ -2247,9 +2282,8 @@ class BufferModel(Lists, RuleBasedStateMachine):
 
     @invariant()
     def it_holds_what_the_lists_hold(self) -> None:
-        if hasattr(self, "buffer"):
-            self.buffer.check()
-            assert self.buffer.accepted()[0] == self.total
+        self.buffer.check()
+        assert self.buffer.accepted()[0] == self.total
 
 
 def test_buffer_does_what_its_model_does() -> None:
@@ -2278,12 +2312,14 @@ OUTER: dict[str, Callable[[tempo.Dispatcher], Any]] = {
 
 
 @each("outer", OUTER)
-@each("by", ["signal", "finalizer"])
-def test_nested_calls_at_each_bytecode_keep_their_order_the_bound_and_the_census(outer: str, by: str) -> None:
+@each(("by", "limit"), [("signal", 5010), ("finalizer", tempo.MiB)])
+def test_nested_calls_at_each_bytecode_keep_their_order_the_bound_and_the_census(
+    outer: str, by: str, limit: int
+) -> None:
     big, little = b"B" * 5000, b"l"  # the big one cannot be accepted without the lock, the little ones may be equal
 
     def scene(steps: Callable[..., Steps]) -> Steps:
-        d = holding(b"a", b"b", b"c", max_buffered_bytes=5010, max_batch_bytes=6000)
+        d = holding(b"a", b"b", b"c", max_buffered_bytes=limit, max_batch_bytes=6000)
         d.flush(0)
         d.enqueue(b"d")
         accepted: list[bytes] = []
@@ -2301,7 +2337,8 @@ def test_nested_calls_at_each_bytecode_keep_their_order_the_bound_and_the_census
             came += payloads(result) if outer in ("get", "stop") else []
         del watch
         inside.check(d)
-        assert balanced(d).peak_buffered_bytes <= 5010
+        assert balanced(d).peak_buffered_bytes <= limit
+        assert limit == 5010 or outer == "stop" or trace.count < trace.n or len(accepted) == 3  # there is much room
         came += payloads(drained(d))
         assert [item for item in came if item in (big, little)] == accepted
         assert [item for item in came if item in (b"a", b"b", b"c", b"d")] == [b"a", b"b", b"c", b"d"]

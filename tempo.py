@@ -4,8 +4,8 @@
 # Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
 # documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
 # rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
-# persons to whom the Software is furnished to do so, subject to the following conditions: The above copyright notice and
-# this permission notice shall be included in all copies or substantial portions of the Software.
+# persons to whom the Software is furnished to do so, subject to the following conditions: The above copyright notice
+# and this permission notice shall be included in all copies or substantial portions of the Software.
 #
 # THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
 # WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
@@ -108,7 +108,7 @@ _RUNNING: Final = "running"
 _SHUTTING_DOWN: Final = "shutting_down"
 _STOPPED: Final = "stopped"
 
-# The clock, fixed at import. The partial hides it from tools that freeze time by replacing time.monotonic in all modules.
+# The clock, fixed at import. The partial hides it from tools that replace time.monotonic in all modules to freeze time.
 _monotonic: Callable[[], float] = functools.partial(time.monotonic)
 
 # Theory of operation
@@ -685,8 +685,7 @@ class _Buffer:
                 del self.nested[: self.nested.index(nested) + 1]
             del before[:counted]  # once: no signal is looked for between this
             run.before = None  # and this
-        if run.charge - taken.charge > self.peak:
-            self.peak = run.charge - taken.charge
+        self.peak = max(self.peak, run.charge - taken.charge)
         while self.packs and self.packs[0].start + len(self.packs[0].sizes) <= taken.items:
             self.packs.popleft()
         while self.undelivered and self.undelivered[-1][0] >= taken.items:
@@ -719,6 +718,7 @@ class _Buffer:
         n = len(batch)
         charge = batch.nbytes + (batch._sizes.count(0) if pack.empties else 0)
         out = (taken.items + n, taken.charge + charge)
+        self.undo = (self.run, len(self.packs), None)
         if fate == "in_flight":
             self.flight = batch
             after = _Taken(*out, taken.items, n, charge, *taken[5:9], taken.batches + 1)
@@ -728,7 +728,6 @@ class _Buffer:
             after = _Taken(*out, *taken[2:5], *discarded, *taken[7:])
         else:
             after = _Taken(*out, *taken[2:9], taken.batches + 1)
-        self.undo = (self.run, len(self.packs), None)
         self.taken = after
         self.pressed = False
         self.repair()
@@ -1723,7 +1722,7 @@ class Dispatcher:
                 self._start(self._push)
 
     def _consume(self, push: tuple[_Handler, _OnError | None, float], until: float = _FOREVER) -> None:
-        """Call the handler for each batch until the dispatcher stops, or a time; in a child that it forks not at all."""
+        """Call the handler for each batch until the dispatcher stops, or a time; not in a child that it forks."""
         buffer, failed = self._buffer, False
         self._worker = threading.get_ident()
         try:
@@ -1863,7 +1862,7 @@ def _after_fork(keep: bool = False) -> None:
 
     keep: no hook ran at the fork; what this process has appended since is kept.
     """
-    global _pid
+    global _pid  # noqa: PLW0603
     if _getpid() == _pid:
         return
     for mutex in list(_MUTEXES.values()):
@@ -1889,7 +1888,7 @@ def _after_fork(keep: bool = False) -> None:
 
 def _at_exit() -> None:
     """Drain what was started, each for its exit_timeout at most, all at the same time."""
-    global _exiting
+    global _exiting  # noqa: PLW0603
     _exiting = True
     begin = _monotonic()
     started = []

@@ -88,6 +88,7 @@ _Handler = Callable[["Batch"], object]
 _OnError = Callable[[BaseException, "Batch"], object]
 
 _FOREVER: Final = float("inf")
+_UNKNOWN: Final = sys.maxsize
 _NO_WAIT: Final = 0.0  # the default timeout; enqueue() knows it by identity
 _LOOK_UP: Final = 1.0  # seconds after which a waiting thread looks up, whatever happens
 _EXIT_TIMEOUT: Final = 5.0  # seconds
@@ -174,10 +175,10 @@ class QueueFull(Error, queue.Full):
     Attributes: `needed`, `buffered_bytes`, `max_buffered_bytes`, in bytes as charged (an empty payload counts 1).
     """
 
-    def __init__(self, needed: int, buffered_bytes: int, max_buffered_bytes: int) -> None:
-        self.needed = needed
-        self.buffered_bytes = buffered_bytes
-        self.max_buffered_bytes = max_buffered_bytes
+    # Not set by an __init__, which would make a refusal dearer.
+    needed = property(lambda self: int(self.args[0]))
+    buffered_bytes = property(lambda self: int(self.args[1]))
+    max_buffered_bytes = property(lambda self: int(self.args[2]))
 
     def __str__(self) -> str:
         return f"no room for {self.needed} bytes: {self.buffered_bytes} of {self.max_buffered_bytes} bytes are buffered"
@@ -461,7 +462,7 @@ class _Buffer:
         # Touched without the lock; why that is safe is told in Theory.
         self.run = _Run(0, 0, 0, 0, _FOREVER, 0)
         self.nested: list[_Nested] = []  # of calls that interrupted a section, which counts them
-        self.spare: float = _FOREVER  # room that is left, where it is known without the lock
+        self.spare = _UNKNOWN  # room that is left, while a payload waits for room or was refused
 
     # -- What is there -----------------------------------------------------------------------------------------------
 
@@ -863,9 +864,7 @@ def _section(work: _Method) -> _Method:
                     self._now = _monotonic()
                     return work(self, *args)
                 finally:
-                    if (
-                        self._busy
-                    ):  # else a signal handler has forked, and this is the child, where nothing is under way
+                    if self._busy:  # not in a child that a signal handler has just forked
                         try:
                             self._settle()
                         except BaseException:
@@ -1002,11 +1001,15 @@ class Dispatcher:
                 if len(run) <= run.places:  # read after the append (see Theory)
                     return
                 self._enqueue(payload, timeout, run)
-            elif timeout == 0 and type(payload) is bytes:
-                spare = self._buffer.spare
-                if spare < (len(payload) or 1) <= self._max_buffered:
-                    raise self._refusal(len(payload) or 1, spare)
-                self._enqueue(payload, timeout)
+            elif (
+                timeout == 0
+                and type(payload) is bytes
+                and (spare := self._buffer.spare) < (charge := len(payload) or 1) <= self._max_buffered
+            ):
+                self._refused.append(charge)
+                if len(self._refused) >= _REFUSALS:
+                    self._count_refusals()
+                raise QueueFull(charge, self._max_buffered - spare, self._max_buffered)
             else:
                 self._enqueue(self._own(payload), timeout)
 
@@ -1305,9 +1308,9 @@ class Dispatcher:
                 self._call()
             if self._phase is _RUNNING and not self._line and not buffer.pressed:
                 buffer.grant(self._now, not self._consumers)
-                buffer.spare = _FOREVER
+                buffer.spare = _UNKNOWN
             else:
-                buffer.spare = self._max_buffered - buffer.held() if self._phase is _RUNNING else _FOREVER
+                buffer.spare = self._max_buffered - buffer.held() if self._phase is _RUNNING else _UNKNOWN
             self._busy = False  # from here on a call that comes in between is a section by itself
             if not self._left:
                 return
@@ -1532,20 +1535,21 @@ class Dispatcher:
                 raise self._refusal(view.nbytes)
             return view.tobytes()
 
-    def _refusal(self, charge: int, spare: float | None = None) -> Error:
-        """Note a refused payload, for the next section to count, and return why. spare: as it was read."""
-        refused = self._refused
-        refused.append(charge)
-        if len(refused) >= _REFUSALS and not self._nested():
+    def _count_refusals(self) -> None:
+        """Have the refusals counted that were only noted, now and then."""
+        if not self._nested():
             self._stats()
+
+    def _refusal(self, charge: int) -> Error:
+        """Note a refused payload, for the next section to count, and return why."""
+        self._refused.append(charge)
         if self._phase is _SHUTTING_DOWN:
             return ShuttingDown("the dispatcher is shutting down")
         if self._phase is _STOPPED:
             return Stopped("the dispatcher is stopped")
         if charge > self._max_buffered:
             return PayloadTooLarge(f"payload of {charge} bytes exceeds max_buffered_bytes={self._max_buffered}")
-        held = self._buffer.held() if spare is None else self._max_buffered - int(spare)
-        return QueueFull(charge, held, self._max_buffered)
+        return QueueFull(charge, self._buffer.held(), self._max_buffered)
 
     # -- Consumers' half ---------------------------------------------------------------------------------------------
 

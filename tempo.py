@@ -543,13 +543,13 @@ class _Buffer:
         run = self.run
         entry = _Nested(data, run)
         self.nested.append(entry)  # first: a call nested in this one must see it
-        if self._ceiling(run) <= self.max_buffered:
-            run.places = 0  # what follows stays behind this payload
-            run.granted = min(run.granted, len(run))
-            entry.accepted = True
-            return True
-        entry.data = b""
-        return False
+        if self._ceiling(run) > self.max_buffered:
+            self.nested.remove(entry)
+            return False
+        run.places = 0  # what follows stays behind this payload
+        run.granted = min(run.granted, len(run))
+        entry.accepted = True
+        return True
 
     def _ceiling(self, run: _Run) -> int:
         """Bytes that are buffered, or may become it by credit, claims and nested calls."""
@@ -779,7 +779,8 @@ class _Waiter:
     """One blocked thread, on a Condition of its own over the lock. Everything here needs the lock."""
 
     key = 0  # of waiters with the same key one runs if another does: all threads
-    woken = True  # it stands in no line
+    stood = False  # in a line, perhaps still
+    woken = True  # it need not wait
     until = _FOREVER  # a consumer: when it looks again by itself
     data = b""  # a producer: its payload,
     ticket = 0  # and its place in the line
@@ -842,6 +843,14 @@ class _Mutex:
         self.lock = lock
         self.owner = 0  # identity of the thread in a section; only that thread compares equal
 
+    def mine(self) -> bool:
+        """Whether this thread holds the lock."""
+        try:
+            threading.Condition(self.lock).notify(0)
+        except RuntimeError:
+            return False
+        return True
+
 
 def _section(work: _Method) -> _Method:
     """Run a method of Dispatcher with the lock held, and settle. A call nested in a section is a RuntimeError."""
@@ -852,9 +861,9 @@ def _section(work: _Method) -> _Method:
         mutex = self._mutex
         if mutex is None or _getpid() != _pid or _exiting:
             mutex = self._find_mutex()
-        if self._busy and mutex.owner == me:
+        if self._busy and mutex.owner == me and mutex.mine():  # 3.10: an interrupt may leave the first two behind
             raise RuntimeError("called by a signal handler or finalizer that interrupted tempo")
-        held, outer = False, mutex.owner == me
+        buffer, held, outer = self._buffer, False, mutex.owner == me
         try:
             with mutex.lock:
                 held = True
@@ -864,7 +873,7 @@ def _section(work: _Method) -> _Method:
                     self._now = _monotonic()
                     return work(self, *args)
                 finally:
-                    if self._busy:  # not in a child that a signal handler has just forked
+                    if self._busy or self._buffer is buffer:  # not in a child that a signal handler has just forked
                         try:
                             self._settle()
                         except BaseException:
@@ -882,37 +891,42 @@ def _section(work: _Method) -> _Method:
 
 
 class _Batches(Iterator[Batch], AsyncIterator[Batch]):
-    """Iterator over a dispatcher's batches, for threads and coroutines; knows who is in the body of its loop."""
+    """Iterator over a dispatcher's batches, for threads and coroutines; knows whose loop it is."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
-        self._body: Callable[[], object] = lambda: None  # the thread's identity, or the task while it lives
+        self._user: Callable[[], object] = _nobody  # a weak reference: the thread or task in the loop
         dispatcher._loops.append(weakref.ref(self, dispatcher._loops.remove))
 
     def __next__(self) -> Batch:
-        self._body = lambda: None
+        self._user = weakref.ref(threading.current_thread())
         try:
-            batch = self._dispatcher.get()
-        except Stopped:
-            raise StopIteration from None
-        me = threading.get_ident()
-        self._body = lambda: me
-        return batch
+            return self._dispatcher.get()
+        except BaseException as exc:
+            self._user = _nobody
+            if isinstance(exc, Stopped):
+                raise StopIteration from None
+            raise
 
     async def __anext__(self) -> Batch:
-        self._body = lambda: None
         d = self._dispatcher
+        self._user = weakref.ref(_asyncio("current_task") or self)
         try:
-            batch = await d._await(_FOREVER, d._take, "delivered")
-        except Stopped:
-            raise StopAsyncIteration from None
-        self._body = weakref.ref(_asyncio("current_task"))
-        return batch
+            return await d._await(_FOREVER, d._take, "delivered")
+        except BaseException as exc:
+            self._user = _nobody
+            if isinstance(exc, Stopped):
+                raise StopAsyncIteration from None
+            raise
 
     def inside(self) -> bool:
-        """Whether the caller is in the loop's body."""
-        body = self._body()
-        return body is not None and (body == threading.get_ident() or body is _asyncio("current_task"))
+        """Whether the caller is in this loop."""
+        user = self._user()
+        return user is not None and (user is threading.current_thread() or user is _asyncio("current_task"))
+
+
+def _nobody() -> None:
+    return None
 
 
 class Dispatcher:
@@ -970,6 +984,7 @@ class Dispatcher:
         self._consumers: deque[_Waiter] = deque()  # consumers that nobody has called
         self._called: deque[_Waiter] = deque()  # consumers that were called, and have not looked yet
         self._drainers: deque[_Waiter] = deque()  # flush and shutdown
+        self._gone: list[_Waiter] = []  # coroutines that no longer wait
         self._rejected = (0, 0)  # payloads, bytes
         self._thread: threading.Thread | None = None  # the handler's
         # Touched without the lock; why that is safe is told in Theory.
@@ -978,7 +993,7 @@ class Dispatcher:
         self._left = False  # a nested call has left work for the section
         self._asked: list[str] = []  # by nested calls: "flush", "shutdown"
         self._refused: list[int] = []  # charges of refused payloads, not yet among the rejected
-        self._waits: set[int] = set()  # identities of the threads that wait
+        self._waits: dict[int, bool] = {}  # by identity, the threads that wait
         self._worker = 0  # identity of the thread that calls the handler
 
     # -- Producers ---------------------------------------------------------------------------------------------------
@@ -1242,7 +1257,8 @@ class Dispatcher:
 
     def _nested(self) -> bool:
         """Whether this call interrupted a section of its own thread."""
-        return self._busy and self._mutex is not None and self._mutex.owner == threading.get_ident()
+        mutex = self._mutex
+        return self._busy and mutex is not None and mutex.owner == threading.get_ident() and mutex.mine()
 
     def _leave_word(self, word: str) -> bool:
         """In a nested call: have the section do what cannot be done now, and return True."""
@@ -1280,6 +1296,9 @@ class Dispatcher:
                 if "shutdown" in self._asked and self._phase is _RUNNING:
                     self._phase = _SHUTTING_DOWN
                 del self._asked[:1]
+            while self._gone:
+                self._leave(self._gone[0])
+                del self._gone[:1]
             if buffer.nested or buffer.undo is not None:
                 buffer.seal(self._now)
             if self._refused:
@@ -1328,18 +1347,24 @@ class Dispatcher:
                 if result is not None:
                     return result
                 self._settle()
-                self._waits.add(me)
-                mutex.owner = 0
-                try:  # never for long: a wake-up that this thread's own signal handler sends may be lost
+                try:  # Between stores no signal is looked for.
+                    self._waits[me] = True
+                    mutex.owner = 0
+                    # Never for long: a wake-up that this thread's own signal handler sends may be lost.
                     waiter.wait(mutex.lock, min(deadline - self._now, waiter.until - self._now, _LOOK_UP))
                 finally:
-                    self._waits.discard(me)
                     mutex.owner = me
                     self._busy = True
+                    if me in self._waits:
+                        del self._waits[me]
                 self._now = _monotonic()
         finally:
-            if not waiter.woken or waiter in self._called:
-                self._leave(waiter)
+            if waiter.stood:
+                try:
+                    self._leave(waiter)
+                except BaseException:
+                    self._leave(waiter)
+                    raise
 
     async def _await(self, deadline: float, step: Callable[..., _T | None], *args: Any) -> _T:
         """As _block, for a coroutine: between taking a batch and returning it there is no await."""
@@ -1362,15 +1387,11 @@ class Dispatcher:
                     if timer is not None:
                         timer.cancel()
         finally:
-            if self._nested():  # collected in a section
-                self._leave(waiter)
+            if waiter.stood:
+                self._gone.append(waiter)
                 self._left = True
-            elif not waiter.woken or waiter in self._called:
-                try:
-                    self._look(waiter, 0.0, lambda waiter, over: self._leave(waiter))
-                except BaseException:
-                    self._look(waiter, 0.0, lambda waiter, over: self._leave(waiter))
-                    raise
+                if not self._nested():  # else it was collected in a section
+                    self._look(waiter, 0.0, lambda waiter, over: waiter)
 
     @_section
     def _look(self, waiter: _Waiter, deadline: float, step: Callable[..., _T | None], *args: Any) -> _T | None:
@@ -1379,6 +1400,7 @@ class Dispatcher:
     def _stand(self, waiter: _Waiter, line: deque[_Waiter]) -> None:
         """Lock held. Stand in line, unless it does already."""
         if waiter.woken:
+            waiter.stood = True
             waiter.woken = False
             line.append(waiter)
 
@@ -1466,14 +1488,17 @@ class Dispatcher:
             return 0
         sizes = list(map(len, chunk))
         n, charge = len(chunk), sum(sizes) + (0 if all(sizes) else sizes.count(0))
-        total = accepted[0] + n
-        while not buffer.accept(chunk, sizes, charge, self._now):
-            charges = list(accumulate(size or 1 for size in sizes))
-            n = bisect_right(charges, min(self._max_buffered - buffer.held(), charge - 1))
-            if not n:
-                return 0
-            chunk, sizes, charge, total = chunk[:n], sizes[:n], charges[n - 1], accepted[0] + n
-        accepted[0] = total
+        run, total = buffer.run, accepted[0] + n
+        try:
+            while not buffer.accept(chunk, sizes, charge, self._now):
+                charges = list(accumulate(size or 1 for size in sizes))
+                n = bisect_right(charges, min(self._max_buffered - buffer.held(), charge - 1))
+                if not n:
+                    return 0
+                chunk, sizes, charge, total = chunk[:n], sizes[:n], charges[n - 1], accepted[0] + n
+        finally:
+            if buffer.run is not run:  # also when an interrupt came right after the commit
+                accepted[0] = total
         return n
 
     def _serve(self) -> None:
@@ -1697,27 +1722,46 @@ class Dispatcher:
 
     # -- Push mode ---------------------------------------------------------------------------------------------------
 
-    @_section
     def _start(self, push: tuple[_Handler, _OnError | None, float]) -> None:
-        """Start the handler's thread: for the first time, or again in a forked child."""
-        before = self._push
-        if before is not push:
-            if self._phase is not _RUNNING:
-                raise (Stopped if self._phase is _STOPPED else ShuttingDown)("start was called too late")
-            if before is not None:
-                raise RuntimeError("start was called before")
-        elif self._thread is not None:
-            return
+        """Start the handler's thread: for the first time, or again in a forked child.
+
+        Thread.start() waits for the new thread, and takes locks of its own: not with the lock held.
+        """
         name = getattr(push[0], "__qualname__", type(push[0]).__qualname__)
+        first = self._push is None
+        thread = None
         try:
             thread = threading.Thread(target=self._consume, args=(push,), name=f"tempo-{name}", daemon=True)
-            self._push, self._thread = push, thread
-            thread.start()
+            error = self._adopt(thread, push)
+            if error is None and self._thread is thread:
+                thread.start()
         except BaseException as exc:
-            self._push, self._thread = before, None
+            if thread is None or not thread.is_alive():  # else it has started, and the exception came after that
+                self._disown(thread, first)
             if isinstance(exc, RuntimeError):  # too many threads, or a sub-interpreter that may have none
                 raise RuntimeError(f"no thread can be started ({exc}): use pull mode, `for batch in d`") from exc
             raise
+        if error is not None:
+            raise error
+
+    @_section
+    def _adopt(self, thread: threading.Thread, push: tuple[_Handler, _OnError | None, float]) -> RuntimeError | None:
+        """Make thread the handler's, unless there is one; return why not, where that is an error."""
+        if self._push is not push:
+            if self._phase is not _RUNNING:
+                return (Stopped if self._phase is _STOPPED else ShuttingDown)("start was called too late")
+            if self._push is not None:
+                return RuntimeError("start was called before")
+        if self._thread is None:
+            self._push, self._thread = push, thread
+        return None
+
+    @_section
+    def _disown(self, thread: threading.Thread | None, first: bool) -> None:
+        if self._thread is thread:
+            self._thread = None
+            if first:
+                self._push = None
 
     def _ensure_thread(self) -> None:
         """In a forked child: start the handler's thread again. The payload is accepted either way."""
@@ -1735,16 +1779,17 @@ class Dispatcher:
                     batch = self._block(until, self._take, "in_flight", failed)
                 except (MemoryError, RecursionError) as exc:
                     self._report(exc, None)
-                    if buffer.flight is None:
+                    if buffer.flight is None or not buffer.taken.flight_items:
                         time.sleep(0.1)
                         continue
-                    batch = buffer.flight
+                    batch = buffer.flight  # taken; the error came after that
                 failed = self._handle(push[0], batch)
                 del batch  # it may not be kept while the next one is waited for
         except (Stopped, queue.Empty):
             pass
         finally:
-            self._worker = 0
+            if buffer is self._buffer:
+                self._worker = 0
 
     def _handle(self, handler: _Handler, batch: Batch) -> bool:
         """Call the handler; return whether it failed."""
@@ -1870,9 +1915,7 @@ def _after_fork(keep: bool = False) -> None:
     if _getpid() == _pid:
         return
     for mutex in list(_MUTEXES.values()):
-        try:
-            threading.Condition(mutex.lock).notify(0)  # is it this thread's, which forked in a section?
-        except RuntimeError:
+        if not mutex.mine():  # else it is this thread's, which has forked in a section
             if hasattr(mutex.lock, "_at_fork_reinit"):
                 mutex.lock._at_fork_reinit()
             else:
@@ -1895,18 +1938,18 @@ def _at_exit() -> None:
     global _exiting  # noqa: PLW0603
     _exiting = True
     begin = _monotonic()
-    started = []
-    for d in _dispatchers():
-        if d._push is not None:
-            started.append((d, d._push, begin + d._push[2]))
-            d._close()
-        elif n := d.stats().buffered:
-            warnings.warn(f"{d!r} still holds {n} payloads at exit", ResourceWarning, source=d, stacklevel=1)
+    pulled = [d for d in _dispatchers() if d._push is None]
+    started = [(d, d._push, begin + d._push[2]) for d in _dispatchers() if d._push is not None]
+    for d, _, _ in started:
+        d._close()
     for d, push, until in started:
         if d._thread is None:  # a forked child that could not start it, or had no reason to
             d._consume(push, until)
         with d._reporting():
             d.shutdown(max(0.0, until - _monotonic()))
+    for d in pulled:
+        if n := d.stats().buffered:
+            warnings.warn(f"{d!r} still holds {n} payloads at exit", ResourceWarning, source=d, stacklevel=1)
 
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch - not on Windows

@@ -25,6 +25,8 @@ from soak.cli import complain, format_seconds, say
 FOLDER = baseline.FOLDER / "bench"
 OUT = environment.ROOT / "soak" / "out" / "bench.json"
 GROUPS = ("calls", "large", "threads", "full", "peers", "coroutines", "soaks")
+VALUES = {"calls": 20, "large": 20, "full": 10}
+"""Of a round, where they take milliseconds."""
 PATIENCE = 900.0
 """Seconds after which a round of one group counts as hung."""
 FLOOR = 0.10
@@ -144,7 +146,7 @@ def main(options: argparse.Namespace) -> int:
 def measure(path: Path, group: str, options: argparse.Namespace, quiet: bool) -> None:
     """Run one round of a group; append its values to a file. Raises RuntimeError when it fails or hangs."""
     command = [options.python, "-m", "soak.benchmarks", "--groups", group, "--quiet", "--append", str(path)]
-    command += ["--duration", f"{options.duration * 1e9:.0f}ns", "--copy-env"]
+    command += ["--duration", f"{options.duration * 1e9:.0f}ns", "--copy-env", "--values", str(VALUES.get(group, 3))]
     variables = {**os.environ, "PYTHONPATH": str(environment.ROOT)}
     try:
         done = subprocess.run(
@@ -162,10 +164,10 @@ def measure(path: Path, group: str, options: argparse.Namespace, quiet: bool) ->
 
 
 def rounds_of(suite: Any, name: str) -> list[float]:
-    """Return the median of each round's values, in seconds a payload; empty when it was not measured."""
+    """Return the best value of each round, in seconds a payload (other programs only slow it); empty: not measured."""
     if name not in suite.get_benchmark_names():
         return []
-    return [statistics.median(run.values) for run in suite.get_benchmark(name).get_runs()]
+    return [min(run.values) for run in suite.get_benchmark(name).get_runs()]
 
 
 def ratios_of(pyperf: Any, suite: Any) -> Any:

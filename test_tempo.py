@@ -965,9 +965,9 @@ def test_task_in_a_loop_that_no_longer_runs_starves_nobody(limit: int | None, cl
     d = make(interval=0.05, max_batch_bytes=limit)
     with parked(d, collect(d), closed):
         assert d.stats().waiting_consumers == 1
-        consumer = taker(d) if early else None
+        consumer = Worker(d.get) if early else None
         d.enqueue(b"x")
-        assert (consumer or taker(d)).result().tolist() == [b"x"]
+        assert (consumer or Worker(d.get)).result().tolist() == [b"x"]
 
 
 @each("how", ["aenqueue", "async for", "aflush", "ashutdown"])

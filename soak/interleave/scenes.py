@@ -6,20 +6,17 @@ from __future__ import annotations
 import contextlib
 import queue
 from collections.abc import Callable, Coroutine, Iterable
-from functools import partial
 from typing import Any, NamedTuple
 
 from soak.interleave.schedule import Actor, Loop, Schedule
 
 INTERVAL = 0.5  # seconds of the schedule's clock; less than LOOK_UP, which would hide a timer that nobody set
 LOOK_UP = 1.0  # seconds after which a waiting thread looks anyway
-SIZE = 500  # bytes of a payload: what credit covers at first
-MORE = 4 * SIZE  # of one for which there may be no room while there is some for others
+SIZE = 500  # bytes of a payload: credit covers it from the beginning
+MORE = 4 * SIZE  # bytes of one for which there may be no room while there is some for others
 
 
 class State(NamedTuple):
-    """A dispatcher to interleave calls on: how large it is, and what has happened to it."""
-
     room: int  # payloads
     batch: int | None  # payloads of a full batch
     fill: int  # payloads that were accepted, after a consumer began to wait if there is one
@@ -32,11 +29,11 @@ STATES = {
     "one short of a batch": State(64, 16, 15),
     "closed batch": State(64, 16, 18),
     "one short of the buffer": State(16, None, 15),
-    "full, one waits": State(16, None, 16, calls=("enqueue more",)),
-    "full batches, two wait": State(16, 4, 16, calls=("enqueue more", "enqueue more")),
-    "shutting down": State(64, 4, 6, calls=("shutdown",)),
+    "full, one waits": State(16, None, 16, ("enqueue more",)),
+    "full batches, two wait": State(16, 4, 16, ("enqueue more", "enqueue more")),
+    "shutting down": State(64, 4, 6, ("shutdown",)),
 }
-WAITS = ("consumer", "async consumer", "wait")
+WAITS = ("take all", "atake all", "wait")
 PRODUCERS = ("enqueue", "enqueue waiting", "enqueue more", "aenqueue")
 
 
@@ -56,29 +53,28 @@ def brief(payloads: Iterable[bytes]) -> list[bytes]:
 class Scene:
     """One dispatcher, the calls made to it, and the record of what came of them."""
 
-    def __init__(self, schedule: Schedule, name: str, consumer: bool, nested: bool = False) -> None:
-        """consumer: one takes batches from the beginning. nested: a call interrupts another in its thread."""
+    def __init__(self, schedule: Schedule, name: str, consumer: str, nested: bool) -> None:
+        """consumer: the call of one who takes batches from the beginning. nested: a call is made within another."""
         self.schedule = schedule
         self.tempo: Any = schedule.module
         self.offers: list[Offer] = []
+        self.unsure: set[bytes] = set()  # payloads of an interrupted call
         self.received: list[tuple[float, list[bytes]]] = []
         self.handed_back: list[bytes] = []
         self.taking = 0  # calls that may have a batch which is not on record yet
         self.took = False  # something has left since the state was set up
-        self.unsure: set[bytes] = set()  # payloads of an interrupted call
-        self.closing = ""  # "shutdown" or "stop", once that was called; "perhaps", when it was interrupted
+        self.closing = ""  # "shutdown" or "stop", once that was called
         self.closed = False  # that went so far that nothing is accepted any more
         self.calls: list[tuple[str, Actor]] = []
+        self.nested = nested
+        self.consumer = consumer
         state = STATES[name]
         self.limit = state.room * SIZE
         self.batch = state.batch * SIZE if state.batch else None
-        self.exact = not nested  # else a call may be refused while credit is out
-        self.delay = LOOK_UP if nested else 0.0  # of a wake-up that came from a nested call before the wait for it
         limits = {"max_buffered_bytes": self.limit, "max_batch_bytes": self.batch}
         self.d = self.tempo.Dispatcher(interval=INTERVAL, **limits)
-        self.consumer = consumer
         if consumer:
-            self.begin("async consumer" if nested else "consumer")
+            self.begin(consumer)
             schedule.settle()
         for _ in range(state.fill):
             self.enqueue("f")
@@ -90,9 +86,13 @@ class Scene:
 
     def begin(self, call: str) -> Actor:
         """Make an actor for a call."""
-        actor = Actor(self.schedule, partial(CALLS[call], self, chr(ord("A") + len(self.calls))))
+        producer = chr(ord("A") + len(self.calls))
+        actor = Actor(self.schedule, lambda: self.make(call, producer))
         self.calls.append((call, actor))
         return actor
+
+    def make(self, call: str, producer: str) -> None:
+        getattr(self, call.replace(" ", "_"))(producer)
 
     def waiting(self, *names: str) -> list[str]:
         """Return those calls of these names that wait."""
@@ -110,12 +110,11 @@ class Scene:
         try:
             call(payloads)
         except self.tempo.Error as raised:
-            error = raised
-            accepted = getattr(error, "accepted", 0)
+            error, accepted = raised, getattr(raised, "accepted", 0)
         except KeyboardInterrupt:
             self.unsure.update(payloads)
             raise
-        if self.exact and isinstance(error, self.tempo.QueueFull):
+        if isinstance(error, self.tempo.QueueFull) and not self.nested:  # else credit counts as used
             assert error.buffered_bytes + error.needed > error.max_buffered_bytes, f"refused, and it fits: {error}"
         assert not closed or not accepted, f"accepted after {self.closing}"
         for i, data in enumerate(payloads):
@@ -124,13 +123,19 @@ class Scene:
     def enqueue(self, producer: str, timeout: float | None = 0.0, size: int = SIZE) -> None:
         self.offer(producer, [size], lambda payloads: self.d.enqueue(payloads[0], timeout))
 
-    def enqueue_many(self, producer: str) -> None:
-        self.offer(producer, [SIZE] * 3, self.d.enqueue_many)
+    def enqueue_waiting(self, producer: str) -> None:
+        self.enqueue(producer, None)
+
+    def enqueue_more(self, producer: str) -> None:
+        self.enqueue(producer, None, MORE)
 
     def enqueue_two(self, producer: str) -> None:
         """Offer one that may be too large for what is free, and one that may fit: they must not change places."""
         self.enqueue(producer, size=MORE)
         self.enqueue(producer)
+
+    def enqueue_many(self, producer: str) -> None:
+        self.offer(producer, [SIZE] * 3, self.d.enqueue_many)
 
     def aenqueue(self, producer: str) -> None:
         self.offer(producer, [SIZE], lambda payloads: self.in_a_loop(self.d.aenqueue(payloads[0])))
@@ -158,16 +163,19 @@ class Scene:
             self.taking -= 1
         return True
 
-    def consume(self, producer: str) -> None:
-        while self.get(producer, None):
+    def wait(self, producer: str) -> bool:
+        return self.get(producer, None)
+
+    def take_all(self, producer: str) -> None:
+        while self.wait(producer):
             pass
 
-    def aconsume(self, producer: str) -> None:
-        async def take_all() -> None:
+    def atake_all(self, producer: str) -> None:
+        async def take() -> None:
             async for batch in self.d:
                 self.received.append((self.schedule.now, batch.tolist()))
 
-        self.in_a_loop(take_all())
+        self.in_a_loop(take())
         assert self.closing, "the end, and nobody has stopped it"
 
     def flush(self, producer: str) -> None:
@@ -199,7 +207,7 @@ class Scene:
         return t
 
     def interrupt(self, producer: str) -> None:
-        """Do what Ctrl-C does. Who was interrupted in shutdown or stop makes the call again."""
+        """Do what Ctrl-C does."""
         raise KeyboardInterrupt
 
     def nudge(self) -> None:
@@ -211,32 +219,37 @@ class Scene:
 
     # -- What must hold when all have gone on as far as they can -----------------------------------------------------
 
-    def interrupted(self) -> bool:
-        return any(actor.error for _, actor in self.calls)
-
     def accepted(self) -> set[bytes]:
         return {offer.data for offer in self.offers if offer.error is None}
 
     def out(self) -> set[bytes]:
         return {data for _, batch in self.received for data in batch}
 
+    def interrupted(self) -> bool:
+        return any(actor.error for _, actor in self.calls)
+
     def check(self) -> None:
         """Let all go on until none can; look; let the interval pass; take out what is there; stop."""
-        self.schedule.settle(self.delay)
+        self.schedule.settle(LOOK_UP if self.nested else 0)  # a nested call may wake a thread before it waits
         self.look()
         self.schedule.settle(INTERVAL)
         t = self.look()
         assert not self.waiting(*WAITS) or not t.buffered, f"a consumer waits, and the interval is over: {t}"
         if self.consumer:  # it needed nobody's help
             at = {data: when for when, batch in self.received for data in batch}
-            late = [offer.data for offer in self.offers if at.get(offer.data, 0) > offer.ended + INTERVAL]
+            allowed = INTERVAL + (LOOK_UP if self.nested and self.consumer == "take all" else 0)
+            late = [offer.data for offer in self.offers if at.get(offer.data, 0) > offer.ended + allowed]
             assert not late, f"later than the interval: {brief(late)}"
         if self.interrupted():  # is it as good as before?
             for _ in range(3):
                 self.enqueue("i")
             if self.closing:
                 self.stop("")
-        self.empty()
+        more = True
+        while more or self.d.stats().buffered:
+            self.d.flush(0)
+            more = self.get("")
+            self.schedule.settle()
         assert not self.closing or self.d.stats().state == "stopped", "drained, and not stopped"
         waiting = [call for call, actor in self.calls if actor.state != "ended" and (self.closing or call not in WAITS)]
         assert not waiting, f"all is taken, and {waiting} wait"
@@ -246,30 +259,20 @@ class Scene:
         self.look()
         self.census()
 
-    def empty(self) -> None:
-        """Take out all that comes without waiting."""
-        more = True
-        while more or self.d.stats().buffered:
-            self.d.flush(0)
-            more = self.get("")
-            self.schedule.settle()
-
     def look(self) -> Any:
         """Look at those who wait, and at the books, while no call is going on."""
         for call, actor in self.calls:
             if actor.error is not None and not isinstance(actor.error, KeyboardInterrupt):
                 raise AssertionError(f"{call} raised {actor.error!r}") from actor.error
+        full = [offer for offer in self.offers if isinstance(offer.error, self.tempo.QueueFull)]
         if self.waiting(*WAITS):  # by the record: to ask the dispatcher might help it
             there = sum(map(len, self.accepted() - self.out()))
-            assert self.taking or self.batch is None or there < self.batch, (
-                f"a consumer waits, and {there} bytes are there for it"
-            )
+            assert self.taking or there < (self.batch or self.limit + 1), f"{there} bytes are there for who waits"
             others = self.waiting(*PRODUCERS, "flush", "shutdown")
             assert not others, f"a consumer waits, and so do {others}"
-            for offer in self.offers:
-                if isinstance(offer.error, self.tempo.QueueFull):
-                    due = {before.data for before in self.offers[: offer.before] if before.error is None}
-                    assert self.taking or due <= self.out(), "a consumer waits, and a payload was refused"
+            for offer in full:
+                due = {before.data for before in self.offers[: offer.before] if before.error is None}
+                assert self.taking or due <= self.out(), "a consumer waits, and a payload was refused"
         self.d._check()
         t = self.stats("")
         assert t.state != "stopped" or t.buffered == 0 or self.interrupted(), f"stopped, and not empty: {t}"
@@ -277,50 +280,26 @@ class Scene:
             assert t.buffered_bytes + MORE > self.limit, f"a producer waits for room that is there: {t}"
         if t.buffered == 0:
             assert not self.waiting("flush", "shutdown"), f"all is delivered, and who drains waits: {t}"
-        if not self.took and self.exact:  # then the room has only become less, and must be used up
-            for offer in self.offers:
-                if isinstance(offer.error, self.tempo.QueueFull):
-                    assert t.buffered_bytes + len(offer.data) > self.limit, f"refused what fits: {t}"
+        if not self.took and not self.nested:  # then the room has only become less, and must be used up
+            assert all(t.buffered_bytes + len(offer.data) > self.limit for offer in full), f"refused what fits: {t}"
         return t
 
     def census(self) -> None:
-        """See that each accepted payload came out once, in order for each producer, no other did, and all is counted."""
+        """Check that accepted payloads came out once, in order for each producer, no others did, and all is counted."""
         out = [data for _, batch in self.received for data in batch]
         came, accepted, t = out + self.handed_back, self.accepted(), self.d.stats()
         gone = t.delivered - len(out)  # payloads of a batch that was on its way out of an interrupted call
         assert gone == 0 or self.taking, f"{len(out)} were delivered: {t}"
-        assert len(came) == len(set(came)), "repeated"
+        assert len(came) == len(set(came)), f"repeated: {brief(came)}"
         assert len(accepted - set(came)) <= gone, f"lost: {brief(accepted - set(came))}"
         assert set(came) <= accepted | self.unsure, f"refused, and delivered: {brief(set(came) - accepted)}"
         if sum(call in (*WAITS, "get") for call, _ in self.calls) < 2:  # else they are on record in any order
             for some in (out, self.handed_back):
-                last: dict[bytes, int] = {}
-                for data in some:
-                    producer, number = data[:1], int(data[1:].rstrip(b"."))
-                    assert last.get(producer, -1) < number, f"out of order: {brief(some)}"
-                    last[producer] = number
+                for producer in {data[:1] for data in some}:
+                    numbers = [int(data[1:].rstrip(b".")) for data in some if data[:1] == producer]
+                    assert numbers == sorted(numbers), f"out of order: {brief(some)}"
         refused = len({id(offer.error) for offer in self.offers if offer.error is not None})
         assert 0 <= t.accepted - len(accepted) <= len(self.unsure), f"{len(accepted)} were accepted: {t}"
         assert 0 <= t.rejected - refused <= len(self.unsure), f"{refused} were refused: {t}"
         assert t.discarded == len(self.handed_back), f"{len(self.handed_back)} were handed back: {t}"
         assert (t.buffered, t.waiting_producers, t.waiting_consumers) == (0, 0, 0), f"left behind: {t}"
-
-
-CALLS: dict[str, Callable[[Scene, str], object]] = {
-    "enqueue": Scene.enqueue,
-    "enqueue waiting": lambda scene, producer: scene.enqueue(producer, None),
-    "enqueue more": lambda scene, producer: scene.enqueue(producer, None, MORE),
-    "enqueue two": Scene.enqueue_two,
-    "aenqueue": Scene.aenqueue,
-    "enqueue_many": Scene.enqueue_many,
-    "get": Scene.get,
-    "flush": Scene.flush,
-    "shutdown": Scene.shutdown,
-    "stop": Scene.stop,
-    "stats": Scene.stats,
-    "interrupt": Scene.interrupt,
-    "wait": lambda scene, producer: scene.get(producer, None),
-    "consumer": Scene.consume,
-    "async consumer": Scene.aconsume,
-}
-"""What an actor does, by name."""

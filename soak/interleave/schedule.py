@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from types import CodeType, FrameType, ModuleType
 from typing import Any
@@ -81,6 +82,7 @@ class Schedule:
         self.actors: list[Actor] = []
         self.by_line = False  # stops are counted in lines, not in bytecodes
         self.at_signals = False  # or only in those before which the interpreter looks for signals
+        self.returned = False
         self.over = False
         __import__("tempo")  # so that what it imports is there, with the real threading
         threads, clock, self.module = ModuleType("threading"), ModuleType("time"), ModuleType("tempo_in_a_schedule")
@@ -138,8 +140,10 @@ class Schedule:
         return self._local
 
     def _local(self, frame: FrameType, event: str, arg: object) -> Any:
-        if event in ("opcode", "line") and not (self.at_signals and frame.f_lasti not in signal_points(frame.f_code)):
-            self.point()
+        returned, self.returned = self.returned, event == "return"  # behind a call of Python code it does not look
+        if event in ("opcode", "line"):
+            if not self.at_signals or (not returned and frame.f_lasti in signal_points(frame.f_code)):
+                self.point()
         return self._local
 
     def point(self) -> None:
@@ -230,4 +234,4 @@ class Loop(asyncio.BaseEventLoop):
 def signal_points(code: CodeType) -> set[int]:
     """Return the offsets of bytecodes before which CPython looks for signals: behind calls, and at the beginning."""
     every = list(dis.get_instructions(code))
-    return {after.offset for one, after in zip(every, every[1:]) if one.opname.startswith(("CALL", "RESUME"))}
+    return {after.offset for one, after in pairwise(every) if one.opname.startswith(("CALL", "RESUME"))}

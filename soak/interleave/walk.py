@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from soak.interleave.scenes import CALLS, STATES, Scene
+from soak.interleave.scenes import STATES, Scene
 from soak.interleave.schedule import Schedule
 
 
@@ -61,11 +61,12 @@ def play(schedule: Schedule, plan: Plan, stops: Sequence[int], order: int = 0) -
     """
     schedule.by_line = len(stops) > 1
     schedule.at_signals = plan.calls[-1] == "interrupt"
-    scene = Scene(schedule, plan.state, plan.consumer, plan.nested)
+    consumer = "atake all" if plan.nested and not schedule.at_signals else "take all"  # threads look up by themselves
+    scene = Scene(schedule, plan.state, consumer if plan.consumer else "", plan.nested)
     try:
         actors = [scene.begin(call) for call in plan.calls[: len(stops)]]
         if plan.nested:
-            actors[0].nested = lambda: CALLS[plan.calls[1]](scene, "Z")
+            actors[0].nested = lambda: scene.make(plan.calls[1], "Z")
         for actor, stop in zip(actors, stops, strict=True):
             if schedule.run(actor, stop) == "blocked" and len(stops) == 1:
                 scene.nudge()

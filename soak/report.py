@@ -21,6 +21,7 @@ from typing import Any
 from soak import baseline, charts, cli, environment, results, run, verdict
 from soak.charts import Chart, Point
 from soak.cli import MIB, complain, format_seconds, format_size
+import itertools
 
 OUT = Path("soak/out")
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -177,14 +178,14 @@ def rates(samples: Sequence[Mapping[str, float]], key: str) -> list[Point]:
     almost no time.
     """
     counts = [(0.0, 0.0), *levels(samples, key)]
-    usual = statistics.median([now - then for (then, _), (now, _) in zip(counts, counts[1:])] or [0.0])
+    usual = statistics.median([now - then for (then, _), (now, _) in itertools.pairwise(counts)] or [0.0])
     kept = counts[:1]
     for point in counts[1:]:
         while len(kept) > 1 and point[0] - kept[-1][0] < usual / 2:
             kept.pop()
         if point[0] > kept[-1][0]:
             kept.append(point)
-    return [(now, (count - before) / (now - then)) for (then, before), (now, count) in zip(kept, kept[1:])]
+    return [(now, (count - before) / (now - then)) for (then, before), (now, count) in itertools.pairwise(kept)]
 
 
 # From figures to words and charts.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import math
 import os
@@ -21,7 +22,6 @@ from typing import Any
 from soak import baseline, charts, cli, environment, results, run, verdict
 from soak.charts import Chart, Point
 from soak.cli import MIB, complain, format_seconds, format_size
-import itertools
 
 OUT = Path("soak/out")
 TEMPLATE = Path(__file__).with_name("report.html.j2")

@@ -124,23 +124,25 @@ _monotonic: Callable[[], float] = functools.partial(time.monotonic)
 # removed after it.  So an exception (a KeyboardInterrupt, say) at any point leaves a state that `_Buffer.repair` and
 # `Dispatcher._settle` make good, in the same section or in the next one.
 #
-#   I1  0 <= buffered <= max_buffered_bytes, where buffered = run.charge - taken.charge + the run's accepted part.
+#   I1  0 <= buffered <= max_buffered_bytes, where buffered = run.charge - taken.charge + the accepted part of the run
+#       and of buffer.nested.
 #   I2  The packs hold payloads [taken.items, run.items) in order; what is stored for a change that is not committed is
 #       noted in buffer.undo, and trimmed.
 #   I3  An open run has room for `places` payloads of `covers` bytes, whatever happens.  A run is created open, by the
 #       store that makes it the current one; it is sealed once, and never opened again.
 #   I4  Credit (an open run) is given while the open batch has a payload: its first one takes the lock, notes the time
 #       and tells a consumer.  While a consumer waits that nobody has called, credit ends before the batch does.
-#       Otherwise it may go on, as far as payloads come within an eighth of the interval at their pace; a batch that
-#       begins so counts its interval from when the credit was given.  While a payload waits for room or was refused,
-#       no credit is given, and the open batch is due.
+#       Otherwise it may go on, for as many payloads as come in an eighth of the interval at their pace of late; a batch
+#       that begins so counts its interval from when the credit was given: never later than from its first payload, and
+#       earlier by more than an eighth only if the payloads slow down while no consumer looks.  While a payload waits
+#       for room or was refused, no credit is given, and the open batch is due.
 #   I5  accepted == delivered + in_flight + buffered + discarded, payloads and bytes.
 #
 # Without the lock.  A producer reads run.covers, appends, and reads run.places.  The section that seals stores
 # places = 0, and then reads run[:granted].  Who still sees places >= len(run) has appended before that, and is counted.
-# Who sees 0, or comes behind the places, takes the lock and looks for the payload in that run, behind what is counted:
-# if it is not there, it was counted, and so accepted; otherwise its owner takes it out and goes the exact way.  What an
-# interrupted producer leaves behind the seal goes with the run.  What must be atomic and seen in order: list.append,
+# Who sees 0, or comes behind the places, takes the lock and looks for the payload in that run, from which what was
+# counted has been removed.  If it is not there, it was accepted; otherwise its owner takes it out and goes the exact
+# way.  What an interrupted producer leaves behind the seal goes with the run.  What must be atomic and seen in order: list.append,
 # len(list), slices of lists read, deleted and assigned, and stores to the run's slots.  With a GIL they are; without
 # one, append, slices and the slots of the run take the run's own lock.
 #
@@ -155,9 +157,10 @@ _monotonic: Callable[[], float] = functools.partial(time.monotonic)
 # and leaves it when it is woken.  A producer without room stands in `_line`; whoever makes room accepts its payload for
 # it, first come first served.  A thread then rests, for under a GIL all of them awake would keep the consumer from
 # running: one goes on for each eighth of the buffer that is taken, and all when a consumer is idle.  A consumer stands
-# in `_consumers`; one at a time is called, to a batch or to be the timer of the open one, and calls the next when it
-# has looked.  flush and shutdown stand in `_drainers`.  Nobody waits longer than _LOOK_UP without looking: a wake-up
-# that a signal handler sends from the waiting thread itself, between its last look and the wait, is lost.
+# in `_consumers`; the first thread is called, and before it one coroutine of each loop (which may not run), to a batch
+# or to be the timer of the open one; who was called calls the next when it has looked.  flush and shutdown stand in
+# `_drainers`.  No thread waits longer than _LOOK_UP without looking: a wake-up that a signal handler sends from the
+# waiting thread itself, between its last look and the wait, is lost.
 #
 # States.  running -> shutting_down -> stopped, or running -> stopped; never back.  The run is sealed before the phase
 # changes, and no credit is given after it.
@@ -513,11 +516,9 @@ class _Buffer:
     def withdraw(self, run: _Run, data: bytes) -> bool:
         """Take a payload that came late out of the run it was appended to; False: it was counted, so it is accepted.
 
-        Searches from the end, and not what is counted: the same object may have been enqueued more than once.
+        Searches from the end: the same object may have been enqueued more than once.
         """
-        before = self.run.before
-        counted = before[1] if before is not None and before[0] is run else 0
-        for i in range(len(run) - 1, counted - 1, -1):
+        for i in range(len(run) - 1, -1, -1):
             if run[i] is data:
                 del run[i]
                 return True
@@ -554,7 +555,7 @@ class _Buffer:
     def _ceiling(self, run: _Run) -> int:
         """Bytes that are buffered, or may become it by credit, claims and nested calls."""
         pending = sum([len(entry.data) or 1 for entry in self.nested]) if self.nested else 0
-        return run.charge - self.taken.charge + run.granted * max(0, run.covers) + run.claim + pending
+        return run.charge - self.taken.charge + run.granted * run.covers + run.claim + pending
 
     def grant(self, now: float, told: bool) -> None:
         """Give credit: replace the run by an open one, if the open batch has a payload (I3, I4).
@@ -718,17 +719,17 @@ class _Buffer:
         batch = pack.batch(begin, pack.ends[bisect_right(pack.ends, begin)])
         n = len(batch)
         charge = batch.nbytes + (batch._sizes.count(0) if pack.empties else 0)
-        out = (taken.items + n, taken.charge + charge)
         self.undo = (self.run, len(self.packs), None)
+        after = taken._replace(items=taken.items + n, charge=taken.charge + charge)
+        if fate == "discarded":
+            self.undelivered.append((taken.items, batch))
+            discarded = taken.discarded_charge + charge
+            after = after._replace(discarded_items=taken.discarded_items + n, discarded_charge=discarded)
+        else:
+            after = after._replace(batches=taken.batches + 1)
         if fate == "in_flight":
             self.flight = batch
-            after = _Taken(*out, taken.items, n, charge, *taken[5:9], taken.batches + 1)
-        elif fate == "discarded":
-            self.undelivered.append((taken.items, batch))
-            discarded = (taken.discarded_items + n, taken.discarded_charge + charge)
-            after = _Taken(*out, *taken[2:5], *discarded, *taken[7:])
-        else:
-            after = _Taken(*out, *taken[2:9], taken.batches + 1)
+            after = after._replace(flight_first=taken.items, flight_items=n, flight_charge=charge)
         self.taken = after
         self.pressed = False
         self.repair()
@@ -742,11 +743,10 @@ class _Buffer:
         """The handler has returned from its batch, or raised."""
         self.flight = None
         taken = self.taken
-        if taken.flight_items:
-            n, charge = (taken.flight_items, taken.flight_charge) if failed else (0, 0)
-            self.taken = _Taken(
-                *taken[:2], -1, 0, 0, *taken[5:7], taken.failed_items + n, taken.failed_charge + charge, taken.batches
-            )
+        if taken.flight_items and failed:
+            items, charge = taken.failed_items + taken.flight_items, taken.failed_charge + taken.flight_charge
+            taken = taken._replace(failed_items=items, failed_charge=charge)
+        self.taken = taken._replace(flight_first=-1, flight_items=0, flight_charge=0)
 
     def check(self, told: bool = True) -> None:
         """Assert every invariant; for tests. told: as in `grant`."""
@@ -1009,24 +1009,25 @@ class Dispatcher:
             TypeError, ValueError: not bytes-like or not contiguous; a bad timeout.
             Nothing was accepted when it raises.
         """
-        if timeout is _NO_WAIT or timeout is None or _seconds("timeout", timeout) >= 0:
-            run = self._buffer.run
-            if type(payload) is bytes and len(payload) <= run.covers:
-                run.append(payload)
-                if len(run) <= run.places:  # read after the append (see Theory)
-                    return
-                self._enqueue(payload, timeout, run)
-            elif (
-                timeout == 0
-                and type(payload) is bytes
-                and (spare := self._buffer.spare) < (charge := len(payload) or 1) <= self._max_buffered
-            ):
-                self._refused.append(charge)
-                if len(self._refused) >= _REFUSALS:
-                    self._count_refusals()
-                raise QueueFull(charge, self._max_buffered - spare, self._max_buffered)
-            else:
-                self._enqueue(self._own(payload), timeout)
+        if timeout is not _NO_WAIT and timeout is not None:
+            _seconds("timeout", timeout)
+        run = self._buffer.run
+        if type(payload) is bytes and len(payload) <= run.covers:
+            run.append(payload)
+            if len(run) <= run.places:  # read after the append (see Theory)
+                return
+            self._enqueue(payload, timeout, run)
+        elif (
+            timeout == 0
+            and type(payload) is bytes
+            and (spare := self._buffer.spare) < (charge := len(payload) or 1) <= self._max_buffered
+        ):
+            self._refused.append(charge)
+            if len(self._refused) >= _REFUSALS:
+                self._count_refusals()
+            raise QueueFull(charge, self._max_buffered - spare, self._max_buffered)
+        else:
+            self._enqueue(self._own(payload), timeout)
 
     def enqueue_many(self, payloads: Iterable[Buffer], timeout: float | None = _NO_WAIT) -> int:
         """Accept payloads in order, as `enqueue` would, at a fraction of the cost; return how many.
@@ -1246,14 +1247,17 @@ class Dispatcher:
         if _getpid() != _pid:
             _after_fork(keep=True)
             self._ensure_thread()
-        if self._mutex is None:
+        mutex = self._mutex
+        if mutex is None:
             lock = threading.RLock()
-            self._mutex = _MUTEXES.setdefault(type(lock), _Mutex(lock))  # monkey-patched ones are of other types
+            mutex = self._mutex = _MUTEXES.setdefault(
+                type(lock), _Mutex(lock)
+            )  # monkey-patched ones are of other types
         if sys.is_finalizing():  # a daemon thread that holds the lock never runs again
-            if not self._mutex.lock.acquire(False):
+            if not mutex.lock.acquire(False):
                 raise Stopped("the interpreter is exiting")
-            self._mutex.lock.release()
-        return self._mutex
+            mutex.lock.release()
+        return mutex
 
     def _nested(self) -> bool:
         """Whether this call interrupted a section of its own thread."""
@@ -1827,13 +1831,16 @@ class Dispatcher:
         try:
             yield
         except DrainTimeout as exc:
+            lost = exc.undelivered
             if self._push is not None and self._push[1] is not None:
-                for batch in exc.undelivered:
+                for batch in lost:
                     self._report(exc, batch)
-            elif exc.undelivered and sys.stderr is not None:
-                n, nbytes = sum(map(len, exc.undelivered)), sum(batch.nbytes for batch in exc.undelivered)
+            elif sys.stderr is not None:
+                text = (
+                    f"{sum(map(len, lost))} payloads ({sum(batch.nbytes for batch in lost)} bytes) were not delivered"
+                )
                 with contextlib.suppress(OSError, ValueError):
-                    print(f"tempo: {n} payloads ({nbytes} bytes) were not delivered in time", file=sys.stderr)
+                    print(f"tempo: {text}, {exc.in_flight} payloads are with the handler", file=sys.stderr)
         except Stopped:
             pass
 

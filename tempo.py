@@ -142,9 +142,9 @@ _monotonic: Callable[[], float] = functools.partial(time.monotonic)
 # places = 0, and then reads run[:granted].  Who still sees places >= len(run) has appended before that, and is counted.
 # Who sees 0, or comes behind the places, takes the lock and looks for the payload in that run, from which what was
 # counted has been removed.  If it is not there, it was accepted; otherwise its owner takes it out and goes the exact
-# way.  What an interrupted producer leaves behind the seal goes with the run.  What must be atomic and seen in order: list.append,
-# len(list), slices of lists read, deleted and assigned, and stores to the run's slots.  With a GIL they are; without
-# one, append, slices and the slots of the run take the run's own lock.
+# way.  What an interrupted producer leaves behind the seal goes with the run.  What must be atomic and seen in order:
+# list.append, len(list), slices of lists read, deleted and assigned, and stores to the run's slots.  With a GIL they
+# are; without one, append, slices and the slots of the run take the run's own lock.
 #
 # Nested calls.  Finalizers and signal handlers may call tempo from within a section, in its own thread.  `_busy` and
 # the owner of the lock tell.  Such a call never waits and never touches what is half done: `enqueue` appends to the

@@ -19,19 +19,14 @@ from soak.interleave.schedule import Schedule
 
 POSSIBLE = sys.implementation.name == "cpython" and sys.version_info[:2] != (3, 12)
 """Whether this interpreter can stop a thread at a bytecode."""
-SHOWN = 3
-"""Failures of one plan that are printed; its walk ends with them."""
 
 
 def add_parser(commands: Any) -> None:
     """Add this command to the subparsers of ``python3 -m soak``."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "interleave",
-        help="stop calls at each of their bytecodes, let others run, and check what came out",
-        description="Walk the interleavings of tempo's calls, then look for the broken twins.",
-        epilog="exit code: 0 all held and each twin was found, 1 not, 2 a bad option; "
-        "example: python3 -m soak interleave --only 'enqueue / stop'",
-        allow_abbrev=False,
+        description="Stop tempo's calls at each of their bytecodes, let others run, check; then find the broken twins.",
+        epilog="exit code: 0 all held and each twin was found, 1 not; example: python3 -m soak interleave --seconds 60",
     )
     parser.set_defaults(main=main, parser=parser)
     what = parser.add_mutually_exclusive_group()
@@ -79,14 +74,14 @@ def run_all(plans: list[walk.Plan]) -> int:
 
 
 def walk_one(plan: walk.Plan) -> tuple[walk.Plan, int, list[str]]:
-    """Walk a plan to its end, or until it broke too often; return it, the number of runs, and the failures."""
-    failures: list[str] = []
-    runs = 0
+    """Walk a plan to its end, or until it broke three times; return it, the number of runs, and the failures."""
+    runs, failures = 0, []
     for outcome in walk.walk(Schedule(), plan):
         runs += 1
-        failures += [outcome] if isinstance(outcome, str) else []
-        if len(failures) == SHOWN:
-            break
+        if isinstance(outcome, str):
+            failures.append(outcome)
+            if len(failures) == 3:
+                break
     return plan, runs, failures
 
 
@@ -94,16 +89,12 @@ def run_sample(seconds: float, seed: int) -> int:
     """Walk at random for so long, or until a run breaks; return how many did."""
     print(f"seed {seed}", flush=True)
     end = time.monotonic() + seconds
-    runs = 0
-    for outcome in walk.sample(Schedule(), seed):
-        runs += 1
-        if isinstance(outcome, str):
-            print(f"BROKEN  {outcome}")
-            return 1
-        if time.monotonic() > end:
-            break
-    print(f"{runs:,} runs, all held")
-    return 0
+    runs, outcomes = 0, walk.sample(Schedule(), seed)
+    outcome = next(outcomes)
+    while not isinstance(outcome, str) and time.monotonic() < end:
+        runs, outcome = runs + 1, next(outcomes)
+    print(f"BROKEN  {outcome}" if isinstance(outcome, str) else f"{runs:,} runs, all held")
+    return int(isinstance(outcome, str))
 
 
 def find_twins() -> int:

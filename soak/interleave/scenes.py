@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import queue
 from collections.abc import Callable, Coroutine, Iterable
+from functools import partialmethod
 from typing import Any, NamedTuple
 
 from soak.interleave.schedule import Actor, Loop, Schedule
@@ -60,19 +61,18 @@ class Scene:
         self.offers: list[Offer] = []
         self.unsure: set[bytes] = set()  # payloads of an interrupted call
         self.received: list[tuple[float, list[bytes]]] = []
-        self.handed_back: list[bytes] = []
+        self.handed_back: list[Any] = []  # batches
         self.taking = 0  # calls that may have a batch which is not on record yet
         self.took = False  # something has left since the state was set up
         self.closing = ""  # "shutdown" or "stop", once that was called
         self.closed = False  # that went so far that nothing is accepted any more
         self.calls: list[tuple[str, Actor]] = []
-        self.nested = nested
-        self.consumer = consumer
+        self.nested, self.consumer = nested, consumer
         state = STATES[name]
         self.limit = state.room * SIZE
         self.batch = state.batch * SIZE if state.batch else None
-        limits = {"max_buffered_bytes": self.limit, "max_batch_bytes": self.batch}
-        self.d = self.tempo.Dispatcher(interval=INTERVAL, **limits)
+        make = self.tempo.Dispatcher
+        self.d = make(interval=INTERVAL, max_buffered_bytes=self.limit, max_batch_bytes=self.batch)
         if consumer:
             self.begin(consumer)
             schedule.settle()
@@ -92,6 +92,7 @@ class Scene:
         return actor
 
     def make(self, call: str, producer: str) -> None:
+        """Make a call: the method of that name."""
         getattr(self, call.replace(" ", "_"))(producer)
 
     def waiting(self, *names: str) -> list[str]:
@@ -123,11 +124,8 @@ class Scene:
     def enqueue(self, producer: str, timeout: float | None = 0.0, size: int = SIZE) -> None:
         self.offer(producer, [size], lambda payloads: self.d.enqueue(payloads[0], timeout))
 
-    def enqueue_waiting(self, producer: str) -> None:
-        self.enqueue(producer, None)
-
-    def enqueue_more(self, producer: str) -> None:
-        self.enqueue(producer, None, MORE)
+    enqueue_waiting = partialmethod(enqueue, timeout=None)
+    enqueue_more = partialmethod(enqueue, timeout=None, size=MORE)
 
     def enqueue_two(self, producer: str) -> None:
         """Offer one that may be too large for what is free, and one that may fit: they must not change places."""
@@ -163,11 +161,10 @@ class Scene:
             self.taking -= 1
         return True
 
-    def wait(self, producer: str) -> bool:
-        return self.get(producer, None)
+    wait = partialmethod(get, timeout=None)
 
     def take_all(self, producer: str) -> None:
-        while self.wait(producer):
+        while self.get(producer, None):
             pass
 
     def atake_all(self, producer: str) -> None:
@@ -196,8 +193,7 @@ class Scene:
 
     def stop(self, producer: str) -> None:
         self.took, self.closing = True, "stop"
-        for batch in self.d.stop():
-            self.handed_back += batch.tolist()
+        self.handed_back += self.d.stop()
         self.closed = True
 
     def stats(self, producer: str) -> Any:
@@ -287,19 +283,20 @@ class Scene:
     def census(self) -> None:
         """Check that accepted payloads came out once, in order for each producer, no others did, and all is counted."""
         out = [data for _, batch in self.received for data in batch]
-        came, accepted, t = out + self.handed_back, self.accepted(), self.d.stats()
+        back = [data for batch in self.handed_back for data in batch.tolist()]
+        came, accepted, t = out + back, self.accepted(), self.d.stats()
         gone = t.delivered - len(out)  # payloads of a batch that was on its way out of an interrupted call
         assert gone == 0 or self.taking, f"{len(out)} were delivered: {t}"
         assert len(came) == len(set(came)), f"repeated: {brief(came)}"
         assert len(accepted - set(came)) <= gone, f"lost: {brief(accepted - set(came))}"
         assert set(came) <= accepted | self.unsure, f"refused, and delivered: {brief(set(came) - accepted)}"
         if sum(call in (*WAITS, "get") for call, _ in self.calls) < 2:  # else they are on record in any order
-            for some in (out, self.handed_back):
+            for some in (out, back):
                 for producer in {data[:1] for data in some}:
                     numbers = [int(data[1:].rstrip(b".")) for data in some if data[:1] == producer]
                     assert numbers == sorted(numbers), f"out of order: {brief(some)}"
         refused = len({id(offer.error) for offer in self.offers if offer.error is not None})
         assert 0 <= t.accepted - len(accepted) <= len(self.unsure), f"{len(accepted)} were accepted: {t}"
         assert 0 <= t.rejected - refused <= len(self.unsure), f"{refused} were refused: {t}"
-        assert t.discarded == len(self.handed_back), f"{len(self.handed_back)} were handed back: {t}"
+        assert t.discarded == len(back), f"{len(back)} were handed back: {t}"
         assert (t.buffered, t.waiting_producers, t.waiting_consumers) == (0, 0, 0), f"left behind: {t}"

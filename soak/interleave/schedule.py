@@ -141,9 +141,9 @@ class Schedule:
 
     def _local(self, frame: FrameType, event: str, arg: object) -> Any:
         returned, self.returned = self.returned, event == "return"  # behind a call of Python code it does not look
-        if event in ("opcode", "line"):
-            if not self.at_signals or (not returned and frame.f_lasti in signal_points(frame.f_code)):
-                self.point()
+        passed = not self.at_signals or (not returned and frame.f_lasti in signal_points(frame.f_code))
+        if event in ("opcode", "line") and passed:
+            self.point()
         return self._local
 
     def point(self) -> None:

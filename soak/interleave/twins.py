@@ -40,13 +40,14 @@ TWINS = [
     Twin("wake-up of a drain dropped", "flush / get in 'open",
          "waiter.wake()\n                    drainers.remove", "drainers.remove"),
     Twin("turn not given", "enqueue waiting / get in 'full", "if turns:\n", "if turns < 0:\n"),
-    Twin("phase changed before the seal", "in 'shutting down'", "self._buffer.seal(self._now)  # first: with", "pass  # with"),
+    Twin("phase changed before the seal", "in 'shutting down'",
+         "self._buffer.seal(self._now)  # first: with", "pass  # with"),
     Twin("nested payload of a stop not counted", "enqueue inside stop in 'open",
          "buffer.seal(self._now)  # again: a", "pass  # a"),
     Twin("what a nested call leaves is not looked for again", "enqueue inside stats in 'empty' with",
          "if not self._left:\n                return", "if True:\n                return"),
     Twin("nested call does not close the run", "enqueue two inside flush in 'closed",
-         "run.places = 0  # what follows stays behind this payload\n            run.granted =", "_ ="),
+         "run.places = 0  # what follows stays behind this payload\n        run.granted =", "_ ="),
 ]  # fmt: skip
 
 

@@ -56,13 +56,13 @@ PLANS = [
 def play(schedule: Schedule, plan: Plan, stops: Sequence[int], order: int = 0) -> int:
     """Interleave the plan's calls once; return how many were stopped, up to the first that ended before.
 
-    stops: after how many bytecodes (of three calls: lines) the first is stopped, and the second of three; order: which of two that were
-    stopped goes on first. Raises AssertionError, and what else came out of tempo.
+    stops: after how many bytecodes (of three calls: lines) the first is stopped, and the second of three; order: which
+    of two that were stopped goes on first. Raises AssertionError, and what else came out of tempo.
     """
     schedule.by_line = len(stops) > 1
     schedule.at_signals = plan.calls[-1] == "interrupt"
-    consumer = "atake all" if plan.nested and not schedule.at_signals else "take all"  # threads look up by themselves
-    scene = Scene(schedule, plan.state, consumer if plan.consumer else "", plan.nested)
+    kind = "atake all" if plan.nested and not schedule.at_signals else "take all"  # the first one never looks up
+    scene = Scene(schedule, plan.state, kind if plan.consumer else "", plan.nested)
     try:
         actors = [scene.begin(call) for call in plan.calls[: len(stops)]]
         if plan.nested:

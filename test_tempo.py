@@ -341,6 +341,8 @@ def say(*what):
 
 def in_child(work, fork=getattr(os, "fork", None)):
     # Run work in a forked child; return its exit status. A child that hangs is killed by its alarm.
+    if fork is not getattr(os, "fork", None):
+        time.sleep(0.2)  # CPython: such a child waits for ever for a thread that just then asks for the GIL
     pid = fork()
     if pid == 0:
         signal.alarm(20)

@@ -1249,10 +1249,8 @@ class Dispatcher:
             self._ensure_thread()
         mutex = self._mutex
         if mutex is None:
-            lock = threading.RLock()
-            mutex = self._mutex = _MUTEXES.setdefault(
-                type(lock), _Mutex(lock)
-            )  # monkey-patched ones are of other types
+            lock = threading.RLock()  # a monkey-patched one is of another type
+            mutex = self._mutex = _MUTEXES.setdefault(type(lock), _Mutex(lock))
         if sys.is_finalizing():  # a daemon thread that holds the lock never runs again
             if not mutex.lock.acquire(False):
                 raise Stopped("the interpreter is exiting")
@@ -1422,7 +1420,7 @@ class Dispatcher:
         due, consumers = self._buffer.due(), self._consumers
         if due == _FOREVER:
             return
-        called = {waiter.key for waiter in self._called}
+        called = {waiter.key for waiter in self._called if waiter.alive()}
         if due > self._now and not self._hurried():
             called.update(waiter.key for waiter in consumers if waiter.until <= due)
         for waiter in list(consumers):
@@ -1451,9 +1449,7 @@ class Dispatcher:
             ):
                 raise self._refusal(charge)
             return
-        deadline = _deadline(timeout)
-        if deadline and not self._patient():
-            deadline = 0.0
+        deadline = _deadline(timeout) if timeout != 0 and self._patient() else 0.0
         self._block(deadline, self._put, data, [] if run is None else [run])
         self._ensure_thread()
 

@@ -105,6 +105,10 @@ _CHUNK: Final = 512  # payloads that enqueue_many() admits in one section
 _PACE_ITEMS: Final = 64  # payloads over which their pace is measured
 _REFUSALS: Final = 256  # refusals that are noted without the lock before one takes it to count them
 
+# An interrupt may keep `with` from giving a lock back: on 3.10 as an exception enters its handler, from 3.14 on between
+# the getting of the lock and its block.
+_WITH_LEAKS: Final = not (3, 11) <= sys.version_info < (3, 14)
+
 _RUNNING: Final = "running"
 _SHUTTING_DOWN: Final = "shutting_down"
 _STOPPED: Final = "stopped"
@@ -843,13 +847,17 @@ class _Mutex:
         self.lock = lock
         self.owner = 0  # identity of the thread in a section; only that thread compares equal
 
-    def mine(self) -> bool:
+    def held(self) -> bool:
         """Whether this thread holds the lock."""
         try:
             threading.Condition(self.lock).notify(0)
         except RuntimeError:
             return False
         return True
+
+    def mine(self, me: int) -> bool:
+        """Whether this thread is in a section. On 3.10 an interrupt may leave the owner as it was."""
+        return self.owner == me and self.held()
 
 
 def _section(work: _Method) -> _Method:
@@ -861,12 +869,11 @@ def _section(work: _Method) -> _Method:
         mutex = self._mutex
         if mutex is None or _getpid() != _pid or _exiting:
             mutex = self._find_mutex()
-        if self._busy and mutex.owner == me and mutex.mine():  # 3.10: an interrupt may leave the first two behind
+        buffer, outer = self._buffer, mutex.mine(me)
+        if outer and self._busy:
             raise RuntimeError("called by a signal handler or finalizer that interrupted tempo")
-        buffer, held, outer = self._buffer, False, mutex.owner == me
         try:
             with mutex.lock:
-                held = True
                 mutex.owner = me
                 self._busy = True
                 try:
@@ -882,10 +889,10 @@ def _section(work: _Method) -> _Method:
                         finally:  # stores: no signal is looked for between them
                             self._busy = False
                             mutex.owner = me if outer else 0
-        finally:
-            if not held and not outer:  # from 3.14 on an interrupt may come between getting the lock and its block
-                with contextlib.suppress(RuntimeError):
-                    mutex.lock.release()
+        except BaseException:
+            if _WITH_LEAKS and not outer and mutex.held():
+                mutex.lock.release()
+            raise
 
     return cast(_Method, section)
 
@@ -1260,7 +1267,7 @@ class Dispatcher:
     def _nested(self) -> bool:
         """Whether this call interrupted a section of its own thread."""
         mutex = self._mutex
-        return self._busy and mutex is not None and mutex.owner == threading.get_ident() and mutex.mine()
+        return self._busy and mutex is not None and mutex.mine(threading.get_ident())
 
     def _leave_word(self, word: str) -> bool:
         """In a nested call: have the section do what cannot be done now, and return True."""
@@ -1275,10 +1282,7 @@ class Dispatcher:
         me = threading.get_ident()
         mutex = self._mutex
         return not (
-            me == self._worker
-            or me in self._waits
-            or (mutex and mutex.owner == me)
-            or (_exiting and sys.is_finalizing())
+            me == self._worker or me in self._waits or (mutex and mutex.mine(me)) or (_exiting and sys.is_finalizing())
         )
 
     def _in_body(self) -> bool:
@@ -1918,7 +1922,7 @@ def _after_fork(keep: bool = False) -> None:
     if _getpid() == _pid:
         return
     for mutex in list(_MUTEXES.values()):
-        if not mutex.mine():  # else it is this thread's, which has forked in a section
+        if not mutex.held():  # else it is this thread's, which has forked in a section
             if hasattr(mutex.lock, "_at_fork_reinit"):
                 mutex.lock._at_fork_reinit()
             else:

@@ -99,7 +99,7 @@ class inside:  # noqa: N801 - a namespace
     @staticmethod
     def mine() -> bool:
         """Whether this thread has it."""
-        return any(mutex.owner == threading.get_ident() for mutex in tempo._MUTEXES.values())
+        return any(mutex.held() for mutex in tempo._MUTEXES.values())
 
 
 class Worker(threading.Thread):

@@ -1049,13 +1049,15 @@ class Dispatcher:
         accepted = [0]  # a list, so that a section can count in it before an exception ends it
         try:
             deadline = _deadline(timeout)
-            if plain := type(payloads) is list or type(payloads) is tuple:  # a subclass has code of its own
-                chunks: Iterable[Any] = (payloads[i : i + _CHUNK] for i in range(0, len(payloads), _CHUNK))
+            # A subclass has code of its own.
+            whole: Sequence[Any] | None = payloads if type(payloads) is list or type(payloads) is tuple else None
+            if whole is not None:
+                chunks: Iterable[Any] = (whole[i : i + _CHUNK] for i in range(0, len(whole), _CHUNK))
             else:
                 chunks = ((payload,) for payload in payloads)
             for chunk in chunks:
                 done = 0
-                ready = plain and countOf(map(type, chunk), bytes) == len(chunk) and not self._nested()
+                ready = whole is not None and countOf(map(type, chunk), bytes) == len(chunk) and not self._nested()
                 while done < len(chunk):
                     if ready:
                         done += self._enqueue_chunk(chunk[done:] if done else chunk, deadline > 0, accepted)

@@ -845,12 +845,13 @@ class _Mutex:
 
     def __init__(self, lock: Any) -> None:
         self.lock = lock
+        self._condition = threading.Condition(lock)
         self.owner = 0  # identity of the thread in a section; only that thread compares equal
 
     def held(self) -> bool:
         """Whether this thread holds the lock."""
         try:
-            threading.Condition(self.lock).notify(0)
+            self._condition.notify(0)
         except RuntimeError:
             return False
         return True
@@ -869,7 +870,7 @@ def _section(work: _Method) -> _Method:
         mutex = self._mutex
         if mutex is None or _getpid() != _pid or _exiting:
             mutex = self._find_mutex()
-        buffer, outer = self._buffer, mutex.mine(me)
+        buffer, outer, before = self._buffer, mutex.mine(me), _WITH_LEAKS and mutex.held()
         if outer and self._busy:
             raise RuntimeError("called by a signal handler or finalizer that interrupted tempo")
         try:
@@ -890,7 +891,7 @@ def _section(work: _Method) -> _Method:
                             self._busy = False
                             mutex.owner = me if outer else 0
         except BaseException:
-            if _WITH_LEAKS and not outer and mutex.held():
+            if _WITH_LEAKS and not before and mutex.held():
                 mutex.lock.release()
             raise
 
@@ -1928,7 +1929,7 @@ def _after_fork(keep: bool = False) -> None:
             if hasattr(mutex.lock, "_at_fork_reinit"):
                 mutex.lock._at_fork_reinit()
             else:
-                mutex.lock = threading.RLock()
+                mutex.__init__(threading.RLock())  # type: ignore[misc]
         mutex.owner = 0
     for d in _dispatchers():
         run = d._buffer.run

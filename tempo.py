@@ -120,7 +120,7 @@ _monotonic: Callable[[], float] = functools.partial(time.monotonic)
 #
 # Flow.  producer -> _Run -> _Pack -> Batch -> consumer.  `enqueue` appends to the current run, without the lock.  A
 # section (a method that holds the lock) seals the run and counts it into packs, with marks where batches end.  A
-# consumer copies the front of the packs into a Batch.  _Buffer does this; it knows neither threads nor clocks.  The
+# consumer takes the front of the packs as a Batch.  _Buffer does this; it knows neither threads nor clocks.  The
 # Dispatcher has the lock, those who wait, and the life cycle.  A forked child begins with a new _Buffer.
 #
 # Truth.  What was accepted: the totals in buffer.run, the run's own accepted part, and buffer.nested.  What has left:
@@ -424,7 +424,7 @@ class _Pack:
             self.joined = len(self.pieces)
 
     def batch(self, begin: int, end: int) -> Batch:
-        """Copy payloads begin to end into a batch."""
+        """Return payloads begin to end as a batch; a single piece is handed over without a copy."""
         if end - begin < len(self.sizes):
             if len(self.pieces) > 1:
                 self.pieces[:] = [b"".join(self.pieces)]
@@ -713,7 +713,7 @@ class _Buffer:
     def take(self, fate: str = "delivered") -> Batch:
         """Take the front batch, which is closed; fate: "delivered", "in_flight" or "discarded".
 
-        The batch is copied before it is taken, so that its bytes count until there is memory for it.
+        The batch is made before it is taken, so that its bytes count until there is memory for it.
         """
         if self.undo is not None:
             self.repair()

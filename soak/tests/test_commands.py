@@ -402,7 +402,7 @@ def test_ctrl_c_in_each_part_of_a_run_ends_the_load_and_keeps_the_result(
         if sent is None:
             terminal.interrupt()
         else:
-            terminal.send_signal(sent)
+            terminal.process.send_signal(sent)
         assert terminal.exit_code() == 0, terminal.text
     assert "(interrupted: the load lasted " in terminal.text
     assert_restored(terminal.text)
@@ -602,7 +602,7 @@ def test_pi_lets_what_is_emulated_end_in_its_own_way(number: int) -> None:
         if number == signal.SIGINT:
             terminal.interrupt()
         else:
-            terminal.send_signal(number)
+            terminal.process.send_signal(number)
         assert terminal.exit_code() == 7, terminal.text
     assert "ended well" in terminal.text
     assert "Traceback" not in terminal.text

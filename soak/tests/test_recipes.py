@@ -319,7 +319,7 @@ def test_the_sigterm_recipe_delivers_all_through_a_second_sigterm() -> None:
     with OnTerminal("-c", SERVICE) as service:
         service.read_until("ready")
         for wanted in (b"10", b"20"):
-            service.send_signal(signal.SIGTERM)
+            service.process.send_signal(signal.SIGTERM)
             service.read_until(str([wanted]))
         assert service.exit_code() == 0, service.text
     assert printed(service.text) == [b"%02d" % i for i in range(50)]

@@ -331,7 +331,7 @@ def test_the_sinks_command_that_is_told_to_end_ends_its_server(number: signal.Si
         terminal.read_until("calibration: ")
         wait_until(lambda: list(tmp_path.glob("tempo-sinks-*/http/data/*")), "the server")
         (folder,) = tmp_path.iterdir()
-        terminal.send_signal(number)
+        terminal.process.send_signal(number)
         assert terminal.exit_code() == 1, terminal.text
     assert "INTERRUPTED" in terminal.text
     assert not folder.exists()

@@ -75,6 +75,12 @@ def identity_start(size: int | None) -> int:
     return 7 if size is None else 0
 
 
+def identity_of(payload: bytes, size: int | None) -> tuple[int, int]:
+    """Return the producer and the sequence of an event. Raises ValueError when it has none."""
+    start = identity_start(size)
+    return int(payload[start : start + 4]), int(payload[start + 5 : start + IDENTITY_SIZE])
+
+
 class Sent:
     """The probes of one producer that were accepted: how many, and the sum of the CRC-32 of their heads.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from time import perf_counter, perf_counter_ns, sleep
 from typing import TYPE_CHECKING
@@ -167,12 +168,12 @@ class Load:
     def consume(self, index: int, dispatcher: tempo.Dispatcher) -> None:
         """Receive, count, look for probes, put into the place, rest."""
         taken, delay = self.taken[index], self.config.consumer_delay
-        if self._place is not None:
-            self._place.consume(dispatcher, taken.add, delay)
-            return
-        for batch in dispatcher:
-            taken.add(batch)
-            if delay:
-                sleep(delay)
-            # Wait for the next batch with empty hands: the heap measured is to be the dispatcher's.
-            del batch
+        with nullcontext() if self._place is None else self._place.delivering() as deliver:
+            for batch in dispatcher:
+                taken.add(batch)
+                if deliver is not None:
+                    deliver(batch)
+                if delay:
+                    sleep(delay)
+                # Wait for the next batch with empty hands: the heap measured is to be the dispatcher's.
+                del batch

@@ -76,7 +76,9 @@ def join(threads: Iterable[threading.Thread], seconds: float) -> list[str]:
     deadline = time.monotonic() + seconds
     late = []
     for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
+        # In glances: an interrupt whose wake-up is lost is seen after one.
+        while thread.is_alive() and (left := deadline - time.monotonic()) > 0:
+            thread.join(min(interrupts.GLANCE, left))
         if thread.is_alive():
             late.append(thread.name)
     return late

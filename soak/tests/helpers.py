@@ -57,6 +57,19 @@ def wait_until(condition: Callable[[], object], what: str = "it") -> None:
         time.sleep(0.001)
 
 
+class Gate:
+    """A handler that stays in its first batch until it may leave; keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.entered, self.leave = threading.Event(), threading.Event()
+        self.came: list[bytes] = []
+
+    def __call__(self, batch: tempo.Batch) -> None:
+        self.entered.set()
+        self.leave.wait(LIMIT)
+        self.came += batch.tolist()
+
+
 class Worker(threading.Thread):
     """A daemon thread, started at once. ``result`` joins it and returns, or raises, what came of its work."""
 

@@ -21,7 +21,7 @@ from urllib.parse import quote_from_bytes
 import pytest
 
 import tempo
-from soak.tests.helpers import ENVIRONMENT, LIMIT, LONG, ROOT, make, run_python
+from soak.tests.helpers import ENVIRONMENT, LIMIT, LONG, ROOT, Gate, make, run_python
 
 HERE, SPECIFICATION = "soak/tests/test_field.py", "test_tempo.py"
 RECIPES, WORLDS = "soak/tests/test_recipes.py", "soak/tests/test_worlds.py"
@@ -124,19 +124,13 @@ print(threading.active_count(), flush=True)
 
 def test_what_a_drain_leaves_names_what_the_handler_still_has() -> None:
     """aio-libs/aiokafka#1101: "0 batches undelivered", while the sink hung with one."""
-    entered, leave = threading.Event(), threading.Event()
-
-    def send(batch: tempo.Batch) -> None:
-        entered.set()
-        leave.wait(LIMIT)
-
-    d = make(interval=0.001)
-    d.start(send)
+    gate, d = Gate(), make(interval=0.001)
+    d.start(gate)
     d.enqueue(b"1")
-    assert entered.wait(LIMIT)
+    assert gate.entered.wait(LIMIT)
     with pytest.raises(tempo.DrainTimeout, match=r"1 payloads? still with the handler"):
         d.shutdown(timeout=0.01)
-    leave.set()
+    gate.leave.set()
 
 
 def test_the_installed_wheel_does_not_claim_to_be_typed() -> None:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Recorded figures under ``soak/baselines/``: which of them a run may be compared with, and the ``baseline`` command.
 
-A file with ``ratio`` and ``ratio_spread`` is a baseline: what this harness reached in events/s over the calibration of
-the same run, and how far another run may be from that; likewise its peak heap and its drain. A file without them is a
-record: shown with a result, never compared with it.
+A file has ``ratio`` and ``ratio_spread``: what this harness reached in events/s over the calibration of
+the same run, and how far another run may be from that; likewise its peak heap and its drain.
 """
 
 from __future__ import annotations
@@ -58,13 +57,6 @@ class Baseline:
         parts = (("environment", environment, MACHINE_KEYS), ("config", config, (*settings.OPTIONS, "sink")))
         return [key for part, ours, keys in parts for key in keys if self.content[part].get(key) != ours.get(key)]
 
-    def record(self) -> str | None:
-        """Return the best figure of a record in words; None for a baseline."""
-        if self.expected("ratio") is not None:
-            return None
-        rate = max(run["delivered_per_second"] for run in self.content["runs"])
-        return f"{self.content['what']}: {rate:,.0f}/s on {self.content['machine']}"
-
 
 def load(name: str, folder: Path = FOLDER) -> Baseline:
     """Read one baseline. Raises ArgumentTypeError when there is no such file or it is none."""
@@ -73,8 +65,9 @@ def load(name: str, folder: Path = FOLDER) -> Baseline:
         raise argparse.ArgumentTypeError(f"{name!r} is not a baseline (there are: auto, none, {', '.join(known)})")
     try:
         one = Baseline(name, json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
-        if one.record() is None:
-            one.differences({}, {})
+        one.differences({}, {})
+        if one.expected("ratio") is None:
+            raise LookupError("there is no ratio")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise argparse.ArgumentTypeError(f"{name!r} holds no baseline: {type(error).__name__} {error}") from None
     return one
@@ -104,20 +97,12 @@ def choose(
         return None, "no baseline: none was asked for"
     if option == "auto":
         for one in readable(folder):
-            if one.expected("ratio") is not None and not one.differences(config, environment):
+            if not one.differences(config, environment):
                 return one, ""
         return None, "no baseline fits this machine, interpreter and these settings"
     named = load(option, folder)
-    if named.expected("ratio") is None:
-        return None, f"no baseline: {option} records no ratio, so it is only shown"
     different = named.differences(config, environment)
     return named, f"{option} differs in {', '.join(different)}" if different else ""
-
-
-def records(option: str) -> list[str]:
-    """Return the records to show with a result, in words."""
-    files = [] if option == "none" else readable() if option == "auto" else [load(option)]
-    return [words for words in (file.record() for file in files) if words]
 
 
 # The command.

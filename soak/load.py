@@ -39,7 +39,8 @@ class Latencies:
     def add(self, nanoseconds: int) -> None:
         """Count one time (a negative one as 0: the clocks of two cores may differ by some ns)."""
         nanoseconds = max(nanoseconds, 0)
-        self._counts[_rounded(nanoseconds, 3)] += 1
+        unit = 10 ** max(0, len(str(nanoseconds)) - 3)
+        self._counts[nanoseconds // unit * unit] += 1
         self.most = max(self.most, nanoseconds)
 
     def merge(self, other: Latencies) -> None:
@@ -57,27 +58,10 @@ class Latencies:
         return None
 
     def as_json(self) -> dict[str, object]:
-        """Return the quantiles in seconds, null where nothing was measured, and pairs (from seconds, count), rising."""
-        coarse: Counter[int] = Counter()
-        for nanoseconds, count in self._counts.items():
-            coarse[_rounded(nanoseconds, 2)] += count
-        return {
-            "p50": self.quantile(0.5),
-            "p99": self.quantile(0.99),
-            "max": self.most / 1e9 if coarse else None,
-            "samples": coarse.total(),
-            "buckets": [(nanoseconds / 1e9, coarse[nanoseconds]) for nanoseconds in sorted(coarse)],
-        }
-
-
-def _rounded(number: int, digits: int) -> int:
-    """Round down to some digits.
-
-    >>> _rounded(123456, 3), _rounded(99, 3)
-    (123000, 99)
-    """
-    unit = int(10 ** max(0, len(str(number)) - digits))
-    return number // unit * unit
+        """Return the quantiles in seconds, null where nothing was measured."""
+        samples = self._counts.total()
+        largest = self.most / 1e9 if samples else None
+        return {"p50": self.quantile(0.5), "p99": self.quantile(0.99), "max": largest, "samples": samples}
 
 
 class Taken:

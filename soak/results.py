@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,8 +76,7 @@ class Files:
             written.append(self.stream.path)
             if self.stream.error is not None:
                 self._trouble(f"cannot write {str(written.pop())!r}", self.stream.error)
-        # Pairs of numbers on one line; a string holds no line break in JSON.
-        text = re.sub(r"\[\s*\n\s*([-+.\de]+),\s+([-+.\de]+)\s+\]", r"[\1, \2]", json.dumps(result, indent=2)) + "\n"
+        text = json.dumps(result, indent=2) + "\n"
         wanted = [self._path or self._out / f"{self._stem}.json"]
         wanted += [self._out / "latest.json"] if self._kind == "soak" else []
         for path in wanted:

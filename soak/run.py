@@ -71,7 +71,7 @@ def main(options: argparse.Namespace) -> int:
     try:
         with interrupts.kept():
             result = run(config, sink, files.stream, options.baseline, place, options.display)
-            files.finish(result, summary(result, baseline.records(options.baseline)))
+            files.finish(result, summary(result))
     except KeyboardInterrupt:
         complain("interrupted again: there is no result")
         return 130
@@ -261,13 +261,13 @@ def _remarks(config: Config, counted: census.CensusResult) -> list[str]:
     return remarks
 
 
-def summary(result: Mapping[str, Any], records: list[str]) -> list[str]:
+def summary(result: Mapping[str, Any]) -> list[str]:
     """Return about a dozen lines for people, the verdict first."""
     found, latency = result["verdict"], result["latency_seconds"]
     ratio = "not measured" if result["ratio"] is None else f"{result['ratio']:.3f} of the calibration"
     slowest = result["slowest_producer_share"]
     early = f" (interrupted: the load lasted {format_seconds(result['load_seconds'])})" if result["interrupted"] else ""
-    lines = [
+    return [
         f"{found['overall']['status'].upper()}: {found['overall']['note']}{early}",
         *(f"  {name:<12} {found[name]['status']}: {found[name]['note']}" for name in found if name != "overall"),
         f"rate          {result['delivered_per_second']:,.0f} events/s, {ratio}"
@@ -283,4 +283,3 @@ def summary(result: Mapping[str, Any], records: list[str]) -> list[str]:
         f" shut down in {format_seconds(result['shutdown_seconds'])}",
         f"on            {environment.line(result['environment'])}",
     ]
-    return [*lines, f"on record     (not compared) {'; '.join(records)}"] if records else lines

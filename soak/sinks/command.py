@@ -125,18 +125,18 @@ def _loads(name: str, faults: Sequence[str], config: Config, folder: Path, left_
     """Yield the rows of one sink: without a fault, and with each."""
     started = False
     try:
-        with servers.KINDS[name](folder / name, small="full" in faults) as server:
+        kind = servers.KINDS[name]
+        with servers.Server(kind, folder / name, small="full" in faults) as server:
             yield _load(Row(name), server.url(server.port), config)
             started = True
-            for fault in (one for one in faults if one in server.faults):
+            for fault in (one for one in faults if one in kind.faults):
                 if fault == "full" and server.disk is None:
                     left_out.append(f"{name}, full disk: no file system may be mounted here")
                     continue
                 with ExitStack() as stack:
                     harmed = server
                     if fault == "reset":
-                        harmed = servers.Relay(folder / f"{name}-relay")
-                        harmed.to = server.port
+                        harmed = servers.Server(servers.RELAY, folder / f"{name}-relay", to=server.port)
                         stack.enter_context(harmed)
                     yield _load(Row(name, fault), server.url(harmed.port), config, harmed)
     except (SetupError, ImportError, OSError) as error:

@@ -75,7 +75,10 @@ ENDS = each("end", ["shutdown", "ashutdown", "stop"])
 class inside:  # noqa: N801 - a namespace
     """All that the tests touch of tempo's inside."""
 
-    Buffer = tempo._Buffer
+    @staticmethod
+    def buffer(max_buffered: int, max_batch: int | None, max_items: int | None) -> tempo._Buffer:
+        """Return a buffer with an interval of one second."""
+        return tempo._Buffer(1.0, max_buffered, max_batch or tempo._NO_LIMIT, max_items or tempo._NO_LIMIT)
 
     @classmethod
     def check(cls, dispatcher: tempo.Dispatcher) -> None:
@@ -95,7 +98,7 @@ class inside:  # noqa: N801 - a namespace
         assert 0 <= held <= buffer.peak <= buffer.max_buffered, "I1"
 
         # The packs follow one another, from before the first payload that is not taken to the last that is counted.
-        assert buffer.undo is None
+        assert not buffer.dirty
         first = buffer.packs[0] if buffer.packs else None
         at, base = (first.start, first.base) if first else (run.items, run.charge)
         ends = [0, taken.items]
@@ -2258,7 +2261,7 @@ class BufferModel(Lists, RuleBasedStateMachine):
     @initialize(limits=BUFFERS)
     def begin(self, limits: tuple[int, int | None, int | None]) -> None:
         self.begin_with(limits)
-        self.buffer = inside.Buffer(1.0, *limits)
+        self.buffer = inside.buffer(*limits)
         self.now = 0.0
         self.total = 0
 
@@ -2279,7 +2282,7 @@ class BufferModel(Lists, RuleBasedStateMachine):
                     self.accept(item)
                 else:
                     self.buffer.seal(self.now)
-                    assert self.buffer.withdraw(run, item)
+                    assert run.withdraw(item)
 
     @rule(sizes=st.lists(SIZES, min_size=1, max_size=20))
     def admit(self, sizes: list[int]) -> None:

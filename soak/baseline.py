@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Recorded figures under ``soak/baselines/``: which of them a run may be compared with, and the ``baseline`` command.
 
-A file with ``ratio`` and ``ratio_spread`` is a baseline: what this harness reached in events/s over the calibration of
-the same run, and how far another run may be from that; likewise its peak heap and its drain. A file without them is a
-record: shown with a result, never compared with it.
+A file has ``ratio`` and ``ratio_spread``: what this harness reached in events/s over the calibration of
+the same run, and how far another run may be from that; likewise its peak heap and its drain.
 """
 
 from __future__ import annotations
@@ -25,12 +24,11 @@ from soak.cli import complain, say
 from soak.config import MACHINE_KEYS, Config
 
 FOLDER = Path(__file__).resolve().parent / "baselines"
-COMPARED = ("ratio", "peak_heap_bytes", "drain_seconds")
-"""What is compared, where a baseline has it and its spread."""
 TOLERANCE = 1.5
 """A later run may differ from the median by so many times the range of the recorded ones."""
-LEAST_RATIO, LEAST_HEAP, LEAST_DRAIN = 0.05, 64 * 1024, 0.05
-"""And by at least so much (a share of the median, bytes, seconds): a few runs do not show what a day brings."""
+LEAST = {"ratio": 0.05, "peak_heap_bytes": 64 * 1024, "drain_seconds": 0.05}
+"""What is compared, and how much a run may differ at least (the ratio: a share of it): a few do not show what a day
+brings."""
 
 EXAMPLE = """\
 examples:
@@ -41,10 +39,6 @@ exit code: 0 recorded, 1 a run failed or the file cannot be written, 2 a bad opt
 """
 
 
-SETTING_KEYS = (*settings.OPTIONS, "sink")
-"""Settings that must be equal: all but the duration."""
-
-
 @dataclass(frozen=True)
 class Baseline:
     """One recorded file."""
@@ -52,24 +46,16 @@ class Baseline:
     name: str
     content: Mapping[str, Any]
 
-    def expected(self, key: str) -> tuple[str, float, float] | None:
+    def expected(self, key: str) -> verdict.Known:
         """Return the name, the figure of this key and its spread; None when it is not recorded."""
-        figure, spread = self.content.get(key), self.content.get(f"{key}_spread")
-        if isinstance(figure, (int, float)) and isinstance(spread, (int, float)):
-            return self.name, float(figure), float(spread)
-        return None
+        if f"{key}_spread" not in self.content:
+            return None
+        return self.name, float(self.content[key]), float(self.content[f"{key}_spread"])
 
     def differences(self, config: Mapping[str, object], environment: Mapping[str, object]) -> list[str]:
-        """Return in which keys it is of another machine, interpreter or settings."""
-        parts = (("environment", environment, MACHINE_KEYS), ("config", config, SETTING_KEYS))
+        """Return in which keys it is of another machine, interpreter or settings (the duration does not count)."""
+        parts = (("environment", environment, MACHINE_KEYS), ("config", config, (*settings.OPTIONS, "sink")))
         return [key for part, ours, keys in parts for key in keys if self.content[part].get(key) != ours.get(key)]
-
-    def record(self) -> str | None:
-        """Return the best figure of a record in words; None for a baseline."""
-        if self.expected("ratio") is not None:
-            return None
-        rate = max(run["delivered_per_second"] for run in self.content["runs"])
-        return f"{self.content['what']}: {rate:,.0f}/s on {self.content['machine']}"
 
 
 def load(name: str, folder: Path = FOLDER) -> Baseline:
@@ -78,12 +64,10 @@ def load(name: str, folder: Path = FOLDER) -> Baseline:
     if name not in known:
         raise argparse.ArgumentTypeError(f"{name!r} is not a baseline (there are: auto, none, {', '.join(known)})")
     try:
-        content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        one = Baseline(name, content)
+        one = Baseline(name, json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
+        one.differences({}, {})
         if one.expected("ratio") is None:
-            one.record()
-        else:
-            one.differences({}, {})
+            raise LookupError("there is no ratio")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise argparse.ArgumentTypeError(f"{name!r} holds no baseline: {type(error).__name__} {error}") from None
     return one
@@ -102,9 +86,7 @@ def readable(folder: Path = FOLDER) -> list[Baseline]:
 
 def name_of(text: str) -> str:
     """Return ``text`` when it is ``auto``, ``none`` or names a baseline that can be read."""
-    if text not in ("auto", "none"):
-        load(text)
-    return text
+    return text if text in ("auto", "none") else load(text).name
 
 
 def choose(
@@ -115,20 +97,12 @@ def choose(
         return None, "no baseline: none was asked for"
     if option == "auto":
         for one in readable(folder):
-            if one.expected("ratio") is not None and not one.differences(config, environment):
+            if not one.differences(config, environment):
                 return one, ""
         return None, "no baseline fits this machine, interpreter and these settings"
     named = load(option, folder)
-    if named.expected("ratio") is None:
-        return None, f"no baseline: {option} records no ratio, so it is only shown"
     different = named.differences(config, environment)
     return named, f"{option} differs in {', '.join(different)}" if different else ""
-
-
-def records(option: str) -> list[str]:
-    """Return the records to show with a result, in words."""
-    files = [] if option == "none" else readable() if option == "auto" else [load(option)]
-    return [words for words in (file.record() for file in files) if words]
 
 
 # The command.
@@ -158,37 +132,29 @@ def main(options: argparse.Namespace) -> int:
 
     place = environment.describe()
     config = settings.config_from(options, options.duration)
-    found = []
+    found: list[dict[str, Any]] = []
     try:
         with interrupts.kept():
-            for number in range(1, options.runs + 1):
-                say(f"run {number} of {options.runs}")
+            while len(found) < options.runs:
+                say(f"run {len(found) + 1} of {options.runs}")
                 result = run.run(config, None, None, "none", place, "none")
                 if result["interrupted"] or interrupts.take():
                     raise KeyboardInterrupt
-                overall = result["verdict"]["overall"]
-                if overall["status"] == verdict.FAIL:
-                    complain(f"run {number}: {overall['note']}: not recorded")
-                    return 1
+                if result["verdict"]["overall"]["status"] == verdict.FAIL:
+                    raise RuntimeError(result["verdict"]["overall"]["note"])
                 found.append(result)
-    except KeyboardInterrupt:
-        complain("interrupted: nothing is recorded")
-        return 130
-    except RuntimeError as error:
-        complain(f"{error}: nothing is recorded")
-        return 1
+    except (KeyboardInterrupt, RuntimeError) as error:
+        complain(f"{error if str(error) else 'interrupted'}: nothing is recorded")
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
     content = summarize(found, place)
     path = options.out / f"{options.name or default_name(config, place)}.json"
     text = json.dumps(content, indent=2) + "\n"
     if not results.write(path, text.encode(), "; the baseline goes to stdout"):
         print(text, end="", flush=True)
         return 1
-    texts = {"ratio": "{:.3f} of the calibration".format, "peak_heap_bytes": cli.format_size}
     print(f"RECORDED: {path}, medians of {len(found)} runs")
-    for key in COMPARED:
-        if key in content:
-            text_of = texts.get(key, cli.format_seconds)
-            print(f"  {key.partition('_')[0]}: {text_of(content[key])} +- {text_of(content[key + '_spread'])}")
+    for key in (key for key in LEAST if key in content):
+        print(f"  {key}: {content[key]:.6g} +- {content[key + '_spread']:.3g}")
     return 0
 
 
@@ -200,25 +166,20 @@ def summarize(found: Sequence[Mapping[str, Any]], place: Mapping[str, object]) -
         "machine": place.get("machine"),
         "commit": place.get("commit"),
     }
-    least = (LEAST_RATIO * statistics.median(result["ratio"] for result in found), LEAST_HEAP, LEAST_DRAIN)
-    for key, at_least in zip(COMPARED, least):
+    for key, least in LEAST.items():
         values = [result[key] for result in found if result[key] is not None]
         if values:
             content[key] = statistics.median(values)
+            at_least = least * content[key] if key == "ratio" else least
             content[f"{key}_spread"] = max(TOLERANCE * (max(values) - min(values)), at_least)
-    keys = ("delivered_per_second", "calibration", *COMPARED)
-    content["runs"] = [{key: result[key] for key in keys} for result in found]
-    content["environment"] = dict(place)
-    content["config"] = dict(found[0]["config"])
-    return content
+    content["runs"] = [{key: one[key] for key in ("delivered_per_second", "calibration", *LEAST)} for one in found]
+    return {**content, "environment": dict(place), "config": dict(found[0]["config"])}
 
 
 def default_name(config: Config, place: Mapping[str, object]) -> str:
     """Return a file's name that says machine and interpreter, and tells settings other than the defaults apart."""
     words = f"{place['machine']} {place['cores']}core {place['interpreter']}"
     name = re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")
-    usual = asdict(settings.config_from(argparse.Namespace(), config.duration))
-    ours = asdict(config)
-    if ours != usual:
-        name += "-" + hashlib.sha256(json.dumps(ours, sort_keys=True).encode()).hexdigest()[:6]
-    return name
+    if config == settings.config_from(argparse.Namespace(), config.duration):
+        return name
+    return f"{name}-{hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:6]}"

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -24,9 +23,8 @@ from soak.cli import complain, format_seconds, say
 
 FOLDER = baseline.FOLDER / "bench"
 OUT = environment.ROOT / "soak" / "out" / "bench.json"
-GROUPS = ("calls", "large", "threads", "full", "peers", "coroutines", "soaks")
-VALUES = {"calls": 20, "large": 20, "full": 10}
-"""Of a round, where they take milliseconds."""
+GROUPS = {"calls": 20, "large": 20, "threads": 3, "full": 10, "peers": 3, "coroutines": 3, "soaks": 3}
+"""And the values of a round: more where they take milliseconds."""
 PATIENCE = 900.0
 """Seconds after which a round of one group counts as hung."""
 FLOOR = 0.10
@@ -56,12 +54,11 @@ class Row(NamedTuple):
 
 ROWS = (
     Row("enqueue / queue.Queue.put", "enqueue", "queue_put", 0.40),
-    Row("enqueue / a method that appends", "enqueue", "append"),
     Row("enqueue_many / enqueue", "enqueue_many", "enqueue", 0.45),
     Row("refusal / queue.Full", "refusal", "queue_full", 1.0),
     Row("whole way / queue.Queue", "way", "queue_way", 0.30),
     Row("whole way / SimpleQueue", "way", "simple_queue_way"),
-    Row("10 KiB payloads / bytes.join", "large", "join", 1.6),
+    Row("10 KiB payloads / bytes.join", "large", "join_bytes", 1.6),
     Row("threads / queue.Queue batcher", "handover", "queue_batcher", 0.10),
     Row("threads / SimpleQueue batcher", "handover", "simple_queue_batcher", 2.0),
     Row("threads / QueueListener", "handover", "queue_listener"),
@@ -95,12 +92,9 @@ def add_parser(commands: Any) -> None:
 
 def name_of(text: str) -> str:
     """Return a baseline's name; ``auto`` is this interpreter's."""
-    name = text
     if text == "auto":
-        name = str(environment.describe()["interpreter"]).lower().replace(" ", "-").replace(",", "")
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise argparse.ArgumentTypeError(f"{text!r} is no name: letters, digits, '.', '_' and '-'")
-    return name
+        return str(environment.describe()["interpreter"]).lower().replace(" ", "-").replace(",", "")
+    return baseline.new_name(text)
 
 
 def recorded(text: str) -> Path:
@@ -130,14 +124,13 @@ def main(options: argparse.Namespace) -> int:
         suite = pyperf.BenchmarkSuite.load(str(path))
     ratios = ratios_of(pyperf, suite)
     print(table(suite, ratios))
-    if not write(suite, options.json):
-        return 1
-    if options.record is not None and not write(ratios, FOLDER / f"{options.record}.json"):
+    files = [(suite, options.json), *([(ratios, FOLDER / f"{options.record}.json")] if options.record else [])]
+    if not all(write(*file) for file in files):
         return 1
     if options.compare is None:
         return 0
     before = pyperf.BenchmarkSuite.load(str(options.compare))
-    print_comparison(pyperf, before, ratios)
+    print_comparison(before, ratios)
     worse = compare(before, ratios)
     print("\n".join(worse or [f"not worse than {options.compare}"]))
     return 1 if worse else 0
@@ -146,16 +139,12 @@ def main(options: argparse.Namespace) -> int:
 def measure(path: Path, group: str, options: argparse.Namespace, quiet: bool) -> None:
     """Run one round of a group; append its values to a file. Raises RuntimeError when it fails or hangs."""
     command = [options.python, "-m", "soak.benchmarks", "--groups", group, "--quiet", "--append", str(path)]
-    command += ["--duration", f"{options.duration * 1e9:.0f}ns", "--copy-env", "--values", str(VALUES.get(group, 3))]
-    variables = {**os.environ, "PYTHONPATH": str(environment.ROOT)}
+    command += ["--duration", f"{options.duration * 1e9:.0f}ns", "--copy-env", "--values", str(GROUPS[group])]
+    settings: Any = {"cwd": environment.ROOT, "env": {**os.environ, "PYTHONPATH": str(environment.ROOT)}}
     try:
-        done = subprocess.run(
-            command, cwd=environment.ROOT, env=variables, capture_output=True, text=True, timeout=PATIENCE, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"{group}: the round did not end within {PATIENCE:.0f} s") from None
-    except OSError as error:
-        raise RuntimeError(f"{group}: cannot run {options.python!r}: {error.strerror or error}") from None
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, **settings)
+    except (subprocess.TimeoutExpired, OSError) as error:
+        raise RuntimeError(f"{group}: {error}") from None
     lines = done.stderr.strip().splitlines()
     if done.returncode:
         raise RuntimeError(f"{group}: {lines[-1] if lines else f'exit code {done.returncode}'}")
@@ -172,15 +161,13 @@ def rounds_of(suite: Any, name: str) -> list[float]:
 
 def ratios_of(pyperf: Any, suite: Any) -> Any:
     """Return the ratio of each row and round, as a suite."""
-    place = {key: str(value) for key, value in environment.describe().items() if value is not None}
-    notes = {f"soak_{key}": value for key, value in place.items() if key in environment.LINE_KEYS}
+    place = environment.describe()
+    notes = {f"soak_{key}": str(place[key]) for key in environment.LINE_KEYS if place[key] is not None}
     benchmarks = []
     for row in ROWS:
+        metadata = {"name": row.name, "unit": "second", **notes}
         pairs = zip(rounds_of(suite, row.subject), rounds_of(suite, row.control))
-        runs = [
-            pyperf.Run([ours / theirs], metadata={"name": row.name, "unit": "second", **notes}, collect_metadata=False)
-            for ours, theirs in pairs
-        ]
+        runs = [pyperf.Run([ours / control], metadata=metadata, collect_metadata=False) for ours, control in pairs]
         if runs:
             benchmarks.append(pyperf.Benchmark(runs))
     return pyperf.BenchmarkSuite(benchmarks)
@@ -189,17 +176,15 @@ def ratios_of(pyperf: Any, suite: Any) -> Any:
 def table(suite: Any, ratios: Any) -> str:
     """Return the result for people: a line a row, with its target."""
     lines = [f"{'row':<32} {'measured':>9} {'spread':>7} {'target':>8} {'':<6} {'tempo':>9} {'control':>9}"]
-    for row in ROWS:
-        if row.name not in ratios.get_benchmark_names():
-            continue
+    for row in (row for row in ROWS if row.name in ratios.get_benchmark_names()):
         ratio = ratios.get_benchmark(row.name)
-        median, spread = ratio.median(), spread_of(ratio)
+        median = ratio.median()
         aim = mark = ""
         if row.target is not None:
             aim = f">= {1 / row.target:.3g}" if row.share else f"<= {row.target:.3g}"
             mark = "met" if median <= row.target else "MISSED"
         shown = 1 / median if row.share else median
-        spread *= shown / median
+        spread = spread_of(ratio) * shown / median
         times = [short(statistics.median(rounds_of(suite, name))) for name in (row.subject, row.control)]
         lines.append(f"{row.name:<32} {shown:>9.3g} {spread:>7.2g} {aim:>8} {mark:<6} {times[0]:>9} {times[1]:>9}")
     lines.append(f"on {environment.line(environment.describe())}; medians over the rounds")
@@ -227,13 +212,13 @@ def compare(before: Any, now: Any) -> list[str]:
     return worse
 
 
-def print_comparison(pyperf: Any, before: Any, now: Any) -> None:
+def print_comparison(before: Any, now: Any) -> None:
     """Print pyperf's own comparison; a second of the control's is its unit."""
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder, name) for name in ("recorded.json", "now.json")]
+        files = [str(Path(folder, name)) for name in ("recorded.json", "now.json")]
         for suite, path in zip((before, now), files):
-            suite.dump(str(path))
-        command = [sys.executable, "-m", "pyperf", "compare_to", "--table", *map(str, files)]
+            suite.dump(path)
+        command = [sys.executable, "-m", "pyperf", "compare_to", "--table", *files]
         print(subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip())
 
 

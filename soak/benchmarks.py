@@ -3,10 +3,9 @@
 
     python3 -m soak.benchmarks --groups calls -o result.json     (what else there is: --help)
 
-Each subject returns the seconds that its work took, after it has checked that the work was done. What belongs to the
-work is within the clock: for tempo also counting payloads, packing them and closing batches. Packages do different
-things with a payload (a span has attributes, a record is formatted, Kafka has a protocol): the figures show what a user
-of each pays, not who is cleverer.
+Each subject returns the seconds that its work took, after it has checked that the work was done. For tempo the work
+includes counting payloads, packing them and closing batches. Packages do different things with a payload (a span has
+attributes, a record is formatted, Kafka has a protocol): the figures show what a user of each pays.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import tempo
 from soak.calibration import calibrate
@@ -31,33 +30,59 @@ from soak.cli import KIB, MIB, duration, names
 from soak.config import Config, config_from
 from soak.drive import PATIENCE, drive, join
 from soak.load import Load
+from soak.payloads import MEAN as SIZE
 from soak.payloads import events
 
-SIZE = 163
-"""Bytes: the mean of the telemetry mix."""
 CHUNK = 512
 LARGE = 10 * KIB
 PAYLOADS = [b"%08d" % i + bytes(SIZE - 8) for i in range(CHUNK)] * 8
 """512 distinct ones, 100 KiB, eight times: as warm in the processor's caches as payloads that were just made."""
-COUNT, SLOW_COUNT = 100_000, 20_000
-SOURCE = (PAYLOADS * (COUNT // len(PAYLOADS) + 1))[:COUNT]
+BLOCKS = [os.urandom(LARGE) for _ in range(5 * MIB // LARGE)]
+CALLS, COUNT, SLOW_COUNT = len(PAYLOADS), 100_000, 20_000
+SOURCE = (PAYLOADS * (COUNT // CALLS + 1))[:COUNT]
 BATCH = 64 * KIB
+FULL_COUNT, FULL_ROOM = 5_000, 64
+"""Payloads, and how many of them a buffer holds that is full while its consumer is idle."""
 
 Subject = Callable[[], float]
-CALLS = len(PAYLOADS)
+Made = TypeVar("Made", bound=Callable[..., float])
+GROUPS: dict[str, tuple[int, dict[str, Subject]]] = {}
+"""By group: how many payloads go through, and the subjects by name."""
+PACKAGES = {"opentelemetry": "opentelemetry.sdk", "kafka": "confluent_kafka", "janus": "janus", "culsans": "culsans"}
+"""Subjects that need one."""
 
 
-# Calls, on one thread: CALLS of them.
+def subject(group: str, count: int, **more: Any) -> Callable[[Made], Made]:
+    """Register a function as a subject of a group, or, for each name in ``more``, the function with that argument."""
+
+    def register(function: Made) -> Made:
+        found: dict[str, Subject] = {name: partial(function, argument) for name, argument in more.items()}
+        GROUPS.setdefault(group, (count, {}))[1].update(found or {function.__name__: function})
+        return function
+
+    return register
 
 
-def timed(call: Callable[[bytes], object], refused: type[Exception] | None = None) -> float:
-    """Return what calling it with each payload takes; refused: what each call must raise."""
+def roomy(**limits: Any) -> tempo.Dispatcher:
+    """A dispatcher that takes all payloads; batches close by size."""
+    return tempo.Dispatcher(**{"interval": 60, "max_batch_bytes": 320 * KIB, "max_buffered_bytes": 2 * MIB, **limits})
+
+
+# Calls, on one thread.
+
+
+def timed(call: Callable[[bytes], object]) -> float:
+    """Return what calling it with each payload takes."""
+    started = perf_counter()
+    for payload in PAYLOADS:
+        call(payload)
+    return perf_counter() - started
+
+
+def timed_refusals(call: Callable[[bytes], object], refused: type[Exception]) -> float:
+    """Return what calling it with each payload takes, when each call must raise."""
     count = 0
     started = perf_counter()
-    if refused is None:
-        for payload in PAYLOADS:
-            call(payload)
-        return perf_counter() - started
     for payload in PAYLOADS:
         try:
             call(payload)
@@ -68,11 +93,7 @@ def timed(call: Callable[[bytes], object], refused: type[Exception] | None = Non
     return seconds
 
 
-def roomy(**limits: Any) -> tempo.Dispatcher:
-    """A dispatcher that takes all payloads; batches close by size."""
-    return tempo.Dispatcher(**{"interval": 60, "max_batch_bytes": 320 * KIB, "max_buffered_bytes": 2 * MIB, **limits})
-
-
+@subject("calls", CALLS)
 def enqueue() -> float:
     """``enqueue``: payloads are counted and packed, and batches close."""
     dispatcher = roomy()
@@ -81,6 +102,7 @@ def enqueue() -> float:
     return seconds
 
 
+@subject("calls", CALLS)
 def enqueue_many() -> float:
     """``enqueue_many`` of lists of 512."""
     dispatcher = roomy()
@@ -93,25 +115,7 @@ def enqueue_many() -> float:
     return seconds
 
 
-class Appender:
-    """The least that a method can do."""
-
-    def __init__(self) -> None:
-        self.items: list[bytes] = []
-
-    def put(self, item: bytes) -> None:
-        """Append to a list."""
-        self.items.append(item)
-
-
-def append() -> float:
-    """A method that only appends to a list."""
-    appender = Appender()
-    seconds = timed(appender.put)
-    assert appender.items == PAYLOADS
-    return seconds
-
-
+@subject("calls", CALLS)
 def queue_put() -> float:
     """``queue.Queue.put``, unbounded."""
     target: queue.Queue[bytes] = queue.Queue()
@@ -120,36 +124,26 @@ def queue_put() -> float:
     return seconds
 
 
+@subject("calls", CALLS)
 def refusal() -> float:
     """``enqueue`` into a full buffer: ``QueueFull`` each time."""
     dispatcher = roomy(max_buffered_bytes=SIZE)
     dispatcher.enqueue(PAYLOADS[0])
-    seconds = timed(dispatcher.enqueue, tempo.QueueFull)
-    assert dispatcher.stats().rejected == CALLS
+    seconds = timed_refusals(dispatcher.enqueue, tempo.QueueFull)
     dispatcher.stop()
     return seconds
 
 
+@subject("calls", CALLS)
 def queue_full() -> float:
     """``queue.Queue.put_nowait`` into a full queue: ``queue.Full`` each time."""
     target: queue.Queue[bytes] = queue.Queue(1)
     target.put(PAYLOADS[0])
-    return timed(target.put_nowait, queue.Full)
+    return timed_refusals(target.put_nowait, queue.Full)
 
 
-def way() -> float:
-    """512 payloads enqueued, then taken as one packed batch, over and over."""
-    dispatcher = roomy(max_batch_bytes=CHUNK * SIZE)
-    return _way(dispatcher.enqueue, lambda: dispatcher.get().data)
-
-
-def queue_way(kind: Callable[[], Any]) -> float:
-    """The same with a queue: put, get, join."""
-    target = kind()
-    return _way(target.put, lambda: memoryview(b"".join([target.get() for _ in range(CHUNK)])))
-
-
-def _way(put: Callable[[bytes], object], take: Callable[[], memoryview]) -> float:
+def whole_way(put: Callable[[bytes], object], take: Callable[[], memoryview]) -> float:
+    """512 payloads in, then taken as one packed batch, over and over."""
     last = memoryview(b"")
     started = perf_counter()
     for first in range(0, CALLS, CHUNK):
@@ -161,8 +155,22 @@ def _way(put: Callable[[bytes], object], take: Callable[[], memoryview]) -> floa
     return seconds
 
 
+@subject("calls", CALLS)
+def way() -> float:
+    """The whole way through tempo."""
+    dispatcher = roomy(max_batch_bytes=CHUNK * SIZE)
+    return whole_way(dispatcher.enqueue, lambda: dispatcher.get().data)
+
+
+@subject("calls", CALLS, queue_way=queue.Queue, simple_queue_way=queue.SimpleQueue)
+def queue_way(kind: Callable[[], Any]) -> float:
+    """The whole way through a queue: put, get, join."""
+    target = kind()
+    return whole_way(target.put, lambda: memoryview(b"".join([target.get() for _ in range(CHUNK)])))
+
+
 def one_thread() -> float:
-    """Events of a load formatted, enqueued, taken in batches, and searched for probes."""
+    """Events of a load formatted, enqueued, taken in batches, and searched for probes (for ``instructions``)."""
     load, dispatcher = Load(soak_config(producers=1)), roomy()
     taken, sent = load.taken[0], load.sent[0]
     started = perf_counter()
@@ -176,9 +184,7 @@ def one_thread() -> float:
     return seconds
 
 
-BLOCKS = [os.urandom(LARGE) for _ in range(5 * MIB // LARGE)]
-
-
+@subject("large", len(BLOCKS))
 def large() -> float:
     """10 KiB payloads, 5 MiB of them, enqueued and taken as one batch."""
     dispatcher = roomy(max_batch_bytes=5 * MIB, max_buffered_bytes=16 * MIB)
@@ -192,6 +198,7 @@ def large() -> float:
     return seconds
 
 
+@subject("large", len(BLOCKS))
 def join_bytes() -> float:
     """``bytes.join`` of the same."""
     started = perf_counter()
@@ -204,8 +211,11 @@ def join_bytes() -> float:
 # From a producer's thread to a consumer's: from the first call until the consumer has seen the last payload.
 
 
-def in_threads(*works: Callable[[], object]) -> float:
-    """Return the seconds until all of them, each on its own thread, have ended."""
+def in_threads(count: int, produce: Callable[[list[bytes]], object], consume: Callable[[], int]) -> float:
+    """Return the seconds until both have ended; ``consume`` returns how many bytes came."""
+    received: list[int] = []
+    source = SOURCE[:count]
+    works: list[Callable[[], object]] = [lambda: received.append(consume()), lambda: produce(source)]
     threads = [threading.Thread(target=work, daemon=True) for work in works]
     started = perf_counter()
     for thread in threads:
@@ -213,43 +223,38 @@ def in_threads(*works: Callable[[], object]) -> float:
     late = join(threads, PATIENCE)
     seconds = perf_counter() - started
     assert not late, f"{late[0]} did not end within {PATIENCE:.0f} s"
+    assert received == [count * SIZE]
     return seconds
 
 
-def handover(count: int = COUNT, interval: float = 0.01, buffer: int = 2 * MIB, batch: int | None = BATCH) -> float:
+@subject("threads", COUNT)
+def handover(count: int = COUNT, **limits: Any) -> float:
     """tempo; the producer waits for room."""
-    dispatcher = tempo.Dispatcher(interval=interval, max_batch_bytes=batch, max_buffered_bytes=buffer)
-    received = [0]
+    dispatcher = roomy(**{"interval": 0.01, "max_batch_bytes": BATCH, **limits})
 
-    def produce() -> None:
+    def produce(source: list[bytes]) -> None:
         enqueue = dispatcher.enqueue
-        for payload in SOURCE[:count]:
+        for payload in source:
             enqueue(payload, None)
         dispatcher.shutdown()
 
-    def consume() -> None:
-        for taken in dispatcher:
-            received[0] += taken.data.nbytes
-
-    seconds = in_threads(consume, produce)
-    assert received[0] == count * SIZE
-    return seconds
+    return in_threads(count, produce, lambda: sum(taken.data.nbytes for taken in dispatcher))
 
 
+@subject("threads", COUNT, queue_batcher=queue.Queue, simple_queue_batcher=queue.SimpleQueue)
 def batcher(kind: Callable[[], Any], count: int = COUNT) -> float:
     """The batcher that people write: a thread that takes from a queue until a batch is full or the queue is empty."""
     target = kind()
-    received = [0]
 
-    def produce() -> None:
+    def produce(source: list[bytes]) -> None:
         put = target.put
-        for payload in SOURCE[:count]:
+        for payload in source:
             put(payload)
         put(None)
 
-    def consume() -> None:
+    def consume() -> int:
         get, get_nowait = target.get, target.get_nowait
-        ended = False
+        received, ended = 0, False
         while not ended:
             payload = get()
             parts, size = [], 0
@@ -264,119 +269,133 @@ def batcher(kind: Callable[[], Any], count: int = COUNT) -> float:
                     break
             else:
                 ended = True
-            received[0] += len(b"".join(parts))
+            received += len(b"".join(parts))
+        return received
 
-    seconds = in_threads(consume, produce)
-    assert received[0] == count * SIZE
+    return in_threads(count, produce, consume)
+
+
+# A buffer that is full long before its interval is over, and a consumer that waits; a bounded queue of the same size.
+full_room = {"interval": 0.05, "max_buffered_bytes": FULL_ROOM * SIZE, "max_batch_bytes": None}
+full_queue = partial(queue.Queue, FULL_ROOM)
+GROUPS["full"] = (
+    FULL_COUNT,
+    {
+        "full_buffer": lambda: handover(FULL_COUNT, **full_room),
+        "full_queue": lambda: batcher(full_queue, FULL_COUNT),
+    },
+)
+
+
+def sent_by(send: Callable[[bytes], object], finish: Callable[[], object], received: list[int], each: int) -> float:
+    """Return what it takes until a peer has sent SLOW_COUNT payloads and ``received`` has ``each`` for every one."""
+    started = perf_counter()
+    for payload in SOURCE[:SLOW_COUNT]:
+        send(payload)
+    finish()
+    seconds = perf_counter() - started
+    assert sum(received) == SLOW_COUNT * each, f"{sum(received)} of {SLOW_COUNT * each} received"
     return seconds
 
 
-FULL_COUNT, FULL_ROOM = 5_000, 64
-"""Payloads, and how many of them a buffer holds that is full while its consumer is idle."""
-
-
-def full_buffer() -> float:
-    """tempo: a buffer that is full long before its interval is over, and a consumer that waits."""
-    return handover(FULL_COUNT, interval=0.05, buffer=FULL_ROOM * SIZE, batch=None)
-
-
+@subject("peers", SLOW_COUNT)
 def queue_listener() -> float:
     """``logging.handlers.QueueListener``: records into a queue, a thread hands each to a handler."""
-    received = [0]
+    received: list[int] = []
 
     class Counting(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            received[0] += len(record.msg)
+            received.append(len(record.msg))
 
     target: queue.Queue[Any] = queue.Queue()
     listener = logging.handlers.QueueListener(target, Counting())
     handler = logging.handlers.QueueHandler(target)
     record = logging.LogRecord("soak", logging.INFO, __file__, 1, "x" * SIZE, None, None)
     listener.start()
-    started = perf_counter()
-    for _ in range(SLOW_COUNT):
-        handler.enqueue(record)
-    listener.stop()
-    seconds = perf_counter() - started
-    assert received[0] == SLOW_COUNT * SIZE
-    return seconds
+    return sent_by(lambda _: handler.enqueue(record), listener.stop, received, SIZE)
 
 
+@subject("peers", SLOW_COUNT)
 def opentelemetry() -> float:
     """OpenTelemetry's ``BatchSpanProcessor`` with an exporter that counts."""
     trace = importlib.import_module("opentelemetry.sdk.trace")
     export = importlib.import_module("opentelemetry.sdk.trace.export")
-    received = [0]
+    received: list[int] = []
 
     class Counting(export.SpanExporter):  # type: ignore[misc, name-defined]
         def export(self, spans: Any) -> Any:
-            received[0] += len(spans)
+            received.append(len(spans))
             return export.SpanExportResult.SUCCESS
 
     span = trace.TracerProvider().get_tracer("soak").start_span("event", attributes={"text": "x" * SIZE})
     span.end()
     processor = export.BatchSpanProcessor(Counting(), max_queue_size=SLOW_COUNT, max_export_batch_size=512)
-    started = perf_counter()
-    for _ in range(SLOW_COUNT):
-        processor.on_end(span)
-    processor.force_flush()
-    seconds = perf_counter() - started
-    processor.shutdown()
-    assert received[0] == SLOW_COUNT, f"{received[0]} of {SLOW_COUNT} spans exported"
-    return seconds
+    try:
+        return sent_by(lambda _: processor.on_end(span), processor.force_flush, received, 1)
+    finally:
+        processor.shutdown()
 
 
+@subject("peers", SLOW_COUNT)
 def kafka() -> float:
     """confluent-kafka's producer, to the test broker that librdkafka runs within this process.
 
     That broker stores nothing and no network is crossed: it bounds what Kafka costs from below.
     """
-    received = [0]
+    received: list[int] = []
 
     def delivered(error: Any, message: Any) -> None:
         assert error is None, error
-        received[0] += len(message.value())
+        received.append(len(message.value()))
 
     settings = {"bootstrap.servers": "ignored.invalid:9092", "test.mock.num.brokers": 1, "linger.ms": 5, "log_level": 0}
     settings["queue.buffering.max.messages"] = 2 * SLOW_COUNT
     producer = importlib.import_module("confluent_kafka").Producer(settings)
-    # The first delivery waits for the broker to come up and the topic to be made: not counted.
-    producer.produce("soak", PAYLOADS[0], on_delivery=delivered)
-    producer.flush(PATIENCE)
-    received[0] = 0
-    started = perf_counter()
-    for payload in SOURCE[:SLOW_COUNT]:
+
+    def send(payload: bytes) -> None:
         producer.produce("soak", payload, on_delivery=delivered)
         producer.poll(0)
+
+    # The first delivery waits for the broker to come up and the topic to be made: not counted.
+    send(PAYLOADS[0])
     producer.flush(PATIENCE)
-    seconds = perf_counter() - started
-    assert received[0] == SLOW_COUNT * SIZE, f"{received[0]} of {SLOW_COUNT * SIZE} bytes delivered"
-    return seconds
+    received.clear()
+    return sent_by(send, partial(producer.flush, PATIENCE), received, SIZE)
 
 
 # From one coroutine to another, in one event loop.
 
 
+def in_loop(main: Callable[[], Any]) -> float:
+    """Return what running it takes; it returns how many bytes came."""
+    started = perf_counter()
+    received = asyncio.run(main())
+    seconds = perf_counter() - started
+    assert received == SLOW_COUNT * SIZE
+    return seconds
+
+
+@subject("coroutines", SLOW_COUNT)
 def coroutines() -> float:
     """tempo: ``aenqueue`` and ``async for``."""
 
     async def main() -> int:
-        dispatcher = tempo.Dispatcher(interval=0.01, max_batch_bytes=BATCH, max_buffered_bytes=2 * MIB)
+        dispatcher = roomy(interval=0.01, max_batch_bytes=BATCH)
 
         async def produce() -> None:
             for payload in SOURCE[:SLOW_COUNT]:
                 await dispatcher.aenqueue(payload)
             await dispatcher.ashutdown()
 
-        async def consume() -> int:
-            return sum([batch.data.nbytes async for batch in dispatcher])
+        producing = asyncio.create_task(produce())
+        received = sum([batch.data.nbytes async for batch in dispatcher])
+        await producing
+        return received
 
-        _, received = await asyncio.gather(produce(), consume())
-        return int(received)
-
-    return _run_loop(main)
+    return in_loop(main)
 
 
+@subject("coroutines", SLOW_COUNT, asyncio_queue="asyncio", janus="janus", culsans="culsans")
 def loop_queue(kind: str) -> float:
     """A batcher on a bounded ``asyncio.Queue``, or on one that threads can use as well (janus, culsans)."""
     module = importlib.import_module(kind)
@@ -389,27 +408,17 @@ def loop_queue(kind: str) -> float:
             for payload in SOURCE[:SLOW_COUNT]:
                 await target.put(payload)
 
-        async def consume() -> int:
-            received = 0
-            while received < SLOW_COUNT * SIZE:
-                parts = [await target.get()]
-                while not target.empty() and len(parts) < BATCH // SIZE:
-                    parts.append(target.get_nowait())
-                received += len(b"".join(parts))
-            return received
-
-        _, received = await asyncio.gather(produce(), consume())
+        producing = asyncio.create_task(produce())
+        received = 0
+        while received < SLOW_COUNT * SIZE:
+            parts = [await target.get()]
+            while not target.empty() and len(parts) < BATCH // SIZE:
+                parts.append(target.get_nowait())
+            received += len(b"".join(parts))
+        await producing
         return received
 
-    return _run_loop(main)
-
-
-def _run_loop(main: Callable[[], Any]) -> float:
-    started = perf_counter()
-    received = asyncio.run(main())
-    seconds = perf_counter() - started
-    assert received == SLOW_COUNT * SIZE
-    return seconds
+    return in_loop(main)
 
 
 # The soak's load, and its producers without a dispatcher: seconds an event.
@@ -420,10 +429,9 @@ def soak_config(**settings: Any) -> Config:
     return config_from(argparse.Namespace(**settings), 1.0)
 
 
-SMALL_BATCHES = {"max_batch_bytes": 32 * KIB, "max_buffered_bytes": 4 * MIB}
 SOAKS = {
     "soak_32": soak_config(),
-    "soak_32k": soak_config(**SMALL_BATCHES),
+    "soak_32k": soak_config(max_batch_bytes=32 * KIB, max_buffered_bytes=4 * MIB),
     "soak_1": soak_config(producers=1),
     "soak_256": soak_config(producers=256),
 }
@@ -445,50 +453,6 @@ def bare(name: str, seconds: float) -> float:
     return 1 / calibrate(SOAKS[name], seconds).events_per_second
 
 
-GROUPS: dict[str, tuple[int, dict[str, Subject]]] = {
-    "calls": (
-        CALLS,
-        {
-            "enqueue": enqueue,
-            "enqueue_many": enqueue_many,
-            "append": append,
-            "queue_put": queue_put,
-            "refusal": refusal,
-            "queue_full": queue_full,
-            "way": way,
-            "simple_queue_way": partial(queue_way, queue.SimpleQueue),
-            "queue_way": partial(queue_way, queue.Queue),
-        },
-    ),
-    "large": (len(BLOCKS), {"large": large, "join": join_bytes}),
-    "threads": (
-        COUNT,
-        {
-            "handover": handover,
-            "simple_queue_batcher": partial(batcher, queue.SimpleQueue),
-            "queue_batcher": partial(batcher, queue.Queue),
-        },
-    ),
-    "full": (
-        FULL_COUNT,
-        {"full_buffer": full_buffer, "full_queue": partial(batcher, partial(queue.Queue, FULL_ROOM), FULL_COUNT)},
-    ),
-    "peers": (SLOW_COUNT, {"queue_listener": queue_listener, "opentelemetry": opentelemetry, "kafka": kafka}),
-    "coroutines": (
-        SLOW_COUNT,
-        {
-            "coroutines": coroutines,
-            "asyncio_queue": partial(loop_queue, "asyncio"),
-            "janus": partial(loop_queue, "janus"),
-            "culsans": partial(loop_queue, "culsans"),
-        },
-    ),
-}
-"""By group: how many payloads go through, and the subjects."""
-PACKAGES = {"opentelemetry": "opentelemetry.sdk", "kafka": "confluent_kafka", "janus": "janus", "culsans": "culsans"}
-"""Subjects that need one."""
-
-
 def main() -> None:
     """Run pyperf's runner."""
     import pyperf  # type: ignore[import-untyped, import-not-found, unused-ignore]  # noqa: PLC0415 - the subjects are used without it
@@ -507,9 +471,9 @@ def main() -> None:
         if group == "soaks":
             subjects = {name: partial(soak, name, options.duration) for name in SOAKS}
             subjects |= {f"{name}_bare": partial(bare, name, options.duration) for name in SOAKS}
-        for name, subject in sorted(subjects.items()):
+        for name, call in sorted(subjects.items()):
             if available(name):
-                runner.bench_time_func(name, lambda _, subject=subject: subject(), inner_loops=count)
+                runner.bench_time_func(name, lambda _, call=call: call(), inner_loops=count)
             elif not options.worker:
                 print(f"{name} is left out: {PACKAGES[name]} is not installed", file=sys.stderr, flush=True)
 

@@ -16,8 +16,6 @@ from soak.drive import PATIENCE, Crew, join
 from soak.load import ROUND
 from soak.payloads import Sent, events
 
-MOST_KEPT = 4 * ROUND
-
 
 class Calibration(NamedTuple):
     """What came of it. ``interrupted``: an interrupt cut it short; the rate is of the time until then."""
@@ -30,7 +28,7 @@ def calibrate(config: Config, seconds: float) -> Calibration:
     """Let all producers format events and append them to lists. Raises RuntimeError when a thread fails."""
     crew, halt = Crew(), list[bool]()
     # Events that a producer's list holds before it is emptied: all lists together no more than the buffer would.
-    most = max(1, min(MOST_KEPT, config.max_buffered_bytes // config.producers // max(1, config.mean_payload)))
+    most = max(1, min(4 * ROUND, config.max_buffered_bytes // config.producers // max(1, config.mean_payload)))
     made = [0] * config.producers
 
     def produce(index: int) -> None:
@@ -50,7 +48,6 @@ def calibrate(config: Config, seconds: float) -> Calibration:
 
     threads = []
     interrupted = False
-    started = time.perf_counter()
     try:
         for index in range(config.producers):
             threads.append(crew.start(f"calibration {index}", produce, index))

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from zlib import crc32
 
 import tempo
 from soak.config import Config
 from soak.drive import Outcome, drive
-from soak.payloads import IDENTITY_SIZE, SEQUENCE, SESSION, Sent, events, identity_start
+from soak.payloads import IDENTITY_SIZE, Sent, events, identity_of
 
 
 @dataclass
@@ -33,11 +33,6 @@ class Account:
         self.events += 1
         self.nbytes += len(payload)
         self.checksum += crc32(payload)
-
-
-def total(accounts: list[Account]) -> Account:
-    """Return the sum."""
-    return Account(*(sum(column) for column in zip(*(vars(account).values() for account in accounts))))
 
 
 def send(
@@ -73,12 +68,10 @@ def send(
 
 
 class Census:
-    """The work of the census pass."""
+    """The work of the census pass. each: how many events a producer sends; None: until it is halted."""
 
     def __init__(self, config: Config, each: int | None = None) -> None:
-        """each: how many events a producer sends; None: until it is halted."""
-        self._config = config
-        self._each = each
+        self._config, self._each = config, each
         self.identities = config.payload_size is None or config.payload_size >= IDENTITY_SIZE
         self.accepted = [Account() for _ in range(config.producers)]
         self.received = [Account() for _ in range(config.consumers)]
@@ -94,8 +87,6 @@ class Census:
     def consume(self, index: int, dispatcher: tempo.Dispatcher) -> None:
         """Take each batch apart. A batch at odds with itself is an AssertionError."""
         account = self.received[index]
-        start = identity_start(self._config.payload_size)
-        session, place = (slice(part.start + start, part.stop + start) for part in (SESSION, SEQUENCE))
         last = [0] * self._config.producers
         for batch in dispatcher:
             payloads = batch.tolist()
@@ -106,7 +97,7 @@ class Census:
             for payload in payloads:
                 account.add(payload)
                 if self.identities:
-                    producer, sequence = int(payload[session]), int(payload[place])
+                    producer, sequence = identity_of(payload, self._config.payload_size)
                     self.out_of_order[index] += sequence < last[producer]
                     self.repeated[index] += sequence == last[producer]
                     last[producer] = sequence
@@ -121,12 +112,12 @@ class CensusResult:
     accepted: int
     delivered: int
     refused: int
-    checksum_equal: bool
     out_of_order: int
     repeated: int
+    checksum_equal: bool
     identities_checked: bool  # False for payloads too small to carry an identity: only counts and checksums speak
     seconds: float
-    problems: list[str]
+    problems: list[str] = field(default_factory=list)
 
     @property
     def lost(self) -> int:
@@ -143,24 +134,26 @@ def take(config: Config, seconds: float, each: int | None = None, every: float =
     """Run the census, into no sink, until the time is over or each producer has sent ``each`` (asked ``every`` s)."""
     census = Census(config, each)
     outcome = drive(config, seconds, census, every=every)
-    sent, received = total(census.accepted), total(census.received)
-    disordered, repeated = sum(census.out_of_order), sum(census.repeated)
-    problems = list(outcome.problems)
-    if received.nbytes != sent.nbytes:
-        problems.append(f"{sent.nbytes} bytes accepted, {received.nbytes} delivered")
-    if received.checksum != sent.checksum:
-        problems.append("the checksums of what was accepted and what was delivered differ")
-    if disordered or repeated:
-        problems.append(f"{repeated} events repeated, {disordered} out of order")
+
+    def sums(name: str) -> tuple[int, int]:
+        return sum(getattr(one, name) for one in census.accepted), sum(getattr(one, name) for one in census.received)
+
+    (accepted, delivered), (sent, received), checksums = sums("events"), sums("nbytes"), sums("checksum")
     found = CensusResult(
-        accepted=sent.events,
-        delivered=received.events,
-        refused=sent.refused,
-        checksum_equal=received.checksum == sent.checksum,
-        out_of_order=disordered,
-        repeated=repeated,
+        accepted=accepted,
+        delivered=delivered,
+        refused=sums("refused")[0],
+        out_of_order=sum(census.out_of_order),
+        repeated=sum(census.repeated),
+        checksum_equal=checksums[0] == checksums[1],
         identities_checked=census.identities,
         seconds=outcome.load_seconds,
-        problems=problems,
+        problems=list(outcome.problems),
     )
+    if sent != received:
+        found.problems.append(f"{sent} bytes accepted, {received} delivered")
+    if not found.checksum_equal:
+        found.problems.append("the checksums of what was accepted and what was delivered differ")
+    if found.out_of_order or found.repeated:
+        found.problems.append(f"{found.repeated} events repeated, {found.out_of_order} out of order")
     return found, outcome

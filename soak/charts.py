@@ -17,8 +17,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from soak.cli import format_seconds
-
 Theme = Mapping[str, str]
 NAMES = ("ink", "muted", "grid", "main", "limit", "page", "card", "pass", "warn", "fail", "badge")
 # Blue and vermilion are told apart with any colour vision (Okabe and Ito); limits are dashed as well.
@@ -80,36 +78,20 @@ def curve(points: Sequence[Point], label: str, limit: tuple[float, str] | None =
     return draw
 
 
-def bars(values: Mapping[str, float], label: str, limit: tuple[float, str]) -> Draw:
-    """Return what draws a few bars, and a limit (value, words)."""
+def bars(values: Mapping[str, float], label: str, limit: tuple[float, str] | None = None) -> Draw:
+    """Return what draws a few bars, and a limit (value, words); without one the axis is logarithmic."""
 
     def draw(axes: Any, theme: Theme) -> None:
         axes.barh(list(values), list(values.values()), 0.55, color=theme["main"])
-        axes.set(xlim=(0, 1.12 * max(limit[0], *values.values())), xlabel=label)
+        axes.set(xlabel=label)
         axes.invert_yaxis()
         axes.grid(False, axis="y")
+        if limit is None:
+            axes.set(xscale="log")
+            return
+        axes.set(xlim=(0, 1.12 * max(limit[0], *values.values())))
         axes.axvline(limit[0], color=theme["limit"], linewidth=1.4, linestyle="--")
         _word(axes, limit[1], theme)
-
-    return draw
-
-
-def histogram(buckets: Sequence[Point], label: str, marks: Mapping[str, float]) -> Draw:
-    """Return what draws counts of times, pairs (from seconds, count) that rise; and marks (words: seconds)."""
-
-    def draw(axes: Any, theme: Theme) -> None:
-        edges, counts = [low for low, _ in buckets], [count for _, count in buckets]
-        # On a logarithmic axis buckets differ in width: what is drawn is the share for each doubling of the time.
-        pairs = zip(edges, [*edges[1:], edges[-1] * 1.1])
-        shares = [100 * count / sum(counts) / math.log2(high / low) for count, (low, high) in zip(counts, pairs)]
-        axes.stairs(shares, [*edges, edges[-1] * 1.1], fill=True, color=theme["main"], alpha=0.6, linewidth=0)
-        axes.set(xscale="log", xlabel=label, ylabel="probes per doubling (%)")
-        ticker = importlib.import_module("matplotlib.ticker")
-        axes.xaxis.set_major_formatter(ticker.EngFormatter(unit="s", sep=" "))
-        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
-        for seconds in marks.values():
-            axes.axvline(seconds, color=theme["limit"], linewidth=1.4, linestyle="--")
-        _word(axes, ", ".join(f"{words} {format_seconds(seconds)}" for words, seconds in marks.items()), theme)
 
     return draw
 
@@ -157,10 +139,9 @@ def _matplotlib(theme: Theme) -> Iterator[Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a letter that no font has
         matplotlib = importlib.import_module("matplotlib")
-        figures = importlib.import_module("matplotlib.figure")
         style: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": "tempo", "text.parse_math": False}
         style |= {"font.size": 10, "axes.facecolor": "none", "axes.grid": True, "axes.axisbelow": True}
         style |= {f"axes.spines.{side}": False for side in ("top", "right", "left")}
         style |= dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), theme["muted"])
         with matplotlib.rc_context({**style, "text.color": theme["ink"], "grid.color": theme["grid"]}):
-            yield figures
+            yield importlib.import_module("matplotlib.figure")

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The settings of a load: what all passes of one run share, the options for them, and the file that ``tune`` leaves.
-
-What an option does not say, the settings of this machine say, and what those do not, ``DEFAULTS``.
-"""
+"""The settings of a load: what all passes of one run share, the options for them, and the file that ``tune`` leaves."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from soak import cli, payloads
 
@@ -21,20 +18,6 @@ FILE = "settings.json"
 SCHEMA = 1
 MACHINE_KEYS = ("machine", "cores", "interpreter")
 """What of an environment must be equal for settings and baselines to apply."""
-MOST_THREADS = 9999
-"""An identity has four digits for its producer."""
-
-DEFAULTS: Mapping[str, str] = {
-    "producers": "32",
-    "consumers": "1",
-    "payload": TELEMETRY,
-    "interval": "10ms",
-    "max_batch_bytes": "320KiB",
-    "max_buffered_bytes": "2MiB",
-    "consumer_delay": "10us",
-    "on_full": "block",
-    "bulk": "1",
-}
 
 
 def payload(text: str) -> str | int:
@@ -49,16 +32,27 @@ def on_full(text: str) -> str:
     return text
 
 
-OPTIONS: Mapping[str, tuple[Callable[[str], Any], str, str]] = {
-    "producers": (cli.count(MOST_THREADS), "N", "producer threads"),
-    "consumers": (cli.count(MOST_THREADS), "N", "consumer threads"),
-    "payload": (payload, f"{TELEMETRY}|SIZE", "web events of 163 bytes on average, or payloads of one size, 0 too"),
-    "interval": (cli.duration, "TIME", "how long an event waits for its batch at most"),
-    "max_batch_bytes": (cli.size_or_none, "SIZE|none", "at which a batch closes, none for the interval alone"),
-    "max_buffered_bytes": (cli.size, "SIZE", "the buffer's limit"),
-    "consumer_delay": (cli.duration_or_zero, "TIME", "how long a consumer sleeps after each batch"),
-    "on_full": (on_full, "block|raise", "whether producers wait for room or drop what is refused"),
-    "bulk": (cli.count(1_000_000), "N", "events in one call; 1: enqueue, more: enqueue_many"),
+class Option(NamedTuple):
+    """An option of a load; the default is what a user would give."""
+
+    default: str
+    parse: Callable[[str], Any]
+    metavar: str
+    help: str
+
+
+threads = cli.count(9999)  # an identity has four digits for its producer
+
+OPTIONS: Mapping[str, Option] = {
+    "producers": Option("32", threads, "N", "producer threads"),
+    "consumers": Option("1", threads, "N", "consumer threads"),
+    "payload": Option(TELEMETRY, payload, f"{TELEMETRY}|SIZE", "web events of 163 bytes on average, or of one size"),
+    "interval": Option("10ms", cli.duration, "TIME", "how long an event waits for its batch at most"),
+    "max_batch_bytes": Option("320KiB", cli.size_or_none, "SIZE|none", "at which a batch closes"),
+    "max_buffered_bytes": Option("2MiB", cli.size, "SIZE", "the buffer's limit"),
+    "consumer_delay": Option("10us", cli.duration_or_zero, "TIME", "how long a consumer sleeps after each batch"),
+    "on_full": Option("block", on_full, "block|raise", "whether producers wait for room or drop what is refused"),
+    "bulk": Option("1", cli.count(1_000_000), "N", "events in one call; 1: enqueue, more: enqueue_many"),
 }
 
 
@@ -96,9 +90,8 @@ class Config:
     @property
     def largest_batch(self) -> int:
         """The most bytes that one batch can have: a payload above the batch limit goes alone."""
-        if self.max_batch_bytes is None:
-            return self.max_buffered_bytes
-        return min(max(self.max_batch_bytes, self.largest_payload), self.max_buffered_bytes)
+        limit = self.max_buffered_bytes if self.max_batch_bytes is None else self.max_batch_bytes
+        return min(max(limit, self.largest_payload), self.max_buffered_bytes)
 
     @property
     def longest_drain(self) -> float:
@@ -111,11 +104,11 @@ class Config:
         return min(max(self.duration / 10, least), most)
 
 
-def add_settings(add: Callable[..., object], defaults: Mapping[str, str] = DEFAULTS) -> None:
-    """Add the options that ``defaults`` has a text for."""
-    for name, default in defaults.items():
-        parse, metavar, text = OPTIONS[name]
-        flag, shown = "--" + name.replace("_", "-"), f"{text} ({default})"
+def add_settings(add: Callable[..., object], *names: str, **usual: str) -> None:
+    """Add the options of these names, or all; usual: defaults other than those of OPTIONS."""
+    for name in names or OPTIONS:
+        default, parse, metavar, text = OPTIONS[name]
+        flag, shown = "--" + name.replace("_", "-"), f"{text} ({usual.get(name, default)})"
         add(flag, type=parse, metavar=metavar, help=shown, default=argparse.SUPPRESS)
 
 
@@ -125,16 +118,9 @@ def add_outputs(add: Callable[..., object]) -> None:
     add("--json", type=cli.path, metavar="PATH", help="the result's file (a new one in --out)")
 
 
-def config_from(
-    options: argparse.Namespace,
-    duration: float,
-    sink: str = "null",
-    tuned: Mapping[str, str] | None = None,
-    defaults: Mapping[str, str] = DEFAULTS,
-) -> Config:
-    """Return what the options say, then ``tuned``, then ``defaults``; a payload above the buffer is a bad option."""
-    texts = {**DEFAULTS, **defaults, **(tuned or {})}
-    values = {name: parse(texts[name]) for name, (parse, _, _) in OPTIONS.items()}
+def config_from(options: argparse.Namespace, duration: float, sink: str = "null", **usual: str) -> Config:
+    """Return what the options say, then ``usual``, then the defaults; a payload above the buffer is a bad option."""
+    values = {name: option.parse(usual.get(name, option.default)) for name, option in OPTIONS.items()}
     values |= {name: value for name, value in vars(options).items() if name in OPTIONS}
     config = Config(duration=duration, sink=sink, **values)
     if config.largest_payload > config.max_buffered_bytes:
@@ -145,10 +131,14 @@ def config_from(
     return config
 
 
-def as_file(tuned: Mapping[str, str], place: Mapping[str, object], calibrated: bool, made: str) -> bytes:
-    """Return the file that says what was found out for this machine."""
+def as_file(config: Config, place: Mapping[str, object], calibrated: bool, made: str) -> bytes:
+    """Return the file that says what was found out for this machine; the settings are as options would give them."""
+    names = ("payload", "producers", "interval", "consumer_delay", "max_batch_bytes", "max_buffered_bytes")
+    values = {name: getattr(config, name) for name in names}
+    times = {name: f"{round(value * 1e9)}ns" for name, value in values.items() if isinstance(value, float)}
+    texts = {**{name: str(value).lower() for name, value in values.items()}, **times}
     machine = {key: place.get(key) for key in MACHINE_KEYS}
-    content = {"schema": SCHEMA, "made": made, "calibrated": calibrated, "environment": machine, "settings": tuned}
+    content = {"schema": SCHEMA, "made": made, "calibrated": calibrated, "environment": machine, "settings": texts}
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
@@ -161,13 +151,13 @@ def read_file(path: Path, place: Mapping[str, object]) -> tuple[dict[str, str], 
         content = json.loads(path.read_text(encoding="utf-8"))
         found, where = dict(content["settings"]), dict(content["environment"])
         for name, text in found.items():
-            OPTIONS[name][0](text)
+            OPTIONS[name].parse(text)
+        if content["schema"] != SCHEMA:
+            raise ValueError(f"schema {content['schema']!r}, not {SCHEMA}")
     except OSError as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error.strerror or error}") from None
     except (ValueError, TypeError, KeyError, argparse.ArgumentTypeError) as error:
         raise ValueError(f"{str(path)!r} holds no settings: {type(error).__name__} {error}") from None
-    if content.get("schema") != SCHEMA:
-        raise ValueError(f"{str(path)!r} holds settings of schema {content.get('schema')!r}, not {SCHEMA}")
     different = [key for key in MACHINE_KEYS if where.get(key) != place.get(key)]
     if different:
         return {}, f"settings: {path} is not used: another {', '.join(different)}"

@@ -25,28 +25,23 @@ def fetch(packages: Sequence[str], into: Path, architecture: str | None = None) 
     try:
         for folder in (into, state / "lists" / "partial", state / "archives" / "partial"):
             folder.mkdir(parents=True, exist_ok=True)
-        log.write_text("", encoding="utf-8")
         (state / "status").touch()
+        output = open(log, "wb")  # noqa: SIM115
     except OSError as error:
         raise SetupError(f"cannot write {str(error.filename)!r}: {error.strerror}") from None
     options = {"State": state, "State::status": state / "status", "Cache": state, "Cache::archives": state / "archives"}
-    own = [word for name, value in options.items() for word in ("-o", f"Dir::{name}={value}")]
+    apt = ["apt-get", "-q", "-y", *(f"-oDir::{name}={value}" for name, value in options.items())]
     if architecture is not None:
-        own += ["-o", f"APT::Architecture={architecture}", "-o", f"APT::Architectures={architecture}"]
-    _call(["apt-get", "-q", *own, "update"], log)
-    _call(["apt-get", "-q", "-y", *own, "--no-install-recommends", "--download-only", "install", *packages], log)
-    archives = sorted((state / "archives").glob("*.deb"))
-    if not archives:
-        raise SetupError(f"apt-get fetched nothing for {', '.join(packages)}")
-    for archive in archives:
-        _call(["dpkg-deb", "-x", str(archive), str(into)], log)
+        apt += [f"-oAPT::Architecture={architecture}", f"-oAPT::Architectures={architecture}"]
+
+    def call(*command: str) -> None:
+        code = subprocess.call(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        if code:
+            raise SetupError(f"{command[0]} failed with exit code {code}: no network? (see {log})")
+
+    with output:
+        call(*apt, "update")
+        call(*apt, "--no-install-recommends", "--download-only", "install", *packages)
+        for archive in sorted((state / "archives").glob("*.deb")):
+            call("dpkg-deb", "-x", str(archive), str(into))
     shutil.rmtree(state)
-
-
-def _call(command: Sequence[str], log: Path) -> None:
-    with open(log, "a", encoding="utf-8") as file:
-        file.write(f"$ {' '.join(command)}\n")
-        file.flush()
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, check=False)
-    if done.returncode:
-        raise SetupError(f"{command[0]} failed with exit code {done.returncode}: no network? (see {log})")

@@ -32,11 +32,11 @@ class Stream:
         """Create the file. Raises OSError, also when it exists."""
         self.path = path
         self.error: OSError | None = None
-        self._file: FileIO | None = FileIO(path, "x")
+        self._file = FileIO(path, "x")
 
     def write(self, line: dict[str, object]) -> None:
         """Append one line; keep an OSError in ``error`` instead of raising it, because the load goes on."""
-        if self._file is None:
+        if self.error is not None:
             return
         text = memoryview(json.dumps(line).encode() + b"\n")
         try:
@@ -45,13 +45,10 @@ class Stream:
             os.fsync(self._file.fileno())
         except OSError as error:
             self.error = error
-            self.close()
 
     def close(self) -> None:
         """Close the file. Idempotent."""
-        file, self._file = self._file, None
-        if file is not None:
-            file.close()
+        self._file.close()
 
 
 class Monitor:
@@ -65,72 +62,55 @@ class Monitor:
         self._config, self._stream, self._seconds, self._heap = config, stream, seconds, heap
         # (elapsed, delivered) at the last sample and at the last line: the rates are those in between.
         self._sampled = self._shown = (0.0, 0)
-        self._live: Any = None
-        if show == "live":
+        self._live: Any = contextlib.nullcontext()
+        self._is_live = show == "live"
+        if self._is_live:
             console = importlib.import_module("rich.console").Console(stderr=True)
             self._live = importlib.import_module("rich.live").Live(console=console, auto_refresh=False)
 
     def __enter__(self) -> Monitor:
-        if self._live is not None:
-            self._live.__enter__()
+        self._live.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Leave the last display where it is."""
-        if self._live is not None:
-            with contextlib.suppress(OSError):
-                self._live.__exit__(*error)
+        with contextlib.suppress(OSError):
+            self._live.__exit__(*error)
 
     def sample(self, elapsed: float, stats: tempo.Stats) -> None:
         """Take one snapshot, ``elapsed`` seconds after the load began."""
-        rss = environment.current_rss()
-        rate = _rate(self._sampled, (elapsed, stats.delivered))
-        self._sampled = (elapsed, stats.delivered)
+        rss, now, share = environment.current_rss(), (elapsed, stats.delivered), self._share(stats)
+        rate, self._sampled = _rate(self._sampled, now), now
         names = ("accepted", "delivered", "rejected", "buffered", "buffered_bytes", "batches", "waiting_producers")
+        figures = {name: getattr(stats, name) for name in names}
+        head = {"type": "sample", "elapsed": round(elapsed, 6), "delivered_per_second": rate}
         if self._stream is not None:
-            self._stream.write(
-                {
-                    "type": "sample",
-                    "elapsed": round(elapsed, 6),
-                    "delivered_per_second": rate,
-                    **{name: getattr(stats, name) for name in names},
-                    "buffered_share": stats.buffered_bytes / self._config.max_buffered_bytes,
-                    "rss_bytes": rss,
-                }
-            )
-        with contextlib.suppress(OSError):  # a terminal that is gone: the load goes on
-            if self._live is not None:
+            self._stream.write({**head, **figures, "buffered_share": share, "rss_bytes": rss})
+        if self._is_live:
+            with contextlib.suppress(OSError):  # a terminal that is gone: the load goes on
                 self._live.update(self._table(elapsed, stats, rss, rate), refresh=True)
-            elif elapsed >= self._line_due:
-                self._print(elapsed, stats, rss)
+        elif elapsed >= self._line_due:
+            self._line_due = max(self._line_due + self._line_every, elapsed)
+            rate, self._shown = _rate(self._shown, now), now
+            say(
+                f"[{elapsed:7.1f} s] {rate:>11,.0f}/s  accepted {stats.accepted:,}  delivered {stats.delivered:,}"
+                f"  buffer {share:4.0%}  refused {stats.rejected:,}  RSS {format_size(rss)}"
+            )
 
-    def _print(self, elapsed: float, stats: tempo.Stats, rss: int | None) -> None:
-        """Print a line; its rate is that since the last line."""
-        self._line_due = max(self._line_due + self._line_every, elapsed)
-        rate = _rate(self._shown, (elapsed, stats.delivered))
-        self._shown = (elapsed, stats.delivered)
-        share = stats.buffered_bytes / self._config.max_buffered_bytes
-        say(
-            f"[{elapsed:7.1f} s] {rate:>11,.0f}/s  accepted {stats.accepted:,}  delivered {stats.delivered:,}"
-            f"  buffer {share:4.0%}  refused {stats.rejected:,}  RSS {format_size(rss)}"
-        )
+    def _share(self, stats: tempo.Stats) -> float:
+        return stats.buffered_bytes / self._config.max_buffered_bytes
 
     def _table(self, elapsed: float, stats: tempo.Stats, rss: int | None, rate: float) -> Any:
         table = importlib.import_module("rich.table").Table.grid(padding=(0, 2))
         bar = importlib.import_module("rich.progress_bar").ProgressBar
-        limit, left = self._config.max_buffered_bytes, max(0.0, self._seconds - elapsed)
-        share = min(1.0, stats.buffered_bytes / limit)
-        refused = f"[red]{stats.rejected:,}[/red]" if stats.rejected else "0"
-        rows = (
-            ("rate", f"[bold]{rate:,.0f}[/bold] events/s", ""),
-            ("delivered", f"{stats.delivered:,}", f"in {stats.batches:,} batches"),
-            ("buffer", f"{share:.0%} of {format_size(limit)}", bar(total=1.0, completed=share, width=30)),
-            ("memory", f"{format_size(rss)} resident", f"peak heap {format_size(self._heap)} (traced pass)"),
-            ("refused", refused, f"{stats.waiting_producers} producers wait for room"),
-            ("time left", format_seconds(left) if left >= 1 else "0 s", bar(self._seconds, elapsed, 30)),
-        )
-        for row in rows:
-            table.add_row(*row)
+        share, left = self._share(stats), max(0.0, self._seconds - elapsed)
+        limit = format_size(self._config.max_buffered_bytes)
+        table.add_row("rate", f"[bold]{rate:,.0f}[/bold] events/s", "")
+        table.add_row("delivered", f"{stats.delivered:,}", f"in {stats.batches:,} batches")
+        table.add_row("buffer", f"{share:.0%} of {limit}", bar(total=1.0, completed=share, width=30))
+        table.add_row("memory", f"{format_size(rss)} resident", f"peak heap {format_size(self._heap)} (traced pass)")
+        table.add_row("refused", f"{stats.rejected:,}", f"{stats.waiting_producers} producers wait for room")
+        table.add_row("time left", format_seconds(left) if left >= 1 else "0 s", bar(self._seconds, elapsed, 30))
         return table
 
 

@@ -30,13 +30,13 @@ class Crew:
         self.expected: tuple[type[BaseException], ...] = ()  # what threads may raise once they were released
         self.problems: list[str] = []  # one line each; appended by any thread
 
-    def start(self, name: str, work: Callable[..., None], *args: object) -> threading.Thread:
+    def start(self, name: str, work: Callable[..., object], *args: object) -> threading.Thread:
         """Start a daemon thread that calls ``work(*args)`` once ``go`` is set. Raises RuntimeError as Thread.start."""
         thread = threading.Thread(target=self._guard, args=(name, work, args), name=name, daemon=True)
         thread.start()
         return thread
 
-    def _guard(self, name: str, work: Callable[..., None], args: tuple[object, ...]) -> None:
+    def _guard(self, name: str, work: Callable[..., object], args: tuple[object, ...]) -> None:
         self.go.wait()
         try:
             work(*args)
@@ -57,22 +57,10 @@ class Crew:
         Its own timeout may be what is broken, so it is waited for ``patience`` seconds at most.
         """
         values: list[Any] = []
-        errors: list[BaseException] = []
-
-        def call() -> None:
-            try:
-                values.append(function(**options))
-            except BaseException as error:
-                errors.append(error)
-
-        name = getattr(function, "__name__", "call")
-        thread = threading.Thread(target=call, name=name, daemon=True)
-        started = time.perf_counter()
-        thread.start()
+        name, started = function.__name__, time.perf_counter()
+        thread = self.start(name, lambda: values.append(function(**options)))
         if join([thread], patience):
             self.report(f"{name} did not return within {patience:.0f} s", hung=True)
-        elif errors:
-            self.report(f"{name}: {describe(errors[0])}")
         return values[0] if values else None, time.perf_counter() - started
 
 
@@ -88,7 +76,9 @@ def join(threads: Iterable[threading.Thread], seconds: float) -> list[str]:
     deadline = time.monotonic() + seconds
     late = []
     for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
+        # In glances: an interrupt whose wake-up is lost is seen after one.
+        while thread.is_alive() and (left := deadline - time.monotonic()) > 0:
+            thread.join(min(interrupts.GLANCE, left))
         if thread.is_alive():
             late.append(thread.name)
     return late
@@ -138,6 +128,33 @@ def drive(config: Config, seconds: float, work: Work, sample: Sampler | None = N
     )
     producers: list[threading.Thread] = []
     consumers: list[threading.Thread] = []
+
+    def watch() -> None:
+        """Wait until the load's end, sampling; return early when a thread failed, all is sent, or nothing moves."""
+        deadline = started + seconds
+        now = moved = started
+        delivered, due = 0, started + every
+        while now < deadline and not interrupts.wait(crew.trouble, max(0.0, min(due, deadline) - now)):
+            now = time.perf_counter()
+            if now < due:
+                continue
+            due = max(due + every, now)
+            stats, _ = crew.call(dispatcher.stats, PATIENCE)
+            if stats is None or not any(producer.is_alive() for producer in producers):
+                return
+            now = time.perf_counter()
+            if sample is not None:
+                sample(now - started, stats)
+            if stats.delivered != delivered:
+                delivered, moved = stats.delivered, now
+            elif now - moved > patience:
+                crew.report(f"nothing was delivered for {patience:.0f} s", hung=True)
+
+    def stop() -> None:
+        """Release every thread that still waits; what it then raises is no problem."""
+        crew.expected = (tempo.Closed,)
+        crew.call(dispatcher.stop, PATIENCE)
+
     try:
         for index in range(config.consumers):
             consumers.append(crew.start(f"consumer {index}", work.consume, index, dispatcher))
@@ -145,18 +162,17 @@ def drive(config: Config, seconds: float, work: Work, sample: Sampler | None = N
             producers.append(crew.start(f"producer {index}", work.produce, index, dispatcher, halt))
     except (RuntimeError, MemoryError) as error:
         crew.report(f"only {len(consumers)} consumers and {len(producers)} producers could be started: {error}")
-
     started = time.perf_counter()
     crew.go.set()
     try:
-        _watch(crew, producers, dispatcher, started, seconds, patience, sample, every)
+        watch()
     except interrupts.Interrupted:
         outcome.interrupted = True
         # An interrupt from before the load would leave nothing to judge.
         crew.trouble.wait(max(0.0, started + min(HURRY, seconds) - time.perf_counter()))
     except BaseException:
         halt.append(True)
-        _stop(dispatcher, crew)
+        stop()
         raise
     halt.append(True)
 
@@ -167,7 +183,7 @@ def drive(config: Config, seconds: float, work: Work, sample: Sampler | None = N
     if late and not crew.trouble.is_set():
         crew.report(f"{len(late)} producers did not stop within {patience:.0f} s ({late[0]} first)", hung=True)
     if late or not any(consumer.is_alive() for consumer in consumers):
-        _stop(dispatcher, crew)
+        stop()
         if late := join(producers, PATIENCE):
             crew.report(f"{len(late)} producers kept running after stop() ({late[0]} first)")
     else:
@@ -179,7 +195,7 @@ def drive(config: Config, seconds: float, work: Work, sample: Sampler | None = N
         known = len(crew.problems)
         _, outcome.shutdown_seconds = crew.call(dispatcher.shutdown, 2 * patience, timeout=patience)
         if len(crew.problems) > known:
-            _stop(dispatcher, crew)
+            stop()
     if late := join(consumers, patience):
         crew.report(f"{len(late)} consumers did not end within {patience:.0f} s ({late[0]} first)", hung=True)
 
@@ -188,43 +204,3 @@ def drive(config: Config, seconds: float, work: Work, sample: Sampler | None = N
         sample(time.perf_counter() - started, outcome.stats)
     outcome.problems = crew.problems
     return outcome
-
-
-def _watch(
-    crew: Crew,
-    producers: list[threading.Thread],
-    dispatcher: tempo.Dispatcher,
-    started: float,
-    seconds: float,
-    patience: float,
-    sample: Sampler | None,
-    every: float,
-) -> None:
-    """Wait until the load's end, sampling; return early when a thread failed, all is sent, or nothing moves."""
-    deadline = started + seconds
-    now = moved = started
-    delivered = 0
-    due = started + every
-    while now < deadline and not interrupts.wait(crew.trouble, max(0.0, min(due, deadline) - now)):
-        now = time.perf_counter()
-        if now < due:
-            continue
-        due = max(due + every, now)
-        if not any(producer.is_alive() for producer in producers):
-            return
-        stats, _ = crew.call(dispatcher.stats, PATIENCE)
-        now = time.perf_counter()
-        if stats is None:
-            return
-        if sample is not None:
-            sample(now - started, stats)
-        if stats.delivered != delivered:
-            delivered, moved = stats.delivered, now
-        elif now - moved > patience:
-            crew.report(f"nothing was delivered for {patience:.0f} s", hung=True)
-
-
-def _stop(dispatcher: tempo.Dispatcher, crew: Crew) -> None:
-    """Release every thread that still waits; what it then raises is no problem."""
-    crew.expected = (tempo.Closed,)
-    crew.call(dispatcher.stop, PATIENCE)

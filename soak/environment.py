@@ -12,17 +12,10 @@ from pathlib import Path
 
 import tempo
 
-try:
-    import resource
-except ImportError:  # not on Windows
-    HAS_RESOURCE = False
-else:
-    HAS_RESOURCE = True
-
 ROOT = Path(__file__).resolve().parent.parent
-
 EMULATED = "SOAK_EMULATED_MACHINE"
 """The environment variable with which ``pi`` names what is emulated: /proc and /sys are the host's."""
+LINE_KEYS = ("machine", "cores", "interpreter", "python", "build", "commit")
 
 
 def describe() -> dict[str, object]:
@@ -45,9 +38,6 @@ def describe() -> dict[str, object]:
     }
 
 
-LINE_KEYS = ("machine", "cores", "interpreter", "python", "build", "commit")
-
-
 def line(place: Mapping[str, object]) -> str:
     """Return what a figure must never be shown without."""
     commit = str(place["commit"] or "unknown")
@@ -59,26 +49,22 @@ def line(place: Mapping[str, object]) -> str:
 
 def cores() -> int:
     """Return how many cores this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # Linux alone tells
-        return os.cpu_count() or 1
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone tells
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def machine() -> str:
     """Return the machine's model: from the device tree (Raspberry Pi), else from DMI (PC), else what is known."""
-    if EMULATED in os.environ:
-        return os.environ[EMULATED]
-    model = _read("/proc/device-tree/model")
-    if model:
-        return model
-    dmi = " ".join(filter(None, (_read(f"/sys/class/dmi/id/{name}") for name in ("sys_vendor", "product_name"))))
-    return dmi or ", ".join(filter(None, (f"{platform.system()} {platform.machine()}", _cpu())))
+    dmi = (_read(f"/sys/class/dmi/id/{name}") for name in ("sys_vendor", "product_name"))
+    model = os.environ.get(EMULATED) or _read("/proc/device-tree/model") or " ".join(filter(None, dmi))
+    return model or ", ".join(filter(None, (f"{platform.system()} {platform.machine()}", _cpu())))
 
 
 def peak_rss() -> int | None:
-    """Return the most memory that this process ever had resident, in bytes."""
-    if not HAS_RESOURCE:
+    """Return the most memory that this process ever had resident, in bytes; None on Windows."""
+    try:
+        import resource  # noqa: PLC0415
+    except ImportError:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere but there
@@ -98,31 +84,25 @@ def _read(path: str) -> str:
 
 
 def _cpu() -> str | None:
-    for line in _read("/proc/cpuinfo").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("model name", "Model"):
-            return value.strip()
-    return platform.processor() or None
+    pairs = [line.partition(":") for line in _read("/proc/cpuinfo").splitlines()]
+    models = [value.strip() for key, _, value in pairs if key.strip() in ("model name", "Model")]
+    return models[0] if models else platform.processor() or None
 
 
 def _memory() -> int | None:
-    if EMULATED in os.environ:
+    if EMULATED in os.environ or not hasattr(os, "sysconf"):
         return None  # what there is, is the host's
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _commit() -> str | None:
     """Return the commit that git names for this tree, marked when tempo.py or soak/ differ from it."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+
     try:
-        commit, changed = (
-            subprocess.run(
-                ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=5, check=True
-            ).stdout
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "tempo.py", "soak"])
-        )
+        return git("rev-parse", "HEAD") + "-dirty" * bool(git("status", "--porcelain", "--", "tempo.py", "soak"))
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit.strip() + ("-dirty" if changed else "")

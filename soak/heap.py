@@ -18,9 +18,8 @@ except ImportError:  # PyPy has none
 else:
     TRACED = True
 
-FIXED_ALLOWANCE = 64 * KIB
-THREAD_ALLOWANCE = 8 * KIB
-"""A thread's objects, frames, counters and event generator."""
+FIXED_ALLOWANCE, THREAD_ALLOWANCE = 64 * KIB, 8 * KIB
+"""What the harness takes, and for a thread: its objects, frames, counters and event generator."""
 PAYLOAD_OVERHEAD = 64
 """What a bytes or str object takes in addition to its text."""
 
@@ -53,9 +52,8 @@ def measure(config: Config, seconds: float) -> Heap:
 def bound(config: Config) -> int:
     """Return the most bytes that the dispatcher, and the batches and payloads of its users, may take.
 
-    The dispatcher: 1.25 times the buffer limit and 256 KiB; 8 times the limit for payloads below 64 bytes, which are
-    outweighed by their bookkeeping. The consumers: a batch each, and one on its way. The producers: the last payload
-    and the next one, and with ``bulk`` those of the call.
+    The dispatcher: what the contract says. The consumers: a batch each, and one on its way. The producers: the last
+    payload and the next one, and with ``bulk`` those of the call.
     """
     small = config.payload_size is not None and config.payload_size < 64
     buffered = config.max_buffered_bytes * 8 if small else config.max_buffered_bytes * 5 // 4

@@ -29,17 +29,9 @@ TOLERANCE = 0.02
 """A figure may exceed the recorded one by that much: valgrind and the C library have a part in it, too."""
 FEWER, MORE = 8, 40
 """Times that the payloads of ``soak.benchmarks`` go through; the fewer also warm up."""
-SUBJECTS = {
-    "enqueue": "enqueue",
-    "enqueue_many": "enqueue_many",
-    "way": "way",
-    "large": "large",
-    "queue_put": "queue_put",  # the control: it changes with the interpreter alone
-    "load": "one_thread",
-}
-PROGRAM = (
-    "import sys; sys.path.insert(0, {root!r}); from soak.benchmarks import *; d = {setup}\nfor _ in range({times}): d()"
-)
+SUBJECTS = ("enqueue", "enqueue_many", "way", "large", "queue_put", "one_thread")
+"""Of ``soak.benchmarks``. queue_put is the control: it changes with the interpreter alone."""
+PROGRAM = "import sys; sys.path.insert(0, {!r}); from soak.benchmarks import {} as work\nfor _ in range({}): work()"
 
 
 def add_parser(commands: Any) -> None:
@@ -60,46 +52,40 @@ def main(options: argparse.Namespace) -> int:
     except (RuntimeError, subprocess.TimeoutExpired) as error:
         complain(str(error))
         return 1
-    build = f"{platform.python_implementation()} {platform.python_version()} {' '.join(platform.python_build())}"
-    build += f" {platform.python_compiler()} {platform.machine()}"
+    place = environment.describe()
+    build = f"{platform.python_implementation()} {place['python']} {place['build']} {place['compiler']}"
+    build += f" {place['architecture']}"
     recorded: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
-    before = recorded.get(build, {}).get("instructions_per_payload", {})
-    more = False
+    before = {} if options.record == "yes" else recorded.get(build, {}).get("instructions_per_payload", {})
+    worse = [name for name in counted if name in before and counted[name] > before[name] * (1 + TOLERANCE)]
     for name, value in counted.items():
-        line = f"{name:<14} {value:>7,.0f} instructions a payload"
-        if options.record == "no" and name in before:
-            worse = value > before[name] * (1 + TOLERANCE)
-            more |= worse
-            line += f", recorded {before[name]:,.0f}{': MORE' if worse else ''}"
-        print(line, flush=True)
+        known = f", recorded {before[name]:,.0f}{': MORE' * (name in worse)}" if name in before else ""
+        print(f"{name:<14} {value:>7,.0f} instructions a payload{known}", flush=True)
     if options.record == "yes":
-        recorded[build] = {"commit": environment.describe()["commit"], "instructions_per_payload": counted}
+        recorded[build] = {"commit": place["commit"], "instructions_per_payload": counted}
         return 0 if results.write(FILE, (json.dumps(recorded, indent=2, sort_keys=True) + "\n").encode()) else 1
     if not before:
         print(f"nothing recorded for {build}: --record yes would")
-    return 1 if more else 0
+    return 1 if worse else 0
 
 
 def count() -> dict[str, float]:
     """Return the instructions a payload of each subject. Raises RuntimeError when valgrind fails."""
     from soak.benchmarks import BLOCKS, CALLS  # noqa: PLC0415 - not for --help
 
-    jobs = [(name, times) for name in SUBJECTS for times in (FEWER, MORE)]
+    def counted(name: str) -> float:
+        payloads = len(BLOCKS) if name == "large" else CALLS
+        return round((_run(name, MORE) - _run(name, FEWER)) / ((MORE - FEWER) * payloads), 1)
+
     with ThreadPoolExecutor(environment.cores()) as pool:
-        totals = dict(zip(jobs, pool.map(lambda job: _run(*job), jobs)))
-    payloads = {"large": len(BLOCKS)}
-    return {
-        name: round((totals[name, MORE] - totals[name, FEWER]) / ((MORE - FEWER) * payloads.get(name, CALLS)), 1)
-        for name in SUBJECTS
-    }
+        return dict(zip(SUBJECTS, pool.map(counted, SUBJECTS)))
 
 
 def _run(name: str, times: int) -> int:
     """Return the instructions of one run of the interpreter."""
-    program = PROGRAM.format(root=str(environment.ROOT), setup=SUBJECTS[name], times=times)
     with tempfile.TemporaryDirectory() as folder:
         command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={Path(folder, 'out')}"]
-        command += [os.path.realpath(sys.executable), "-S", "-c", program]
+        command += [os.path.realpath(sys.executable), "-S", "-c", PROGRAM.format(str(environment.ROOT), name, times)]
         variables = {**os.environ, "PYTHONHASHSEED": "0"}  # or the hashes of strings differ from start to start
         done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=600, check=False)
     found = re.search(r"Collected : ([0-9]+)", done.stderr)

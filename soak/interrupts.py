@@ -14,7 +14,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
 GLANCE = 0.1
@@ -33,11 +32,9 @@ class Interrupted(KeyboardInterrupt):
 def kept() -> Iterator[None]:
     """Keep the first interrupt, or SIGTERM, for the waits below; not where it is ignored or has another handler."""
     global _seen, _pending
-    usual: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    usual: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     on_main = threading.current_thread() is threading.main_thread()
     ours = [number for number, handler in usual.items() if on_main and signal.getsignal(number) is handler]
-    if ours:
-        _seen, _pending = 0, False
     for number in ours:
         signal.signal(number, _note)
     try:
@@ -49,7 +46,7 @@ def kept() -> Iterator[None]:
             _seen, _pending = 0, False
 
 
-def _note(number: int, frame: FrameType | None) -> None:
+def _note(*_: object) -> None:
     global _seen, _pending  # noqa: PLW0603
     _seen += 1
     if _seen > 1:
@@ -68,11 +65,10 @@ def take() -> bool:
 
 def wait(event: threading.Event, seconds: float) -> bool:
     """Wait for the event, as ``event.wait`` does. Raises Interrupted when an interrupt comes, or is pending."""
-    if threading.current_thread() is not threading.main_thread():
-        return event.wait(seconds)
     deadline = time.monotonic() + seconds
+    on_main = threading.current_thread() is threading.main_thread()
     while True:
-        if take():
+        if on_main and take():
             raise Interrupted
         left = deadline - time.monotonic()
         if event.wait(min(GLANCE, max(0.0, left))):

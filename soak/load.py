@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from time import perf_counter, perf_counter_ns, sleep
 from typing import TYPE_CHECKING
@@ -38,7 +39,8 @@ class Latencies:
     def add(self, nanoseconds: int) -> None:
         """Count one time (a negative one as 0: the clocks of two cores may differ by some ns)."""
         nanoseconds = max(nanoseconds, 0)
-        self._counts[_rounded(nanoseconds, 3)] += 1
+        unit = 10 ** max(0, len(str(nanoseconds)) - 3)
+        self._counts[nanoseconds // unit * unit] += 1
         self.most = max(self.most, nanoseconds)
 
     def merge(self, other: Latencies) -> None:
@@ -56,27 +58,10 @@ class Latencies:
         return None
 
     def as_json(self) -> dict[str, object]:
-        """Return the quantiles in seconds, null where nothing was measured, and pairs (from seconds, count), rising."""
-        coarse: Counter[int] = Counter()
-        for nanoseconds, count in self._counts.items():
-            coarse[_rounded(nanoseconds, 2)] += count
-        return {
-            "p50": self.quantile(0.5),
-            "p99": self.quantile(0.99),
-            "max": self.most / 1e9 if coarse else None,
-            "samples": coarse.total(),
-            "buckets": [(nanoseconds / 1e9, coarse[nanoseconds]) for nanoseconds in sorted(coarse)],
-        }
-
-
-def _rounded(number: int, digits: int) -> int:
-    """Round down to some digits.
-
-    >>> _rounded(123456, 3), _rounded(99, 3)
-    (123000, 99)
-    """
-    unit = int(10 ** max(0, len(str(number)) - digits))
-    return number // unit * unit
+        """Return the quantiles in seconds, null where nothing was measured."""
+        samples = self._counts.total()
+        largest = self.most / 1e9 if samples else None
+        return {"p50": self.quantile(0.5), "p99": self.quantile(0.99), "max": largest, "samples": samples}
 
 
 class Taken:
@@ -167,12 +152,12 @@ class Load:
     def consume(self, index: int, dispatcher: tempo.Dispatcher) -> None:
         """Receive, count, look for probes, put into the place, rest."""
         taken, delay = self.taken[index], self.config.consumer_delay
-        if self._place is not None:
-            self._place.consume(dispatcher, taken.add, delay)
-            return
-        for batch in dispatcher:
-            taken.add(batch)
-            if delay:
-                sleep(delay)
-            # Wait for the next batch with empty hands: the heap measured is to be the dispatcher's.
-            del batch
+        with nullcontext() if self._place is None else self._place.delivering() as deliver:
+            for batch in dispatcher:
+                taken.add(batch)
+                if deliver is not None:
+                    deliver(batch)
+                if delay:
+                    sleep(delay)
+                # Wait for the next batch with empty hands: the heap measured is to be the dispatcher's.
+                del batch

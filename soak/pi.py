@@ -49,10 +49,9 @@ def main(options: argparse.Namespace) -> int:
     """Run the command where it belongs; return its exit code."""
     words = ["-m", "soak", options.of, *options.rest]
     machine = environment.machine()
-    variables = dict(os.environ)
     if machine.startswith("Raspberry Pi"):
         say(f"pi: this is one, {machine}: not emulated")
-        return run([sys.executable, *words], variables)
+        return run([sys.executable, *words], dict(os.environ))
     try:
         emulator, root = provide()
         python = interpreter(root)
@@ -62,28 +61,21 @@ def main(options: argparse.Namespace) -> int:
     if not any(word.partition("=")[0] == "--out" for word in options.rest) and options.of != "baseline":
         words += ["--out", OUT]
     say(f"pi: this is {machine}; emulated: {EMULATOR} -cpu {CPU}, Debian's arm64 {python.name}")
-    variables[environment.EMULATED] = f"Cortex-A72, emulated by qemu-user on {machine}"
-    return run([str(emulator), "-cpu", CPU, "-L", str(root), str(python), *words], variables)
+    emulated = {environment.EMULATED: f"Cortex-A72, emulated by qemu-user on {machine}"}
+    return run([str(emulator), "-cpu", CPU, "-L", str(root), str(python), *words], {**os.environ, **emulated})
 
 
 def run(command: list[str], variables: dict[str, str]) -> int:
     """Run a command that ends in its own way: Ctrl-C at a terminal reaches it, and SIGTERM is passed on."""
-    running: list[subprocess.Popen[bytes]] = []
-
-    def pass_on(number: int, _: object) -> None:
-        for process in running:
-            process.send_signal(number)
-
-    # Handlers, since SIG_IGN would be inherited.
-    handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: pass_on}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        with subprocess.Popen(command, cwd=ROOT, env=variables) as process:
-            running.append(process)
+    with subprocess.Popen(command, cwd=ROOT, env=variables) as process:
+        # Handlers, since SIG_IGN would be inherited.
+        handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: process.terminate()}
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        try:
             return process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def provide() -> tuple[Path, Path]:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The ``report`` command: one HTML page, complete in itself, and one picture of a run's result and its samples.
 
-A result is a file that anyone may have sent: a figure that is missing, or is no number, is shown as not measured, and
-every text is escaped.
+A figure that the result does not have, or that is no number, is shown as not measured, and every text is escaped.
 """
 
 from __future__ import annotations
@@ -12,22 +11,19 @@ import importlib
 import itertools
 import json
 import math
-import os
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from soak import baseline, charts, cli, environment, results, run, verdict
+from soak import charts, cli, environment, results, run, verdict
 from soak.charts import Chart, Point
 from soak.cli import MIB, complain, format_seconds, format_size
 
 OUT = Path("soak/out")
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 MOST_PROBLEMS = 50
-LONGEST = 2000
-"""Characters of one text that are shown."""
 MARKS = {verdict.PASS: "\u2713", verdict.WARN: "!", verdict.FAIL: "\u2717"}
 """With the colours, for those who cannot tell these apart."""
 
@@ -58,23 +54,23 @@ def add_parser(commands: Any) -> None:
 def main(options: argparse.Namespace) -> int:
     """Read the run, write the page and the picture; return the exit code."""
     page_path, png_path = options.html or options.out / "report.html", options.png or options.out / "report.png"
-    if len({os.path.realpath(path) for path in (options.run, page_path, png_path)}) < 3:
+    if len({path.resolve() for path in (options.run, page_path, png_path)}) < 3:
         options.parser.error("--run, --html and --png name one file twice: each needs its own")
     try:
         report = read(options.run)
     except ReportError as error:
         complain(str(error))
         return 1
-    head = f"{report.status().upper()}: {note_of(report)}"
-    lines = [f"{name} {status}: {note}" for name, status, note in findings_of(report)]
+    found, status = charts_of(report), report.status()
+    head = f"{status.upper()}: {note_of(report)}"
+    lines = [f"{name} {state}: {note}" for name, state, note in findings_of(report)]
     lines += [origin_of(report), "", "   ".join(f"{name}: {value}" for name, value in tiles_of(report).items())]
-    found = charts_of(report)
     files: list[tuple[Path, bytes]] = []
     drawn: list[tuple[Chart, str, str]] = []
     remarks = [f"Nothing over time: {report.unsampled}."] if report.unsampled else []
     try:
         drawn = [(chart, charts.svg(chart, charts.LIGHT), charts.svg(chart, charts.DARK)) for chart in found]
-        files.append((png_path, charts.png(head, report.status(), lines, found)))
+        files.append((png_path, charts.png(head, status, lines, found)))
     except ImportError:
         complain("no charts and no picture: matplotlib is not installed (make report installs it)")
         remarks.append("Without charts: matplotlib was not installed where this page was made.")
@@ -83,8 +79,7 @@ def main(options: argparse.Namespace) -> int:
     except ImportError:
         options.parser.error("report needs Jinja2: `make report` installs it, or: pip install jinja2")
     written = [str(path) for path, content in files if results.write(path, content)]
-    shown = [head] if len(written) == len(files) else [head, *lines]
-    print("\n".join([*shown, f"written       {', '.join(written) or 'nothing'}"]), flush=True)
+    print("\n".join([head, *lines, f"written       {', '.join(written) or 'nothing'}"]), flush=True)
     return 0 if len(written) == len(files) else 1
 
 
@@ -118,47 +113,43 @@ class Report:
 
 def number(value: object) -> float | None:
     """Return a finite number as a float, anything else as None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e18:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e18:
         return None
-    return float(value) if math.isfinite(value) else None
+    return float(value)
 
 
 def read(path: Path) -> Report:
     """Read a result and its samples. Raises ReportError when the file cannot be read or is no result."""
     try:
         result = json.loads(path.read_bytes())
+        if not all(isinstance(result[part], dict) for part in ("verdict", "config", "environment")):
+            raise TypeError
     except OSError as error:
         hint = " (make soak makes one)" if isinstance(error, FileNotFoundError) else ""
         raise ReportError(f"cannot read {str(path)!r}: {error.strerror or error}{hint}") from None
-    except (ValueError, RecursionError):
-        raise ReportError(f"{str(path)!r} is no result of `soak run`: not JSON") from None
-    parts = ("verdict", "config", "environment")
-    if not isinstance(result, dict) or not all(isinstance(result.get(part), dict) for part in parts):
-        raise ReportError(f"{str(path)!r} is no result of `soak run`: without {', '.join(parts)}")
+    except (ValueError, TypeError, LookupError):
+        raise ReportError(f"{str(path)!r} is no result of `soak run`") from None
     if result.get("schema") != run.SCHEMA:
-        raise ReportError(f"{str(path)!r} has schema {plain(result.get('schema'))[:20]}; this reads {run.SCHEMA}")
-    name = result.get("samples")
-    why = "the result names no file of samples"
-    if isinstance(name, str) and Path(name).name == name and "\0" not in name:
-        for folder in (path.parent, OUT):  # a result may stand elsewhere (--json) than its samples (--out)
-            try:
-                with open(folder / name, encoding="utf-8", errors="replace") as lines:
-                    samples = sorted(read_samples(lines, result.get("started")), key=lambda sample: sample["elapsed"])
-                return Report(result, samples, "" if samples else f"{name!r} holds no samples of this run")
-            except OSError as error:
-                why = f"its samples, {name!r}, cannot be read: {error.strerror or error}"
+        raise ReportError(f"{str(path)!r} has schema {result.get('schema')!r}; this reads {run.SCHEMA}")
+    name = Path(str(result.get("samples"))).name
+    why = "its samples cannot be read"
+    for folder in (path.parent, OUT):  # a result may stand elsewhere (--json) than its samples (--out)
+        try:
+            with open(folder / name, encoding="utf-8", errors="replace") as lines:
+                samples = sorted(read_samples(lines, result.get("started")), key=lambda sample: sample["elapsed"])
+            return Report(result, samples, "" if samples else f"{name!r} holds no samples of this run")
+        except OSError as error:
+            why = f"its samples, {name!r}, cannot be read: {error.strerror or error}"
     return Report(result, [], why)
 
 
-def read_samples(lines: Iterator[str], started: object) -> Iterator[dict[str, float]]:
+def read_samples(lines: Iterable[str], started: object) -> Iterator[dict[str, float]]:
     """Yield the samples of a run's stream; none when its header names another start. Broken lines are left out."""
     for line in lines:
         try:
-            content = json.loads(line)
-        except (ValueError, RecursionError):
+            content = dict(json.loads(line))
+        except (ValueError, TypeError):
             continue  # the last line of a run that was killed
-        if not isinstance(content, dict):
-            continue
         if content.get("type") == "header" and content.get("started") != started:
             return
         figures = {key: figure for key, value in content.items() if (figure := number(value)) is not None}
@@ -179,13 +170,10 @@ def rates(samples: Sequence[Mapping[str, float]], key: str) -> list[Point]:
     """
     counts = [(0.0, 0.0), *levels(samples, key)]
     usual = statistics.median([now - then for (then, _), (now, _) in itertools.pairwise(counts)] or [0.0])
-    kept = counts[:1]
-    for point in counts[1:]:
-        while len(kept) > 1 and point[0] - kept[-1][0] < usual / 2:
-            kept.pop()
-        if point[0] > kept[-1][0]:
-            kept.append(point)
-    return [(now, (count - before) / (now - then)) for (then, before), (now, count) in itertools.pairwise(kept)]
+    if len(counts) > 2 and counts[-1][0] - counts[-2][0] < usual / 2:
+        del counts[-2]
+    pairs = itertools.pairwise(counts)
+    return [(now, (count - before) / (now - then)) for (then, before), (now, count) in pairs if now > then]
 
 
 # From figures to words and charts.
@@ -198,17 +186,14 @@ def count(value: float | None) -> str:
 
 def plain(value: object) -> str:
     """Return any value as one line of printable text, of bounded length; None is unknown."""
-    text = "unknown" if value is None else str(value) if isinstance(value, (str, int, float)) else "unreadable"
-    line = "".join(letter if letter.isprintable() else " " for letter in text[: LONGEST + 1])
-    return line if len(line) <= LONGEST else line[:LONGEST] + " ..."
+    text = "unknown" if value is None else str(value)[:2000]
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def note_of(report: Report) -> str:
     """Return what the verdict says."""
     note = plain(report.get("verdict", "overall", "note"))
-    seconds = report.number("load_seconds")
-    after = "" if seconds is None else f" after {format_seconds(seconds)} of load"
-    return f"{note} (interrupted{after})" if report.get("interrupted") else note
+    return f"{note} (interrupted)" if report.get("interrupted") else note
 
 
 def findings_of(report: Report) -> list[tuple[str, str, str]]:
@@ -221,10 +206,8 @@ def origin_of(report: Report) -> str:
     """Return one line that says what ran where: a figure is nothing without it."""
     place = {key: plain(report.get("environment", key)) for key in environment.LINE_KEYS}
     threads = ", ".join(f"{plain(report.get('config', name))} {name}" for name in ("producers", "consumers"))
-    return (
-        f"{plain(report.get('started')).replace('T', ' ', 1)}, {format_seconds(report.number('load_seconds'))} of load,"
-        f" {threads}; {environment.line(place)}"
-    )
+    load = f"{format_seconds(report.number('load_seconds'))} of load, {threads}"
+    return f"{plain(report.get('started')).replace('T', ' ', 1)}, {load}; {environment.line(place)}"
 
 
 def tiles_of(report: Report) -> dict[str, str]:
@@ -244,40 +227,38 @@ def tiles_of(report: Report) -> dict[str, str]:
 
 def charts_of(report: Report) -> list[Chart]:
     """Return the charts that there are figures for."""
-    figure, found = report.number, list[Chart]()
+    figure, samples, found = report.number, report.samples, list[Chart]()
 
-    def over_time(title: str, caption: str, what: str, points: list[Point], limit: tuple[float, str] | None) -> None:
-        if not any(value for _, value in points):
-            return
-        each = math.ceil(len(points) / charts.MOST_POINTS)
-        how = "each drawn" if each == 1 else f"drawn {each} by {each}: their mean, and a band from least to most"
-        found.append(Chart(title, f"{caption} {len(points):,} points, {how}.", charts.curve(points, what, limit)))
+    def over_time(
+        title: str, caption: str, what: str, points: list[Point], limit: tuple[float, str] | None = None
+    ) -> None:
+        if any(value for _, value in points):
+            each = math.ceil(len(points) / charts.MOST_POINTS)
+            how = "each drawn" if each == 1 else f"drawn {each} by {each}: their mean, and a band from least to most"
+            found.append(Chart(title, f"{caption} {len(points):,} points, {how}.", charts.curve(points, what, limit)))
 
     bare, limit = figure("calibration"), figure("config", "max_buffered_bytes")
     caption = "The load pass. Dashed: what the same producers reach when they only format the events (the calibration)."
     level = None if bare is None else (bare, f"no dispatcher: {count(bare)}/s")
-    over_time("Delivered", caption, "events/s", rates(report.samples, "delivered"), level)
-
+    over_time("Delivered", caption, "events/s", rates(samples, "delivered"), level)
     fullest = format_size(figure("stats", "peak_buffered_bytes"))
-    level = None if limit is None else (limit / MIB, f"limit {format_size(limit)}")
     caption = f"At the moment of each sample; by the dispatcher's own count at most {fullest}."
-    over_time("Buffer", caption, "buffered (MiB)", levels(report.samples, "buffered_bytes", MIB), level)
+    level = None if limit is None else (limit / MIB, f"limit {format_size(limit)}")
+    over_time("Buffer", caption, "buffered (MiB)", levels(samples, "buffered_bytes", MIB), level)
 
-    if buckets := _buckets(report):
-        marks = {name: seconds for name in ("p50", "p99", "max") if (seconds := figure("latency_seconds", name))}
-        probes = count(figure("latency_seconds", "samples"))
-        caption = f"From enqueue to a consumer's hands, {probes} probes. The area is the share of the probes."
-        found.append(Chart("Latency", caption, charts.histogram(buckets, "latency (logarithmic)", marks)))
+    times = {name: seconds * 1e3 for name in ("p50", "p99", "max") if (seconds := figure("latency_seconds", name))}
+    if times:
+        caption = f"From enqueue to a consumer's hands, {count(figure('latency_seconds', 'samples'))} probes."
+        found.append(Chart("Latency", caption, charts.bars(times, "ms (logarithmic)")))
 
     caption = f"Of the whole process, as the system counts it; at most {format_size(figure('peak_rss_bytes'))}."
-    over_time("Resident memory", caption, "RSS (MiB)", levels(report.samples, "rss_bytes", MIB), None)
-
+    over_time("Resident memory", caption, "RSS (MiB)", levels(samples, "rss_bytes", MIB))
     if figure("rejected"):
         caption = f"Because the buffer was full, and dropped by the producers: {count(figure('rejected'))} in all."
-        over_time("Refused", caption, "events/s", rates(report.samples, "rejected"), None)
+        over_time("Refused", caption, "events/s", rates(samples, "rejected"))
     else:
         caption = "None was refused: a producer waits for room. So many did at the moment of each sample."
-        over_time("Waiting producers", caption, "producers", levels(report.samples, "waiting_producers"), None)
+        over_time("Waiting producers", caption, "producers", levels(samples, "waiting_producers"))
 
     heap, bound = figure("peak_heap_bytes"), figure("heap", "bound_bytes")
     if heap is not None and bound is not None:
@@ -289,24 +270,11 @@ def charts_of(report: Report) -> list[Chart]:
     return found
 
 
-def _buckets(report: Report) -> list[Point]:
-    """Return the pairs (from seconds, count) of the latencies; an axis of doublings has no place for a time of 0."""
-    pairs = report.get("latency_seconds", "buckets")
-    read = [pair for pair in pairs if isinstance(pair, list) and len(pair) == 2] if isinstance(pairs, list) else []
-    figures = [(number(low), number(many)) for low, many in read]
-    buckets = {max(low, 1e-9): many for low, many in figures if low is not None and many is not None and many >= 0}
-    return sorted(buckets.items()) if any(many > 0 for many in buckets.values()) else []
-
-
-# From words and charts to the page.
-
-
 def page(report: Report, drawn: Sequence[tuple[Chart, str, str]], remarks: Sequence[str]) -> str:
     """Return the page. Raises ImportError when there is no Jinja2."""
     jinja2 = importlib.import_module("jinja2")
     template = jinja2.Environment(autoescape=True, trim_blocks=False).from_string(TEMPLATE.read_text(encoding="utf-8"))
-    problems = report.get("problems")
-    problems = [plain(problem) for problem in problems] if isinstance(problems, list) else []
+    problems = [plain(problem) for problem in report.get("problems") or ()]
     more = [f"and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
     return str(
         template.render(
@@ -321,7 +289,6 @@ def page(report: Report, drawn: Sequence[tuple[Chart, str, str]], remarks: Seque
             tiles=tiles_of(report),
             remarks=remarks,
             charts=drawn,
-            records=[plain(words) for words in baseline.records("auto")],
             tables=[(title, _rows(report.get(title.lower()))) for title in ("Config", "Environment")],
         )
     )

@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import re
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,13 +40,6 @@ def write(path: Path, content: bytes, instead: str = "", option: str = "") -> bo
     return True
 
 
-def as_text(result: Mapping[str, object]) -> str:
-    """Return the result as JSON that people can read: an item a line, a pair of numbers on one."""
-    text = json.dumps(result, indent=2) + "\n"
-    # A string holds no line break in JSON, so this finds lists alone.
-    return re.sub(r"\[\s*\n\s*([-+.\de]+),\s+([-+.\de]+)\s+\]", r"[\1, \2]", text)
-
-
 class Files:
     """Where one command's results go: ``out/KIND-TIME.json``, and for ``soak`` a stream of samples and ``latest.json``.
 
@@ -59,21 +49,18 @@ class Files:
     def __init__(self, out: Path, path: Path | None, kind: str = "soak") -> None:
         self.well = True
         self.started = now()
-        self.written: list[Path] = []
         self.stream: Stream | None = None
         self._out, self._path, self._kind = out, path, kind
         self._stem = stem = f"{kind}-" + time.strftime("%Y%m%d-%H%M%S")
         if kind != "soak":
             return
-        attempt = 1
         try:
             out.mkdir(parents=True, exist_ok=True)
-            while self.stream is None:
-                with contextlib.suppress(FileExistsError):
-                    self.stream = Stream(out / f"{self._stem}.jsonl")
-                    break
+            attempt = 1
+            while (out / f"{self._stem}.jsonl").exists():
                 attempt += 1
                 self._stem = f"{stem}_{attempt}"
+            self.stream = Stream(out / f"{self._stem}.jsonl")
         except OSError as error:
             self._trouble(f"cannot write to --out {str(out)!r}", error)
 
@@ -83,27 +70,25 @@ class Files:
 
     def finish(self, result: Mapping[str, object], summary: list[str]) -> None:
         """Close the stream, write the result, print the summary; the result itself when it could not be written."""
+        written = []
         if self.stream is not None:
             self.stream.close()
-            if self.stream.error is None:
-                self.written.append(self.stream.path)
-            else:
-                self._trouble(f"cannot write {str(self.stream.path)!r}", self.stream.error)
-        text = as_text(result)
-        wanted = [(self._path or self._out / f"{self._stem}.json", "--json " if self._path else "")]
-        wanted += [(self._out / "latest.json", "")] if self._kind == "soak" else []
-        for path, option in wanted:
+            written.append(self.stream.path)
+            if self.stream.error is not None:
+                self._trouble(f"cannot write {str(written.pop())!r}", self.stream.error)
+        text = json.dumps(result, indent=2) + "\n"
+        wanted = [self._path or self._out / f"{self._stem}.json"]
+        wanted += [self._out / "latest.json"] if self._kind == "soak" else []
+        for path in wanted:
             # Whatever keeps one file in a folder from being written keeps the next: told once.
-            if not self.well and not option:
-                break
-            if write(path, text.encode(), "; the result goes to stdout", option):
-                self.written.append(path)
-            else:
-                self.well = False
-        lines = "\n".join([*summary, f"written       {', '.join(map(str, self.written)) or 'nothing'}"])
+            if self.well or path == self._path:
+                if write(path, text.encode(), "; the result goes to stdout", "--json " if path == self._path else ""):
+                    written.append(path)
+                else:
+                    self.well = False
+        lines = "\n".join([*summary, f"written       {', '.join(map(str, written)) or 'nothing'}"])
         if self.well:
             print(lines, flush=True)
         else:
             say(lines)
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            print(text, end="", flush=True)

@@ -11,11 +11,11 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from soak import baseline, census, cli, environment, heap, interrupts, results, verdict
 from soak import config as settings
-from soak.calibration import Calibration, calibrate
+from soak.calibration import calibrate
 from soak.cli import complain, format_seconds, format_size, say
 from soak.config import Config
 from soak.display import DISPLAYS, Stream, open_monitor
@@ -50,10 +50,8 @@ def add_parser(commands: Any) -> None:
     add("--sink", type=places.parse, default="null", metavar="SINK", help=f"{places.AVAILABLE}; emptied first (null)")
     settings.add_outputs(add)
     add("--display", choices=DISPLAYS, default="auto", help="while it lasts (auto: live on a terminal, with rich)")
-    known = "auto: what fits machine, interpreter and settings"
-    add(
-        "--baseline", type=baseline.name_of, default="auto", metavar="auto|NAME|none", help=f"to compare with ({known})"
-    )
+    known = "to compare with (auto: what fits machine, interpreter and settings)"
+    add("--baseline", type=baseline.name_of, default="auto", metavar="auto|NAME|none", help=known)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -63,7 +61,7 @@ def main(options: argparse.Namespace) -> int:
     if note:
         say(note)
     try:
-        place_of_batches = places.open_sink(config.sink)
+        sink = places.open_sink(config.sink)
     except OSError as error:
         options.parser.error(f"argument --sink: {config.sink!r} cannot be opened: {error.strerror or error}")
     except ImportError as error:
@@ -72,8 +70,8 @@ def main(options: argparse.Namespace) -> int:
     files = results.Files(options.out, options.json)
     try:
         with interrupts.kept():
-            result = run(config, place_of_batches, files.stream, options.baseline, place, options.display)
-            files.finish(result, summary(result, baseline.records(options.baseline)))
+            result = run(config, sink, files.stream, options.baseline, place, options.display)
+            files.finish(result, summary(result))
     except KeyboardInterrupt:
         complain("interrupted again: there is no result")
         return 130
@@ -85,66 +83,18 @@ def main(options: argparse.Namespace) -> int:
 
 def configure(options: argparse.Namespace, place: Mapping[str, object]) -> tuple[Config, str]:
     """Return the settings: what the options say, then the file that --settings stands for; and a line about that."""
-    path: Path | None = options.settings
-    left = options.out / settings.FILE
+    path: Path = options.settings
     if str(path) == "auto":
-        path = left if left.exists() else None
-    elif str(path) == "none":
-        path = None
+        path = options.out / settings.FILE
+        path = path if path.exists() else Path("none")
     tuned: dict[str, str] = {}
     note = ""
-    if path is not None:
+    if str(path) != "none":
         try:
             tuned, note = settings.read_file(path, place)
         except ValueError as error:
             options.parser.error(f"argument --settings: {error}")
-    return settings.config_from(options, options.duration, options.sink, tuned), note
-
-
-class Passes(NamedTuple):
-    """What the passes came to."""
-
-    before: Calibration
-    traced: heap.Heap
-    counted: census.CensusResult
-    load: Load
-    outcome: Outcome
-    peak_rss: int | None
-    after: Calibration
-    interrupted: bool
-
-
-def run_passes(config: Config, sink: places.Place | None, stream: Stream | None, display: str) -> Passes:
-    """Run all passes. An interrupt ends the pass that it comes in, and cuts those after it short."""
-    interrupted = False
-
-    def length(least: float, most: float) -> float:
-        return HURRY if interrupted else config.pass_seconds(least, most)
-
-    before = calibrate(config, length(1.0, 3.0))
-    interrupted |= before.interrupted or interrupts.take()
-    say(f"calibration: {before.events_per_second:,.0f} events/s with no dispatcher")
-
-    traced = heap.measure(config, length(2.0, 4.0))
-    interrupted |= traced.outcome.interrupted or interrupts.take()
-    say(f"heap: peak {format_size(traced.peak)}, the buffer at most {format_size(traced.peak_buffered)} full")
-
-    counted, counting = census.take(config, length(1.0, 4.0))
-    interrupted |= counting.interrupted or interrupts.take()
-    say(f"census: {counted.accepted:,} events accepted, {counted.delivered:,} delivered, each checked")
-
-    load = Load(config, sink)
-    duration = min(HURRY, config.duration) if interrupted else config.duration
-    say(f"load: {format_seconds(duration)}, {config.producers} producers, {config.consumers} consumers")
-    with open_monitor(display, config, stream, duration, traced.peak) as monitor:
-        outcome = drive(config, duration, load, monitor.sample, monitor.every)
-    interrupted |= outcome.interrupted or interrupts.take()
-    peak_rss = environment.peak_rss()
-
-    after = calibrate(config, length(1.0, 3.0))
-    interrupted |= after.interrupted or interrupts.take()
-    say(f"calibration: {after.events_per_second:,.0f} events/s again")
-    return Passes(before, traced, counted, load, outcome, peak_rss, after, interrupted)
+    return settings.config_from(options, options.duration, options.sink, **tuned), note
 
 
 def run(
@@ -157,61 +107,79 @@ def run(
 ) -> dict[str, Any]:
     """Run all passes and return the result, ready for JSON; place: of environment.describe, display: of DISPLAYS.
 
-    Under ``interrupts.kept()`` the result is complete after a first interrupt, too. Raises RuntimeError when the
-    machine cannot run the threads.
+    Under ``interrupts.kept()`` a first interrupt ends the pass that it comes in, cuts those after it short, and the
+    result is complete. Raises RuntimeError when the machine cannot run the threads.
     """
     started = results.now()
     if stream is not None:
         head = {"type": "header", "schema": SCHEMA, "started": started}
         stream.write({**head, "config": asdict(config), "environment": place})
-    passes = run_passes(config, sink, stream, display)
-    traced, counted = passes.traced, passes.counted
-    figures, problems = _figures(config, passes.load, passes.outcome, counted)
-    problems = [
-        *(f"heap pass: {problem}" for problem in traced.outcome.problems),
-        *(f"census: {problem}" for problem in counted.problems),
-        *problems,
-    ]
-    found = None if sink is None else readback.read_back(sink, passes.load.accounts, config)
+    interrupted = False
+
+    def ended(early: bool) -> None:
+        nonlocal interrupted
+        interrupted |= early or interrupts.take()
+
+    def length(least: float, most: float) -> float:
+        return HURRY if interrupted else config.pass_seconds(least, most)
+
+    before = calibrate(config, length(1.0, 3.0))
+    ended(before.interrupted)
+    say(f"calibration: {before.events_per_second:,.0f} events/s with no dispatcher")
+    traced = heap.measure(config, length(2.0, 4.0))
+    ended(traced.outcome.interrupted)
+    say(f"heap: peak {format_size(traced.peak)}, the buffer at most {format_size(traced.peak_buffered)} full")
+    counted, counting = census.take(config, length(1.0, 4.0))
+    ended(counting.interrupted)
+    say(f"census: {counted.accepted:,} events accepted, {counted.delivered:,} delivered, each checked")
+    load = Load(config, sink)
+    duration = min(HURRY, config.duration) if interrupted else config.duration
+    say(f"load: {format_seconds(duration)}, {config.producers} producers, {config.consumers} consumers")
+    with open_monitor(display, config, stream, duration, traced.peak) as monitor:
+        outcome = drive(config, duration, load, monitor.sample, monitor.every)
+    ended(outcome.interrupted)
+    peak_rss = environment.peak_rss()
+    after = calibrate(config, length(1.0, 3.0))
+    ended(after.interrupted)
+    say(f"calibration: {after.events_per_second:,.0f} events/s again")
+
+    figures, wrong = _figures(config, load, outcome, counted)
+    problems = [f"heap pass: {problem}" for problem in traced.outcome.problems]
+    problems += [f"census: {problem}" for problem in counted.problems] + wrong
+    found = None if sink is None else readback.read_back(sink, load.accounts, config)
     if sink is not None and found is not None:
         problems += found.problems
         figures["lost"] += found.lost
         figures["duplicated"] += found.repeated if sink.once else 0
 
-    before, after = passes.before.events_per_second, passes.after.events_per_second
-    calibration = (before + after) / 2
+    calibration = (before.events_per_second + after.events_per_second) / 2
     ratio = figures["delivered_per_second"] / calibration if calibration else None
     compared, note = baseline.choose(baseline_option, asdict(config), place)
     bound, allowance = heap.bound(config), heap.allowance(config)
-
-    def expected(key: str) -> tuple[str, float, float] | None:
-        return None if compared is None else compared.expected(key)
-
+    heap_known, drain_known, ratio_known = (
+        None if compared is None else compared.expected(key) for key in ("peak_heap_bytes", "drain_seconds", "ratio")
+    )
+    counts = {key: figures[key] for key in ("lost", "duplicated", "rejected")}
     findings = {
         "correctness": verdict.judge_correctness(
-            problems=problems,
-            lost=figures["lost"],
-            duplicated=figures["duplicated"],
-            rejected=figures["rejected"],
-            on_full=config.on_full,
-            remarks=_remarks(config, counted),
+            problems=problems, **counts, on_full=config.on_full, remarks=_remarks(config, counted)
         ),
-        "throughput": verdict.judge_throughput(figures["delivered_per_second"], ratio, expected("ratio"), note),
-        "memory": verdict.judge_memory(traced.peak, bound, allowance, expected("peak_heap_bytes")),
-        "drain": verdict.judge_drain(figures["drain_seconds"], expected("drain_seconds")),
+        "throughput": verdict.judge_throughput(figures["delivered_per_second"], ratio, ratio_known, note),
+        "memory": verdict.judge_memory(traced.peak, bound, allowance, heap_known),
+        "drain": verdict.judge_drain(figures["drain_seconds"], drain_known),
     }
     findings["overall"] = verdict.overall(findings)
     return {
         "schema": SCHEMA,
         "started": started,
         "finished": results.now(),
-        "interrupted": passes.interrupted,
+        "interrupted": interrupted,
         "verdict": {name: finding._asdict() for name, finding in findings.items()},
         **figures,
         "calibration": calibration,
         "ratio": ratio,
         "peak_heap_bytes": traced.peak,
-        "peak_rss_bytes": passes.peak_rss,
+        "peak_rss_bytes": peak_rss,
         "heap": {
             "bound_bytes": bound,
             "allowance_bytes": allowance,
@@ -220,7 +188,7 @@ def run(
         },
         "census": vars(counted),
         "sink": None if found is None else vars(found),
-        "calibrations": {"before": before, "after": after, "used": "mean"},
+        "calibrations": {"before": before.events_per_second, "after": after.events_per_second, "used": "mean"},
         "baseline": None if compared is None else compared.name,
         "problems": problems,
         "config": asdict(config),
@@ -240,19 +208,14 @@ def _figures(
     if stats is not None:
         if outcome.problems:
             accepted = stats.accepted  # a producer that raised has left its own count a round behind
-        if (accepted, delivered) != (stats.accepted, stats.delivered):
-            problems.append(
-                f"producers and consumers count {accepted} accepted, {delivered} delivered;"
-                f" stats() says {stats.accepted}, {stats.delivered}"
-            )
+        charged = delivered if config.payload == 0 else nbytes
         # enqueue_many counts a refused call once; producers that wait are never refused.
-        if not outcome.problems and refused != stats.rejected and (config.bulk == 1 or config.on_full == "block"):
-            problems.append(f"producers count {refused} refused, stats() says {stats.rejected}")
-        if not stats.accepted_bytes == stats.delivered_bytes == (nbytes if config.payload != 0 else delivered):
-            problems.append(
-                f"stats() says {stats.accepted_bytes} bytes accepted, {stats.delivered_bytes} delivered;"
-                f" the batches held {nbytes}"
-            )
+        comparable = not outcome.problems and (config.bulk == 1 or config.on_full == "block")
+        ours = (accepted, delivered, charged, charged, refused if comparable else stats.rejected)
+        theirs = (stats.accepted, stats.delivered, stats.accepted_bytes, stats.delivered_bytes, stats.rejected)
+        if ours != theirs:
+            what = "accepted, delivered, bytes of both, refused"
+            problems.append(f"{what}: producers and consumers count {ours}, stats() says {theirs}")
     if config.payload_size is not None and nbytes != config.payload_size * delivered:
         problems.append(f"{delivered} payloads of {config.payload_size} bytes cannot make the {nbytes} delivered")
 
@@ -298,17 +261,15 @@ def _remarks(config: Config, counted: census.CensusResult) -> list[str]:
     return remarks
 
 
-def summary(result: Mapping[str, Any], records: list[str]) -> list[str]:
+def summary(result: Mapping[str, Any]) -> list[str]:
     """Return about a dozen lines for people, the verdict first."""
-    found, place, latency = result["verdict"], result["environment"], result["latency_seconds"]
+    found, latency = result["verdict"], result["latency_seconds"]
     ratio = "not measured" if result["ratio"] is None else f"{result['ratio']:.3f} of the calibration"
     slowest = result["slowest_producer_share"]
-    lines = [f"{found['overall']['status'].upper()}: {found['overall']['note']}"]
-    if result["interrupted"]:
-        lines[0] += f" (interrupted: the load lasted {format_seconds(result['load_seconds'])})"
-    for name in ("correctness", "throughput", "memory", "drain"):
-        lines.append(f"  {name:<12} {found[name]['status']}: {found[name]['note']}")
-    lines += [
+    early = f" (interrupted: the load lasted {format_seconds(result['load_seconds'])})" if result["interrupted"] else ""
+    return [
+        f"{found['overall']['status'].upper()}: {found['overall']['note']}{early}",
+        *(f"  {name:<12} {found[name]['status']}: {found[name]['note']}" for name in found if name != "overall"),
         f"rate          {result['delivered_per_second']:,.0f} events/s, {ratio}"
         f" ({result['calibration']:,.0f} events/s with no dispatcher)",
         f"events        {result['accepted']:,} accepted, {result['delivered']:,} delivered in {result['batches']:,}"
@@ -320,6 +281,5 @@ def summary(result: Mapping[str, Any], records: list[str]) -> list[str]:
         f" max {format_seconds(latency['max'])} ({latency['samples']:,} probes)",
         f"end           drained in {format_seconds(result['drain_seconds'])},"
         f" shut down in {format_seconds(result['shutdown_seconds'])}",
-        f"on            {environment.line(place)}",
+        f"on            {environment.line(result['environment'])}",
     ]
-    return [*lines, f"on record     (not compared) {'; '.join(records)}"] if records else lines

@@ -13,7 +13,7 @@ from soak.cli import complain, format_seconds, say
 from soak.config import Config
 from soak.drive import Outcome
 
-DEFAULTS = {**settings.DEFAULTS, "producers": "256"}
+PRODUCERS = "256"
 LOOK = 0.02
 """Seconds between two looks at whether all is sent."""
 
@@ -34,22 +34,23 @@ def add_parser(commands: Any) -> None:
     add = cli.add_command(commands, "stress", main, purpose, EXAMPLE)
     each = cli.count(100_000_000)
     add("--each", type=each, default="2000", metavar="N", help="payloads that a producer sends (%(default)s)")
-    settings.add_settings(add, DEFAULTS)
+    settings.add_settings(add, producers=PRODUCERS)
     add("--limit", type=cli.duration, default="10m", metavar="TIME", help="when all must be sent (%(default)s)")
     settings.add_outputs(add)
 
 
 def main(options: argparse.Namespace) -> int:
     """Run it, judge, write the result; return the exit code."""
-    config = settings.config_from(options, options.limit, defaults=DEFAULTS)
+    config = settings.config_from(options, options.limit, producers=PRODUCERS)
     files = results.Files(options.out, options.json, "stress")
     try:
         with interrupts.kept():  # before the first word: an interrupt after that must count as the first
             say(f"stress: {config.producers} producers, {options.each:,} payloads each")
             counted, outcome = census.take(config, options.limit, options.each, LOOK)
             outcome.interrupted |= interrupts.take()
-            wanted = config.producers * options.each
+            wanted, place = config.producers * options.each, environment.describe()
             finding = judge(config, counted, outcome, wanted)
+            rate = counted.delivered / outcome.seconds
             result = {
                 "schema": 1,
                 "finished": results.now(),
@@ -57,7 +58,7 @@ def main(options: argparse.Namespace) -> int:
                 "wanted": wanted,
                 "each": options.each,
                 "interrupted": outcome.interrupted,
-                "delivered_per_second": counted.delivered / outcome.seconds,
+                "delivered_per_second": rate,
                 "drain_seconds": outcome.drain_seconds,
                 "shutdown_seconds": outcome.shutdown_seconds,
                 "peak_rss_bytes": environment.peak_rss(),
@@ -66,15 +67,15 @@ def main(options: argparse.Namespace) -> int:
                 **vars(counted),
                 "stats": None if outcome.stats is None else outcome.stats._asdict(),
                 "config": asdict(config),
-                "environment": environment.describe(),
+                "environment": place,
             }
             lines = [
                 f"{finding.status.upper()}: {finding.note}",
                 f"events        {counted.accepted:,} accepted, {counted.delivered:,} delivered,"
                 f" {counted.refused:,} refused of {wanted:,}, each checked",
-                f"rate          {result['delivered_per_second']:,.0f} events/s in"
-                f" {format_seconds(outcome.load_seconds)}; drained in {format_seconds(outcome.drain_seconds)}",
-                f"on            {environment.line(environment.describe())}",
+                f"rate          {rate:,.0f} events/s in {format_seconds(outcome.load_seconds)};"
+                f" drained in {format_seconds(outcome.drain_seconds)}",
+                f"on            {environment.line(place)}",
             ]
             files.finish(result, lines)
     except KeyboardInterrupt:

@@ -10,7 +10,6 @@ eighth of the machine's memory.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -31,22 +30,13 @@ from soak.payloads import events
 PRODUCERS = (1, 4, 16, 32)
 DELAYS = ("0", "10us", "100us", "1ms")
 BATCH_LIMITS = ("none", "32KiB", "320KiB")
-ROUNDS = 2
-"""How often each choice is tried, in turns with the others: the best counts, since other programs only slow it down."""
-CONFIRM = 2
-"""How often the recommended settings are tried."""
-NEAR = 0.95
-"""A rate of so much of the best one is as good: then the smaller number, or the longer rest."""
-WORTH = 1.05
-"""A batch limit must bring so much to be recommended."""
-STEADY = 1.25
-"""The rates of the last probes differ by no more, or the result is provisional."""
-OFFERED = 0.7
-"""Of the highest rate: what paced producers send, since a machine at its limit refuses with any buffer."""
-TICK = 0.01
-"""Seconds between the bursts of a paced producer."""
-SPARE = 2
-"""The recommended buffer over the smallest healthy one."""
+ROUNDS = 2  # each choice is tried so often, in turns: the best counts, since other programs only slow it down
+CONFIRM = 2  # how often the recommended settings are tried
+NEAR = 0.95  # a rate of so much of the best one is as good: then the smaller number, or the longer rest
+WORTH = 1.05  # a batch limit must bring so much
+STEADY = 1.25  # the rates of the last probes differ by no more, or the result is provisional
+OFFERED = 0.7  # of the highest rate is what paced producers send: at its limit a machine refuses with any buffer
+TICK = 0.01  # seconds between the bursts of a paced producer
 LEAST_BUFFER, FIRST_BUFFER, MOST_BUFFER = 16 * KIB, 2 * MIB, 1024 * MIB
 SHARE_OF_MEMORY = 8
 OUT = Path("soak/out")
@@ -83,23 +73,20 @@ def add_parser(commands: Any) -> None:
     """Add this command to the subparsers of ``python3 -m soak``."""
     purpose = "Probe this machine, recommend limits, and write them where `run` finds them."
     add = cli.add_command(commands, "tune", main, purpose, EXAMPLE)
-    settings.add_settings(add, {name: settings.DEFAULTS[name] for name in ("payload", "interval")})
+    settings.add_settings(add, "payload", "interval")
     add("--probe", type=cli.duration, default="1s", metavar="TIME", help="of each of at most 40 probes (%(default)s)")
     add("--out", type=cli.path, default=OUT, metavar="DIR", help="folder of the settings (%(default)s)")
 
 
 def main(options: argparse.Namespace) -> int:
     """Find settings, write and tell them; return the exit code."""
-    if not hasattr(options, "payload"):
-        options.payload = ask() if sys.stdin.isatty() and sys.stderr.isatty() else TELEMETRY
+    if not hasattr(options, "payload") and sys.stdin.isatty() and sys.stderr.isatty():
+        options.payload = ask()
     place = environment.describe()
-    chosen = argparse.Namespace(
-        payload=options.payload, producers=1, consumer_delay=0.0, max_buffered_bytes=MOST_BUFFER
-    )
-    chosen.interval = getattr(options, "interval", cli.duration(settings.DEFAULTS["interval"]))
-    chosen.parser = options.parser
-    first = settings.config_from(chosen, options.probe)
-    most = largest_buffer(first, place["memory_bytes"])
+    memory = place["memory_bytes"]
+    usual = {"producers": "1", "consumer_delay": "0", "max_buffered_bytes": str(MOST_BUFFER)}
+    first = settings.config_from(options, options.probe, **usual)
+    most = largest_buffer(first, memory)
     if 2 * first.largest_payload > most:
         complain(
             f"a buffer for two payloads of {format_size(first.largest_payload)} takes more than an eighth of this"
@@ -109,14 +96,13 @@ def main(options: argparse.Namespace) -> int:
     first = replace(first, max_buffered_bytes=max(min(FIRST_BUFFER, most), 2 * first.largest_payload))
     try:
         with interrupts.kept():
-            found = tune(first, options.probe, most, place["memory_bytes"] is not None)
+            found = tune(first, options.probe, most, memory is not None)
     except (KeyboardInterrupt, RuntimeError) as error:
         complain(f"no settings: {error}" if str(error) else "interrupted: there are no settings")
         return 130 if isinstance(error, KeyboardInterrupt) else 1
-    lines = show(found, place["memory_bytes"])
+    lines = show(found, memory)
     path = options.out / settings.FILE
-    made = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    written = results.write(path, settings.as_file(as_texts(found.config), place, not found.provisional, made))
+    written = results.write(path, settings.as_file(found.config, place, not found.provisional, results.now()))
     if written:
         user = "`make soak`" if options.out == OUT else f"a run with --out {options.out}"
         lines.append(f"written       {path}: {user} uses them from now on")
@@ -128,20 +114,17 @@ def ask(read: Callable[[], str] = sys.stdin.readline, tries: int = 3) -> str | i
     """Ask on the terminal for a payload size; an empty answer, or too many bad ones, is the default."""
     for _ in range(tries):
         print(f"payload size, such as 10KiB, or {TELEMETRY} [{TELEMETRY}]: ", end="", file=sys.stderr, flush=True)
-        answer = read().strip()
-        if not answer:
-            break
         try:
-            return settings.payload(answer)
+            return settings.payload(read().strip() or TELEMETRY)
         except argparse.ArgumentTypeError as error:
             say(str(error))
     return TELEMETRY
 
 
 def largest_buffer(config: Config, memory: object) -> int:
-    """Return the largest buffer, in bytes, with which a run's bound is an eighth of the memory at most.
+    """Return the largest buffer, in bytes, with which the bound for the heap is an eighth of the memory at most.
 
-    The bound is that of `run`'s heap. Memory that is not known is taken for 512 MiB.
+    Memory that is not known is taken for 512 MiB.
     """
     share = (memory if isinstance(memory, int) else 512 * MIB) // SHARE_OF_MEMORY
     buffer = min(MOST_BUFFER, share)
@@ -162,7 +145,10 @@ def tune(first: Config, seconds: float, most: int, memory_known: bool) -> Found:
     config, offered = delays[longest], OFFERED * tried[longest]
 
     def healthy(buffer: int) -> bool:
-        return paced(replace(config, max_buffered_bytes=buffer), seconds, offered)
+        """Send so many events a second from all producers together: is none refused?"""
+        paced = replace(config, max_buffered_bytes=buffer, on_full="raise")
+        _, refused, problems = _probe(paced, seconds, Paced(paced, offered))
+        return not refused and not problems
 
     least = min(max(LEAST_BUFFER, 1 << (2 * config.largest_payload).bit_length()), most)
     edge = find_edge(healthy, least, most)
@@ -170,7 +156,7 @@ def tune(first: Config, seconds: float, most: int, memory_known: bool) -> Found:
         why.append(f"refused at {offered:,.0f} events/s with every buffer up to {format_size(most)}")
     elif edge.refusing is None:
         why.append(f"no edge: the smallest buffer tried, {format_size(edge.healthy)}, refused nothing")
-    config = replace(config, max_buffered_bytes=min(most, SPARE * (edge.healthy or most)))
+    config = replace(config, max_buffered_bytes=min(most, 2 * (edge.healthy or most)))
 
     limits = {text: replace(config, max_batch_bytes=cli.size_or_none(text)) for text in BATCH_LIMITS}
     fitting = {text: one for text, one in limits.items() if (one.max_batch_bytes or 0) <= config.max_buffered_bytes}
@@ -198,17 +184,16 @@ def _rates(what: str, choices: Mapping[Any, Config], seconds: float) -> dict[Any
 
 
 def find_edge(healthy: Callable[[int], bool], least: int, most: int) -> Edge:
-    """Search among ``least`` times 2, 4, 8 ... and ``most``; a size counts as healthy after two good probes.
-
-    At most 2 * (log2(number of sizes) + 1) probes: 12 from 16 KiB to 1 GiB.
+    """Search among ``least`` times 1, 2, 4 ... and ``most``; a size counts as healthy after two good probes.
 
     >>> find_edge(lambda size: size >= 3000, 16, 1 << 20), find_edge(lambda size: True, 16, 64)
     (Edge(healthy=4096, refusing=2048), Edge(healthy=16, refusing=None))
     >>> find_edge(lambda size: False, 16, 64)
     Edge(healthy=None, refusing=64)
     """
-    steps = max(0, math.ceil(math.log2(most / least))) if most > least else 0
-    sizes = [min(most, least << step) for step in range(steps + 1)]
+    sizes = [least]
+    while sizes[-1] < most:
+        sizes.append(min(most, 2 * sizes[-1]))
     low, high = 0, len(sizes)  # below low all refuse, from high on none does
     while low < high:
         middle = (low + high) // 2
@@ -224,13 +209,6 @@ def observe(config: Config, seconds: float) -> float:
     if problems:
         raise RuntimeError(problems[0])
     return rate
-
-
-def paced(config: Config, seconds: float, offered: float) -> bool:
-    """Send ``offered`` events a second from all producers together; return whether none was refused."""
-    config = replace(config, on_full="raise")
-    _, refused, problems = _probe(config, seconds, Paced(config, offered))
-    return not refused and not problems
 
 
 def _probe(config: Config, seconds: float, load: Load) -> tuple[float, int, list[str]]:
@@ -257,15 +235,13 @@ class Paced(Load):
         while not halt:
             time.sleep(max(0.0, due - time.perf_counter()))
             due += self._tick
-            refused = 0
             for payload in islice(source, self._burst):
                 try:
                     dispatcher.enqueue(payload)
+                    self.accepted[index] += 1
                 except tempo.QueueFull:
-                    refused += 1
+                    self.refused[index] += 1
                     sent.take_back(payload)
-            self.refused[index] += refused
-            self.accepted[index] += self._burst - refused
 
 
 def show(found: Found, memory: object) -> list[str]:
@@ -274,12 +250,8 @@ def show(found: Found, memory: object) -> list[str]:
     per_second = found.rate * max(1, config.mean_payload)
     bound = heap.bound(config)
     share = f", {100 * bound / memory:.2g} % of {format_size(memory)}" if isinstance(memory, int) else ""
-    if edge.healthy is None:
-        begin = f"refusals with every buffer up to {format_size(edge.refusing)}"
-    elif edge.refusing is None:
-        begin = f"no refusals with {format_size(edge.healthy)}, the smallest tried"
-    else:
-        begin = f"refusals with {format_size(edge.refusing)}, none with {format_size(edge.healthy)}"
+    begin = "" if edge.refusing is None else f"refusals with {format_size(edge.refusing)}, "
+    begin += "with every buffer" if edge.healthy is None else f"none with {format_size(edge.healthy)}"
     limit = "none" if config.max_batch_bytes is None else format_size(config.max_batch_bytes)
     helps = f"it brings {100 * (found.gain - 1):.0f} %" if found.gain > 1 else "one does not help"
     return [
@@ -293,15 +265,3 @@ def show(found: Found, memory: object) -> list[str]:
         f"memory        {format_size(bound)} at most for all that tempo holds{share}",
         f"batch limit   {limit}: {helps}",
     ]
-
-
-def as_texts(config: Config) -> dict[str, str]:
-    """Return the settings as options would give them."""
-    return {
-        "payload": str(config.payload),
-        "producers": str(config.producers),
-        "interval": f"{round(config.interval * 1e9)}ns",
-        "consumer_delay": f"{round(config.consumer_delay * 1e9)}ns",
-        "max_batch_bytes": "none" if config.max_batch_bytes is None else str(config.max_batch_bytes),
-        "max_buffered_bytes": str(config.max_buffered_bytes),
-    }

@@ -9,11 +9,11 @@ from typing import NamedTuple
 from soak.cli import format_seconds, format_size
 
 PASS, WARN, FAIL = "pass", "warn", "fail"
-_ORDER = (PASS, WARN, FAIL)
-
-DRAIN_WARN = 0.5
-DRAIN_FAIL = 5.0
+DRAIN_WARN, DRAIN_FAIL = 0.5, 5.0
 """Seconds."""
+
+Known = tuple[str, float, float] | None
+"""Of a baseline: its name, its figure, and how far from that a run may be."""
 
 
 class Finding(NamedTuple):
@@ -30,12 +30,10 @@ def judge_correctness(
 
     ``problems`` are one line each; ``remarks`` say what could not be checked.
     """
-    wrong = []
-    if lost or duplicated:
-        wrong.append(f"{lost:,} events lost, {duplicated:,} duplicated")
+    wrong = [f"{lost:,} events lost, {duplicated:,} duplicated"] if lost or duplicated else []
     if rejected and on_full == "block":
         wrong.append(f"{rejected:,} events refused although producers wait for room")
-    wrong.extend(problems[:3])
+    wrong += problems[:3]
     if len(problems) > 3:
         wrong.append(f"and {len(problems) - 3} more problems")
     if wrong:
@@ -44,18 +42,16 @@ def judge_correctness(
     return Finding(PASS, "; ".join([f"every accepted event delivered once{refused}", *remarks]))
 
 
-def judge_throughput(
-    rate: float, ratio: float | None, baseline: tuple[str, float, float] | None, note: str = "no baseline"
-) -> Finding:
-    """Compare a ratio (rate over calibration) with ``baseline``, its (name, ratio, spread).
+def judge_throughput(rate: float, ratio: float | None, known: Known, note: str = "no baseline") -> Finding:
+    """Compare a ratio (rate over calibration) with a baseline; ``note``: why there is none, or how it differs.
 
-    Without a baseline, events that flow at all pass. ``note``: why there is none, or how it differs.
+    Without a baseline, events that flow at all pass.
     """
     if rate <= 0:
         return Finding(FAIL, "nothing was delivered")
-    if baseline is None:
+    if known is None:
         return Finding(PASS, note)
-    name, expected, spread = baseline
+    name, expected, spread = known
     against = f"{name}: {expected:.3f} +- {spread:.3f}" + (f" ({note})" if note else "")
     if ratio is None:
         return Finding(WARN, f"not calibrated, so not compared with {against}")
@@ -65,46 +61,40 @@ def judge_throughput(
     return Finding(PASS, f"ratio {ratio:.3f} is {better} the baseline {against}")
 
 
-def judge_memory(
-    peak: int | None, bound: int, allowance: int, baseline: tuple[str, float, float] | None = None
-) -> Finding:
+def judge_memory(peak: int | None, bound: int, allowance: int, known: Known = None) -> Finding:
     """Compare the traced peak with the bound (bytes), what the harness may take in addition, and a baseline."""
     if peak is None:
         return Finding(WARN, "not measured: this interpreter has no tracemalloc")
     measured = f"peak heap {format_size(peak)}"
     if peak <= bound:
-        return _against(Finding(PASS, f"{measured}, bound {format_size(bound)}"), peak, baseline, format_size)
+        return _against(Finding(PASS, f"{measured}, bound {format_size(bound)}"), peak, known, format_size)
     limit = f"bound {format_size(bound)} and {format_size(allowance)} for the harness"
-    if peak <= bound + allowance:
-        finding = Finding(WARN, f"{measured} is within {limit}, but only with that")
-        return _against(finding, peak, baseline, format_size)
-    return Finding(FAIL, f"{measured} is over {limit}")
+    if peak > bound + allowance:
+        return Finding(FAIL, f"{measured} is over {limit}")
+    return _against(Finding(WARN, f"{measured} is within {limit}, but only with that"), peak, known, format_size)
 
 
-def judge_drain(seconds: float | None, baseline: tuple[str, float, float] | None = None) -> Finding:
+def judge_drain(seconds: float | None, known: Known = None) -> Finding:
     """Judge the time from "all producers stopped" to "all delivered"; None is a drain that did not come to its end."""
     if seconds is None:
         return Finding(FAIL, "not drained")
     note = f"drained in {format_seconds(seconds)}"
     if seconds > DRAIN_FAIL:
         return Finding(FAIL, f"{note}, over {DRAIN_FAIL:.0f} s")
-    if seconds > DRAIN_WARN:
-        return _against(Finding(WARN, f"{note}, over {DRAIN_WARN} s"), seconds, baseline, format_seconds)
-    return _against(Finding(PASS, note), seconds, baseline, format_seconds)
+    finding = Finding(WARN, f"{note}, over {DRAIN_WARN} s") if seconds > DRAIN_WARN else Finding(PASS, note)
+    return _against(finding, seconds, known, format_seconds)
 
 
-def _against(
-    finding: Finding, value: float, baseline: tuple[str, float, float] | None, text: Callable[[float], str]
-) -> Finding:
-    """Fail when the value is above what the baseline, its (name, figure, spread), allows."""
-    if baseline is None or value <= baseline[1] + baseline[2]:
+def _against(finding: Finding, value: float, known: Known, text: Callable[[float], str]) -> Finding:
+    """Fail when the value is above what the baseline allows."""
+    if known is None or value <= known[1] + known[2]:
         return finding
-    name, expected, spread = baseline
+    name, expected, spread = known
     return Finding(FAIL, f"{finding.note}: above the baseline {name}: {text(expected)} +- {text(spread)}")
 
 
 def overall(findings: Mapping[str, Finding]) -> Finding:
     """Return the worst of ``findings``, naming those that are not a pass."""
-    worst = max((finding.status for finding in findings.values()), key=_ORDER.index)
+    worst = max((finding.status for finding in findings.values()), key=(PASS, WARN, FAIL).index)
     short = [f"{name} {finding.status}" for name, finding in findings.items() if finding.status != PASS]
     return Finding(worst, ", ".join(short) or "all pass")

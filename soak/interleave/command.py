@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The ``interleave`` command: the whole walk, a seeded sample of it, or the broken twins."""
+"""The ``interleave`` command: stops a call at each of its bytecodes, lets others run, goes on, and checks."""
 
 from __future__ import annotations
 
@@ -8,98 +8,171 @@ import random
 import signal
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import count, product
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, NamedTuple
 
-from soak.interleave import twins, walk
-from soak.interleave.schedule import Schedule
+from soak import cli
+from soak.interleave.scenes import STATES, Scene
+from soak.interleave.schedule import FOREVER, Schedule
+from soak.interleave.twins import TWINS, Twin
 
-POSSIBLE = sys.implementation.name == "cpython" and sys.version_info[:2] != (3, 12)
-"""Whether this interpreter can stop a thread at a bytecode."""
+POSSIBLE = sys.implementation.name == "cpython" and sys.version_info[:2] != (3, 12)  # to stop a thread at a bytecode
+EPILOG = "exit code: 0 all held and each twin was found, 1 not; example: python3 -m soak interleave --seconds 60"
+
+
+class Plan(NamedTuple):
+    """Calls to interleave in a state: the first is stopped, the second too when there are three."""
+
+    calls: tuple[str, ...]
+    state: str
+    consumer: bool  # one waits already when they begin
+    nested: bool = False  # the second is made within the first, in its thread, as a signal handler or a finalizer does
+
+    def __str__(self) -> str:
+        calls = f"{self.calls[1]} inside {self.calls[0]}" if self.nested else " / ".join(self.calls)
+        return f"{calls} in {self.state!r}{' with a consumer' if self.consumer else ''}"
+
+
+CALLS = ("enqueue", "enqueue waiting", "aenqueue", "enqueue_many", "get", "wait", "flush", "shutdown", "stop", "stats")
+INSIDE = ("enqueue", "enqueue waiting", "enqueue two", "enqueue_many", "stats", "interrupt")
+NESTED = [pair for pair in product(CALLS, INSIDE) if pair != ("aenqueue", "interrupt")]  # asyncio loses a callback then
+TRIPLES = (("enqueue", "enqueue", "get"), ("enqueue", "enqueue", "wait"),
+           ("enqueue", "shutdown", "wait"), ("shutdown", "enqueue", "wait"))  # fmt: skip
+DEEP = ("empty", "open batch with credit", "one short of a batch", "one short of the buffer", "full, one waits")
+PLANS = [
+    *(Plan(*each) for each in product(product(CALLS[:-1], CALLS), STATES, (False, True))),
+    *(Plan(*each, nested=True) for each in product(NESTED, STATES, (False, True))),
+    *(Plan(*each) for each in product(TRIPLES, DEEP, (False,))),
+]
+
+
+def play(schedule: Schedule, plan: Plan, stops: tuple[int, ...], order: int = 0) -> int:
+    """Interleave the plan's calls once; return how many were stopped, up to the first that ended before.
+
+    stops: after how many bytecodes (of three calls: lines) the first is stopped, and the second of three. order: which
+    of two goes on first. Raises AssertionError, and what else came out of tempo.
+    """
+    schedule.by_line = len(stops) > 1
+    schedule.at_signals = plan.calls[-1] == "interrupt"
+    kind = "atake all" if plan.nested and not schedule.at_signals else "take all"  # the first one never looks up
+    scene = Scene(schedule, plan.state, kind if plan.consumer else "", plan.nested)
+    try:
+        actors = [scene.begin(call) for call in plan.calls[: len(stops)]]
+        if plan.nested:
+            actors[0].nested = lambda: scene.make(plan.calls[1], "Z")
+        for actor, stop in zip(actors, stops, strict=True):
+            if schedule.run(actor, stop) == "blocked" and len(stops) == 1:
+                scene.nudge()
+                if actor.ready():  # what it waited for has come: on to the stop
+                    schedule.run(actor, stop)
+        stopped = [actor.steps >= stop for actor, stop in zip(actors, stops, strict=True)]
+        if not plan.nested:
+            schedule.run(scene.begin(plan.calls[-1]))
+        for actor in reversed(actors) if order else actors:
+            if actor.ready():
+                schedule.run(actor)
+        scene.check()
+        return [*stopped, False].index(False)
+    finally:
+        schedule.close()
+
+
+def attempt(schedule: Schedule, plan: Plan, stops: tuple[int, ...], order: int = 0) -> int | str:
+    """As play; return what did not hold, and where."""
+    try:
+        return play(schedule, plan, stops, order)
+    except Exception as error:  # of any kind: none may come out of tempo here
+        return f"{plan}, stopped at {stops}, order {order}: {type(error).__name__}: {error}"
+
+
+def walk(schedule: Schedule, plan: Plan) -> Iterator[int | str]:
+    """Play the plan with its calls stopped at each of their bytecodes."""
+    for first in count(1):
+        for rest in ((second,) for second in count(1)) if len(plan.calls) > 2 else [()]:
+            for order in range(len(plan.calls) - 1):
+                outcome = attempt(schedule, plan, (first, *rest), order)
+                yield outcome
+            if outcome == 0:
+                return
+            if outcome == 1:
+                break
+
+
+def sample(schedule: Schedule, plans: list[Plan], seed: int) -> Iterator[int | str]:
+    """Play some plans with their calls stopped at random, without end."""
+    chance = random.Random(seed)
+    most: dict[tuple[str, ...], list[int]] = {}  # bytecodes of the calls, as far as it is known
+    while True:
+        plan = chance.choice(plans)
+        bounds = most.setdefault((plan.state, *plan.calls), [1000] * (len(plan.calls) - 1))
+        stops = tuple(chance.randint(1, bound) for bound in bounds)
+        outcome = attempt(schedule, plan, stops, chance.randrange(2))
+        yield outcome
+        if isinstance(outcome, int) and outcome < len(stops):
+            bounds[outcome] = max(50, stops[outcome])
+
+
+def until_broken(outcomes: Iterable[int | str], seconds: float = FOREVER) -> tuple[int, str]:
+    """Run until one breaks, to the end, or for so long; return how many there were, and what did not hold, if any."""
+    end, runs = time.monotonic() + seconds, 0
+    for runs, outcome in enumerate(outcomes, 1):
+        if isinstance(outcome, str) or time.monotonic() >= end:
+            return runs, outcome if isinstance(outcome, str) else ""
+    return runs, ""
 
 
 def add_parser(commands: Any) -> None:
     """Add this command to the subparsers of ``python3 -m soak``."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "interleave",
-        description="Stop tempo's calls at each of their bytecodes, let others run, check; then find the broken twins.",
-        epilog="exit code: 0 all held and each twin was found, 1 not; example: python3 -m soak interleave --seconds 60",
-    )
-    parser.set_defaults(main=main, parser=parser)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--seconds", type=float, metavar="N", help="a random sample for so long, in place of all")
-    what.add_argument("--twins", action="store_true", help="only the broken twins")
-    what.add_argument("--only", metavar="TEXT", help="only plans whose name contains this, and no twins")
-    parser.add_argument("--seed", type=int, metavar="S", help="of the sample (else a random one, which is printed)")
+    purpose = "Stop tempo's calls at each of their bytecodes, let others run, check; then find the broken twins."
+    add = cli.add_command(commands, "interleave", main, purpose, EPILOG)
+    add("--only", default="", metavar="TEXT", help="only plans whose name contains this, and no twins")
+    add("--twins", action="store_true", help="only the broken twins")
+    add("--seconds", type=float, metavar="N", help="only a random sample, for so long")
+    add("--seed", type=int, metavar="S", help="of the sample (by default a random one, which is printed)")
 
 
 def main(options: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     begin = time.monotonic()
+    plans = [plan for plan in PLANS if options.only in str(plan)]
+    if not plans:
+        options.parser.error(f"argument --only: {options.only!r} is in the name of no plan")
+    if options.twins and (options.only or options.seconds is not None):
+        options.parser.error("argument --twins: takes neither --only nor --seconds")
     bad = 0
     if not POSSIBLE:
         print("left out: this interpreter cannot stop a thread at a bytecode")
     elif options.seconds is not None:
-        bad = run_sample(options.seconds, random.randrange(1 << 32) if options.seed is None else options.seed)
+        seed = random.randrange(1 << 32) if options.seed is None else options.seed
+        print(f"seed {seed}", flush=True)
+        runs, broken = until_broken(sample(Schedule(), plans, seed), options.seconds)
+        print(f"BROKEN  {broken}" if broken else f"{runs:,} runs, all held")
+        bad = int(broken != "")
     else:
-        plans = [plan for plan in walk.PLANS if (options.only or "") in str(plan) and not options.twins]
-        if options.only is not None and not plans:
-            options.parser.error(f"argument --only: {options.only!r} is in the name of no plan")
-        bad = run_all(plans) + (find_twins() if options.only is None else 0)
+        bad = walk_all([*([] if options.twins else plans), *([] if options.only else TWINS)])
     print(f"{time.monotonic() - begin:.0f} s")
     return int(bad > 0)
 
 
-def in_processes(work: Callable[[Any], Any], many: Iterable[Any]) -> Iterator[Any]:
-    """Yield the results as they come. Ctrl-C ends the processes without a word: it is for this one."""
-    quiet = (signal.SIGINT, signal.SIG_DFL)
+def walk_one(work: Plan | Twin) -> tuple[int, str]:
+    """Walk a plan, or those plans in which a twin must break; return the number of runs, and what broke, if any."""
+    if isinstance(work, Plan):
+        return until_broken(walk(Schedule(), work))
+    schedule, plans = Schedule(work.source()), [plan for plan in PLANS if work.where in str(plan)]
+    return until_broken(outcome for plan in plans for outcome in walk(schedule, plan))
+
+
+def walk_all(works: list[Plan | Twin]) -> int:
+    """Walk on all cores; return how many plans broke, and twins did not."""
+    total = bad = 0
+    quiet = (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the processes without a word: it is for this one
     with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=signal.signal, initargs=quiet) as pool:
-        for future in as_completed([pool.submit(work, one) for one in many]):
-            yield future.result()
-
-
-def run_all(plans: list[walk.Plan]) -> int:
-    """Walk the plans; return how many broke."""
-    kinds: dict[str, Counter[str]] = {}
-    for done, (plan, runs, failures) in enumerate(in_processes(walk_one, plans), 1):
-        print(*(f"BROKEN  {failure}\n" for failure in failures), sep="", end="")
-        print(f"{done:5} of {len(plans)}: {plan}: {runs} runs", flush=True)
-        kinds.setdefault(plan.kind, Counter()).update(plans=1, runs=runs, broken=bool(failures))
-    for kind, row in kinds.items():
-        print(f"{kind:16} {row['plans']:5} plans {row['runs']:9,} runs {row['broken']:5} broken")
-    return sum(row["broken"] for row in kinds.values())
-
-
-def walk_one(plan: walk.Plan) -> tuple[walk.Plan, int, list[str]]:
-    """Walk a plan to its end, or until it broke three times; return it, the number of runs, and the failures."""
-    runs, failures = 0, []
-    for outcome in walk.walk(Schedule(), plan):
-        runs += 1
-        if isinstance(outcome, str):
-            failures.append(outcome)
-            if len(failures) == 3:
-                break
-    return plan, runs, failures
-
-
-def run_sample(seconds: float, seed: int) -> int:
-    """Walk at random for so long, or until a run breaks; return how many did."""
-    print(f"seed {seed}", flush=True)
-    end = time.monotonic() + seconds
-    runs, outcomes = 0, walk.sample(Schedule(), seed)
-    outcome = next(outcomes)
-    while not isinstance(outcome, str) and time.monotonic() < end:
-        runs, outcome = runs + 1, next(outcomes)
-    print(f"BROKEN  {outcome}" if isinstance(outcome, str) else f"{runs:,} runs, all held")
-    return int(isinstance(outcome, str))
-
-
-def find_twins() -> int:
-    """Look for each broken twin; return how many were not found."""
-    places = dict(in_processes(twins.find, twins.TWINS))
-    for name, place in places.items():
-        print(f"twin {name!r}: {place or 'NOT FOUND'}")
-    return sum(place is None for place in places.values())
+        for work, (runs, broken) in zip(works, pool.map(walk_one, works)):
+            well = (broken != "") == isinstance(work, Twin)
+            print(f"{'' if well else 'FAILED  '}{work}: {runs:,} runs, {broken or 'all held'}", flush=True)
+            total, bad = total + runs, bad + (not well)
+    print(f"{len(works)} plans and twins, {total:,} runs, {bad} failed")
+    return bad

@@ -15,27 +15,20 @@ INTERVAL = 0.5  # seconds of the schedule's clock; less than LOOK_UP, which woul
 LOOK_UP = 1.0  # seconds after which a waiting thread looks anyway
 SIZE = 500  # bytes of a payload: credit covers it from the beginning
 MORE = 4 * SIZE  # bytes of one for which there may be no room while there is some for others
+WAITS = {"take all", "atake all", "wait"}  # calls that wait for a batch
 
 
-class State(NamedTuple):
-    room: int  # payloads
-    batch: int | None  # payloads of a full batch
-    fill: int  # payloads that were accepted, after a consumer began to wait if there is one
-    calls: tuple[str, ...] = ()  # that are under way
-
-
-STATES = {
-    "empty": State(64, None, 0),
-    "open batch with credit": State(64, None, 3),
-    "one short of a batch": State(64, 16, 15),
-    "closed batch": State(64, 16, 18),
-    "one short of the buffer": State(16, None, 15),
-    "full, one waits": State(16, None, 16, ("enqueue more",)),
-    "full batches, two wait": State(16, 4, 16, ("enqueue more", "enqueue more")),
-    "shutting down": State(64, 4, 6, ("shutdown",)),
+# Limits of buffer and batch, and what was accepted after the consumer began to wait, in payloads; calls under way.
+STATES: dict[str, tuple[int, int | None, int, list[str]]] = {
+    "empty": (64, None, 0, []),
+    "open batch with credit": (64, None, 3, []),
+    "one short of a batch": (64, 16, 15, []),
+    "closed batch": (64, 16, 18, []),
+    "one short of the buffer": (16, None, 15, []),
+    "full, one waits": (16, None, 16, ["enqueue more"]),
+    "full batches, two wait": (16, 4, 16, ["enqueue more", "enqueue more"]),
+    "shutting down": (64, 4, 6, ["shutdown"]),
 }
-WAITS = ("take all", "atake all", "wait")
-PRODUCERS = ("enqueue", "enqueue waiting", "enqueue more", "aenqueue")
 
 
 class Offer(NamedTuple):
@@ -47,8 +40,9 @@ class Offer(NamedTuple):
     before: int  # offers on record when it began
 
 
-def brief(payloads: Iterable[bytes]) -> list[bytes]:
-    return [data.rstrip(b".") for data in payloads]
+def names(payloads: Iterable[bytes]) -> list[tuple[bytes, int]]:
+    """Return who sent each, and its number there."""
+    return [(data[:1], int(data[1:].rstrip(b"."))) for data in payloads]
 
 
 class Scene:
@@ -56,58 +50,49 @@ class Scene:
 
     def __init__(self, schedule: Schedule, name: str, consumer: str, nested: bool) -> None:
         """consumer: the call of one who takes batches from the beginning. nested: a call is made within another."""
-        self.schedule = schedule
+        self.schedule, self.consumer, self.nested = schedule, consumer, nested
         self.tempo: Any = schedule.module
         self.offers: list[Offer] = []
         self.unsure: set[bytes] = set()  # payloads of an interrupted call
         self.received: list[tuple[float, list[bytes]]] = []
         self.handed_back: list[Any] = []  # batches
+        self.interrupted = False
         self.taking = 0  # calls that may have a batch which is not on record yet
-        self.took = False  # something has left since the state was set up
-        self.closing = ""  # "shutdown" or "stop", once that was called
-        self.closed = False  # that went so far that nothing is accepted any more
-        self.calls: list[tuple[str, Actor]] = []
-        self.nested, self.consumer = nested, consumer
-        state = STATES[name]
-        self.limit = state.room * SIZE
-        self.batch = state.batch * SIZE if state.batch else None
+        self.closing, self.closed = "", False  # "shutdown" or "stop", once called; and it refuses all from then on
+        room, batch, fill, calls = STATES[name]
+        self.limit, self.batch = room * SIZE, batch and batch * SIZE
         make = self.tempo.Dispatcher
         self.d = make(interval=INTERVAL, max_buffered_bytes=self.limit, max_batch_bytes=self.batch)
         if consumer:
             self.begin(consumer)
             schedule.settle()
-        for _ in range(state.fill):
+        for _ in range(fill):
             self.enqueue("f")
-        for call in state.calls:
+        for call in calls:
             schedule.run(self.begin(call))
         if not self.closing:  # a consumer would make an end of it
             schedule.settle()
-        self.took, self.closed = False, bool(self.closing)
+        self.took, self.closed = False, bool(self.closing)  # took: something has left since the state was set up
 
     def begin(self, call: str) -> Actor:
         """Make an actor for a call."""
-        producer = chr(ord("A") + len(self.calls))
-        actor = Actor(self.schedule, lambda: self.make(call, producer))
-        self.calls.append((call, actor))
-        return actor
+        producer = chr(ord("A") + len(self.schedule.actors))
+        return Actor(self.schedule, call, lambda: self.make(call, producer))
 
     def make(self, call: str, producer: str) -> None:
         """Make a call: the method of that name."""
         getattr(self, call.replace(" ", "_"))(producer)
 
-    def waiting(self, *names: str) -> list[str]:
-        """Return those calls of these names that wait."""
-        return [call for call, actor in self.calls if actor.state == "blocked" and call in names]
-
-    # -- Calls, each in its actor's thread, on record ----------------------------------------------------------------
+    def waiting(self) -> set[str]:
+        """Return the calls that wait."""
+        return {actor.name for actor in self.schedule.actors if actor.state == "blocked"}
 
     def offer(self, producer: str, sizes: list[int], call: Callable[[list[bytes]], object]) -> None:
         """Make a call that offers payloads, and put on record what came of it."""
         number = sum(offer.data.startswith(producer.encode()) for offer in self.offers)
         payloads = [f"{producer}{number + i}".encode().ljust(size, b".") for i, size in enumerate(sizes)]
-        before, closed = len(self.offers), self.closed
+        before, closed, accepted = len(self.offers), self.closed, len(payloads)
         error: Any = None
-        accepted = len(payloads)
         try:
             call(payloads)
         except self.tempo.Error as raised:
@@ -118,8 +103,8 @@ class Scene:
         if isinstance(error, self.tempo.QueueFull) and not self.nested:  # else credit counts as used
             assert error.buffered_bytes + error.needed > error.max_buffered_bytes, f"refused, and it fits: {error}"
         assert not closed or not accepted, f"accepted after {self.closing}"
-        for i, data in enumerate(payloads):
-            self.offers.append(Offer(data, error if i >= accepted else None, self.schedule.now, before))
+        ends = [None] * accepted + [error] * (len(payloads) - accepted)
+        self.offers += [Offer(data, end, self.schedule.now, before) for data, end in zip(payloads, ends)]
 
     def enqueue(self, producer: str, timeout: float | None = 0.0, size: int = SIZE) -> None:
         self.offer(producer, [size], lambda payloads: self.d.enqueue(payloads[0], timeout))
@@ -144,22 +129,14 @@ class Scene:
 
     def get(self, producer: str, timeout: float | None = 0.0) -> bool:
         """Take a batch; return whether there may be more."""
-        self.took = True
-        self.taking += 1
+        self.took, self.taking, batch = True, self.taking + 1, []
         try:
-            self.received.append((self.schedule.now, self.d.get(timeout).tolist()))
-        except queue.Empty:
-            assert timeout is not None, "get without a timeout ran out of time"
-            return False
-        except self.tempo.Stopped:
-            assert self.closing, "Stopped, and nobody has stopped it"
-            return False
-        except KeyboardInterrupt:
-            self.taking += 1  # for good: it may be lost
-            raise
-        finally:
-            self.taking -= 1
-        return True
+            batch = self.d.get(timeout).tolist()
+            self.received.append((self.schedule.now, batch))
+        except (queue.Empty, self.tempo.Stopped) as end:
+            assert self.closing if isinstance(end, self.tempo.Stopped) else timeout is not None, f"get raised {end!r}"
+        self.taking -= 1  # not after an interrupt, which may have lost a batch
+        return bool(batch)
 
     wait = partialmethod(get, timeout=None)
 
@@ -176,11 +153,9 @@ class Scene:
         assert self.closing, "the end, and nobody has stopped it"
 
     def flush(self, producer: str) -> None:
-        before = self.accepted()
-        if self.d.flush():
-            assert self.taking or before <= self.out(), "flush returned before all was delivered"
-        else:
-            assert self.closing == "stop", "flush gave up"
+        before, done = self.accepted(), self.d.flush()
+        assert done or self.closing == "stop", "flush gave up"
+        assert not done or self.taking or before <= self.out(), "flush returned before all was delivered"
 
     def shutdown(self, producer: str) -> None:
         self.closing = self.closing or "shutdown"
@@ -191,12 +166,12 @@ class Scene:
             assert self.closing == "stop", "shutdown raised Stopped, and nobody has stopped it"
         self.closed = True
 
-    def stop(self, producer: str) -> None:
+    def stop(self, producer: str = "") -> None:
         self.took, self.closing = True, "stop"
         self.handed_back += self.d.stop()
         self.closed = True
 
-    def stats(self, producer: str) -> Any:
+    def stats(self, producer: str = "") -> Any:
         t = self.d.stats()
         assert t.accepted == t.delivered + t.in_flight + t.buffered + t.discarded, f"out of balance: {t}"
         assert 0 <= t.buffered_bytes <= t.peak_buffered_bytes <= self.limit, f"out of bounds: {t}"
@@ -204,6 +179,7 @@ class Scene:
 
     def interrupt(self, producer: str) -> None:
         """Do what Ctrl-C does."""
+        self.interrupted = True
         raise KeyboardInterrupt
 
     def nudge(self) -> None:
@@ -213,16 +189,11 @@ class Scene:
         while self.get(""):
             self.d.flush(0)
 
-    # -- What must hold when all have gone on as far as they can -----------------------------------------------------
-
     def accepted(self) -> set[bytes]:
         return {offer.data for offer in self.offers if offer.error is None}
 
     def out(self) -> set[bytes]:
         return {data for _, batch in self.received for data in batch}
-
-    def interrupted(self) -> bool:
-        return any(actor.error for _, actor in self.calls)
 
     def check(self) -> None:
         """Let all go on until none can; look; let the interval pass; take out what is there; stop."""
@@ -230,54 +201,50 @@ class Scene:
         self.look()
         self.schedule.settle(INTERVAL)
         t = self.look()
-        assert not self.waiting(*WAITS) or not t.buffered, f"a consumer waits, and the interval is over: {t}"
+        assert not self.waiting() & WAITS or not t.buffered, f"a consumer waits, and the interval is over: {t}"
         if self.consumer:  # it needed nobody's help
             at = {data: when for when, batch in self.received for data in batch}
             allowed = INTERVAL + (LOOK_UP if self.nested and self.consumer == "take all" else 0)
             late = [offer.data for offer in self.offers if at.get(offer.data, 0) > offer.ended + allowed]
-            assert not late, f"later than the interval: {brief(late)}"
-        if self.interrupted():  # is it as good as before?
+            assert not late, f"later than the interval: {names(late)}"
+        if self.interrupted:  # is it as good as before?
             for _ in range(3):
                 self.enqueue("i")
             if self.closing:
-                self.stop("")
+                self.stop()
         more = True
         while more or self.d.stats().buffered:
             self.d.flush(0)
             more = self.get("")
             self.schedule.settle()
         assert not self.closing or self.d.stats().state == "stopped", "drained, and not stopped"
-        waiting = [call for call, actor in self.calls if actor.state != "ended" and (self.closing or call not in WAITS)]
+        waiting = [a.name for a in self.schedule.actors if a.state != "ended" and (self.closing or a.name not in WAITS)]
         assert not waiting, f"all is taken, and {waiting} wait"
-        self.stop("")
+        self.stop()
         self.schedule.settle()
-        assert all(actor.state == "ended" for _, actor in self.calls), "stopped, and somebody waits"
+        assert all(actor.state == "ended" for actor in self.schedule.actors), "stopped, and somebody waits"
         self.look()
         self.census()
 
     def look(self) -> Any:
         """Look at those who wait, and at the books, while no call is going on."""
-        for call, actor in self.calls:
-            if actor.error is not None and not isinstance(actor.error, KeyboardInterrupt):
-                raise AssertionError(f"{call} raised {actor.error!r}") from actor.error
+        for actor in self.schedule.actors:
+            assert isinstance(actor.error, KeyboardInterrupt | None), f"{actor.name} raised {actor.error!r}"
         full = [offer for offer in self.offers if isinstance(offer.error, self.tempo.QueueFull)]
-        if self.waiting(*WAITS):  # by the record: to ask the dispatcher might help it
+        if self.waiting() & WAITS:  # by the record: to ask the dispatcher might help it
             there = sum(map(len, self.accepted() - self.out()))
             assert self.taking or there < (self.batch or self.limit + 1), f"{there} bytes are there for who waits"
-            others = self.waiting(*PRODUCERS, "flush", "shutdown")
-            assert not others, f"a consumer waits, and so do {others}"
+            assert self.waiting() <= WAITS, f"a consumer waits, and so do others: {self.waiting()}"
             for offer in full:
                 due = {before.data for before in self.offers[: offer.before] if before.error is None}
                 assert self.taking or due <= self.out(), "a consumer waits, and a payload was refused"
-        self.d._check()
-        t = self.stats("")
-        assert t.state != "stopped" or t.buffered == 0 or self.interrupted(), f"stopped, and not empty: {t}"
-        if t.waiting_producers:
-            assert t.buffered_bytes + MORE > self.limit, f"a producer waits for room that is there: {t}"
-        if t.buffered == 0:
-            assert not self.waiting("flush", "shutdown"), f"all is delivered, and who drains waits: {t}"
+        t = self.stats()
+        assert t.state != "stopped" or t.buffered == 0 or self.interrupted, f"stopped, and not empty: {t}"
+        room = self.limit - t.buffered_bytes
+        assert not t.waiting_producers or room < MORE, f"a producer waits for room that is there: {t}"
+        assert t.buffered or not self.waiting() & {"flush", "shutdown"}, f"all is delivered, and who drains waits: {t}"
         if not self.took and not self.nested:  # then the room has only become less, and must be used up
-            assert all(t.buffered_bytes + len(offer.data) > self.limit for offer in full), f"refused what fits: {t}"
+            assert all(len(offer.data) > room for offer in full), f"refused what fits: {t}"
         return t
 
     def census(self) -> None:
@@ -287,16 +254,15 @@ class Scene:
         came, accepted, t = out + back, self.accepted(), self.d.stats()
         gone = t.delivered - len(out)  # payloads of a batch that was on its way out of an interrupted call
         assert gone == 0 or self.taking, f"{len(out)} were delivered: {t}"
-        assert len(came) == len(set(came)), f"repeated: {brief(came)}"
-        assert len(accepted - set(came)) <= gone, f"lost: {brief(accepted - set(came))}"
-        assert set(came) <= accepted | self.unsure, f"refused, and delivered: {brief(set(came) - accepted)}"
-        if sum(call in (*WAITS, "get") for call, _ in self.calls) < 2:  # else they are on record in any order
+        assert len(came) == len(set(came)), f"repeated: {names(came)}"
+        assert len(accepted - set(came)) <= gone, f"lost: {names(accepted - set(came))}"
+        assert set(came) <= accepted | self.unsure, f"refused, and delivered: {names(set(came) - accepted)}"
+        if len([actor for actor in self.schedule.actors if actor.name in WAITS | {"get"}]) < 2:  # else in any order
             for some in (out, back):
-                for producer in {data[:1] for data in some}:
-                    numbers = [int(data[1:].rstrip(b".")) for data in some if data[:1] == producer]
-                    assert numbers == sorted(numbers), f"out of order: {brief(some)}"
+                by_producer = sorted(names(some), key=lambda name: name[0])
+                assert by_producer == sorted(by_producer), f"out of order: {names(some)}"
         refused = len({id(offer.error) for offer in self.offers if offer.error is not None})
         assert 0 <= t.accepted - len(accepted) <= len(self.unsure), f"{len(accepted)} were accepted: {t}"
         assert 0 <= t.rejected - refused <= len(self.unsure), f"{refused} were refused: {t}"
-        assert t.discarded == len(back), f"{len(back)} were handed back: {t}"
-        assert (t.buffered, t.waiting_producers, t.waiting_consumers) == (0, 0, 0), f"left behind: {t}"
+        left = (t.discarded - len(back), t.buffered, t.waiting_producers, t.waiting_consumers)
+        assert left == (0, 0, 0, 0), f"left behind, or handed back and not counted: {t}"

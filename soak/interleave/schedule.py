@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Real threads that run one at a time, stop at a given bytecode of tempo's, and block where nobody else would.
 
-A schedule loads tempo (or a broken twin) with a lock and a clock of its own: CPython's pure-Python RLock and Condition,
-built on that lock, and `time.monotonic` stand in for the real ones. So it knows at once that a thread blocks, time
-passes only when nothing else can, and runs can be repeated.
+A schedule loads tempo (or a broken twin) with its own lock, on which CPython's pure-Python RLock and Condition stand,
+and its own clock. So it knows at once that a thread blocks, time passes only when nothing else can, and runs repeat.
 """
 
 from __future__ import annotations
@@ -19,43 +18,28 @@ from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from types import CodeType, FrameType, ModuleType
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 SOURCE = Path(__file__).resolve().parents[2] / "tempo.py"
 FOREVER = float("inf")
-PATIENCE = 20.0
-"""Real seconds for which a thread may run before it counts as one that loops for ever."""
-
-
-class Abandoned(BaseException):
-    """Ends a thread whose run is over."""
-
-
-class Stuck(Exception):
-    """A thread neither ended nor blocked."""
-
-
-def closed_lock() -> threading.Lock:
-    lock = threading.Lock()
-    lock.acquire()
-    return lock
+PATIENCE = 20.0  # real seconds for which a thread may run before it counts as one that loops for ever
 
 
 class Actor(threading.Thread):
     """A thread of a schedule's that makes one call, as far as it is told to go."""
 
-    def __init__(self, schedule: Schedule, work: Callable[[], object]) -> None:
-        super().__init__(daemon=True)
-        self.schedule, self.work = schedule, work
-        schedule.actors.append(self)
-        self.turn = closed_lock()
-        self.state = "ready"  # or "stopped" (at a bytecode), "blocked", "ended"
-        self.waits_for: object = None
-        self.until = FOREVER  # when it goes on all the same
+    def __init__(self, schedule: Schedule, name: str, work: Callable[[], object]) -> None:
+        super().__init__(name=name, daemon=True)
+        self.schedule, self.work, self.turn = schedule, work, threading.Lock()
+        self.turn.acquire()
+        self.state = "ready"  # or "blocked", "ended"
+        self.lock: Lock | None = None  # that it waits for,
+        self.until = FOREVER  # and when it goes on all the same
         self.error: BaseException | None = None
         self.steps = self.stop_at = 0  # bytecodes passed; where to stop (0: nowhere)
         self.nested: Callable[[], object] | None = None  # to be done there instead
+        schedule.actors.append(self)
         self.start()
 
     def run(self) -> None:
@@ -71,24 +55,27 @@ class Actor(threading.Thread):
             self.state = "ended"
             self.schedule.turn.release()
 
+    def ready(self) -> bool:
+        free = self.lock is None or not self.lock.held or self.schedule.now >= self.until
+        return self.state == "ready" or (self.state == "blocked" and free)
+
 
 class Schedule:
-    """Loads a tempo, and decides which of its threads runs when."""
+    """Loads a tempo (source: its text; None: this repository's), and decides which of its threads runs when."""
 
     def __init__(self, source: str | None = None) -> None:
-        """source: the text of a tempo.py; else the one of this repository."""
         self.now = 1000.0
-        self.turn = closed_lock()  # the controller's
+        self.turn = threading.Lock()  # the controller's
+        self.turn.acquire()
         self.actors: list[Actor] = []
         self.by_line = False  # stops are counted in lines, not in bytecodes
         self.at_signals = False  # or only in those before which the interpreter looks for signals
-        self.returned = False
-        self.over = False
+        self.returned = self.over = False
         __import__("tempo")  # so that what it imports is there, with the real threading
         threads, clock, self.module = ModuleType("threading"), ModuleType("time"), ModuleType("tempo_in_a_schedule")
         vars(threads).update(vars(threading), _allocate_lock=partial(Lock, self))
-        exec("".join(map(inspect.getsource, (threading._RLock, threading.Condition))), vars(threads))
-        vars(threads).update(RLock=vars(threads)["_RLock"])
+        sources = map(inspect.getsource, (threading._RLock, threading.Condition))
+        exec("".join([*sources, "RLock = _RLock"]), vars(threads))
         vars(clock).update(vars(time), monotonic=lambda: self.now)
         modules = {"threading": threads, "time": clock, self.module.__name__: self.module}
         with mock.patch.dict(sys.modules, modules), mock.patch("atexit.register"), mock.patch("os.register_at_fork"):
@@ -100,25 +87,21 @@ class Schedule:
             actor.stop_at = stop_at
             actor.turn.release()
             if not self.turn.acquire(timeout=PATIENCE):
-                raise Stuck(f"a thread runs for {PATIENCE} s")
+                raise RuntimeError(f"a thread runs for {PATIENCE} s")
         return actor.state
-
-    def ready(self, actor: Actor) -> bool:
-        """Whether an actor can go on now."""
-        return actor.state in ("ready", "stopped") or (actor.state == "blocked" and self.now >= actor.until)
 
     def settle(self, seconds: float = 0.0) -> None:
         """Let all actors go on until none can; then let the time pass, from deadline to deadline."""
         end = self.now + seconds
         for _ in range(10_000):
-            actor = next(filter(self.ready, self.actors), None)
+            actor = next(filter(Actor.ready, self.actors), None)
             if actor is not None:
                 self.run(actor)
             elif self.now < end:
                 self.now = min([end, *(actor.until for actor in self.actors if actor.state == "blocked")])
             else:
                 return
-        raise Stuck("goes on for ever")
+        raise RuntimeError("goes on for ever")
 
     def close(self) -> None:
         """End what is left of the run."""
@@ -129,8 +112,6 @@ class Schedule:
             actor.join(PATIENCE)
         self.actors.clear()
         self.over = False
-
-    # -- In an actor's thread ----------------------------------------------------------------------------------------
 
     def trace(self, frame: FrameType, event: str, arg: object) -> Any:
         if frame.f_globals is not vars(self.module):
@@ -153,55 +134,42 @@ class Schedule:
         actor.steps += 1
         if actor.steps == actor.stop_at:
             if actor.nested is None:
-                self.pause(actor, "stopped")
+                self.pause()
             else:
                 actor.nested()
 
-    def pause(self, actor: Actor, state: str, waits_for: object = None, until: float = FOREVER) -> None:
-        """Give the turn back to the controller until it comes again."""
+    def pause(self, lock: Lock | None = None, until: float = FOREVER) -> None:
+        """Give the turn back to the controller until it comes again; end the thread when the run is over."""
+        actor = cast(Actor, threading.current_thread())
         if not self.over:
-            actor.state, actor.waits_for, actor.until = state, waits_for, until
+            actor.state, actor.lock, actor.until = "blocked" if lock else "ready", lock, until
             self.turn.release()
             actor.turn.acquire()
             actor.state = "ready"
         if self.over:
-            raise Abandoned
-
-    def block(self, key: object, until: float) -> None:
-        """Wait in this actor until `wake(key)`, or until that time."""
-        actor = threading.current_thread()
-        assert isinstance(actor, Actor), "the controller itself would block"
-        self.pause(actor, "blocked", key, until)
-
-    def wake(self, key: object) -> None:
-        """Let those go on that wait for key."""
-        for actor in self.actors:
-            if actor.waits_for is key and actor.state == "blocked":
-                actor.state = "ready"
+            raise SystemExit
 
 
 class Lock:
     """As threading.Lock. A wait for it is one more point at which a call can be stopped or interrupted."""
 
     def __init__(self, schedule: Schedule) -> None:
-        self._schedule = schedule
-        self._held = False
+        self._schedule, self.held = schedule, False
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
         schedule = self._schedule
         until = schedule.now if not blocking else FOREVER if timeout < 0 else schedule.now + timeout
-        if self._held and schedule.now < until:
+        if self.held and schedule.now < until:
             schedule.point()
-        while self._held:
+        while self.held:
             if schedule.now >= until:
                 return False
-            schedule.block(self, until)
-        self._held = True
+            schedule.pause(self, until)
+        self.held = True
         return True
 
     def release(self) -> None:
-        self._held = False
-        self._schedule.wake(self)
+        self.held = False
 
 
 class Loop(asyncio.BaseEventLoop):
@@ -209,29 +177,23 @@ class Loop(asyncio.BaseEventLoop):
 
     def __init__(self, schedule: Schedule) -> None:
         super().__init__()
-        self._schedule = schedule
-        self._selector = self
-        self._woken = False
+        self._selector, self._idle, self._schedule = self, Lock(schedule), schedule
+        self._write_to_self = self._idle.release
+        self._idle.acquire()
 
     def time(self) -> float:
         return self._schedule.now
 
     def select(self, timeout: float | None) -> list[object]:
-        if timeout != 0 and not self._woken:
-            self._schedule.block(self, FOREVER if timeout is None else self.time() + timeout)
-        self._woken = False
+        self._idle.acquire(timeout != 0, -1 if timeout is None else timeout)
         return []
 
     def _process_events(self, events: list[object]) -> None:
         pass
 
-    def _write_to_self(self) -> None:
-        self._woken = True
-        self._schedule.wake(self)
-
 
 @cache
 def signal_points(code: CodeType) -> set[int]:
     """Return the offsets of bytecodes before which CPython looks for signals: behind calls, and at the beginning."""
-    every = list(dis.get_instructions(code))
-    return {after.offset for one, after in pairwise(every) if one.opname.startswith(("CALL", "RESUME"))}
+    pairs = pairwise(dis.get_instructions(code))
+    return {after.offset for one, after in pairs if one.opname.startswith(("CALL", "RESUME"))}

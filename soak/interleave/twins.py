@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from soak.interleave import walk
-from soak.interleave.schedule import SOURCE, Schedule
+from soak.interleave.schedule import SOURCE
 
 
 class Twin(NamedTuple):
@@ -17,11 +16,14 @@ class Twin(NamedTuple):
     old: str
     new: str
 
+    def __str__(self) -> str:
+        return f"twin {self.name!r}"
+
     def source(self) -> str:
         """Return the twin's text. Raises ValueError when the old text does not stand in tempo.py exactly once."""
         text = SOURCE.read_text(encoding="utf-8")
         if text.count(self.old) != 1:
-            raise ValueError(f"twin {self.name!r}: {text.count(self.old)} times in tempo.py: {self.old!r}")
+            raise ValueError(f"{self}: {text.count(self.old)} times in tempo.py: {self.old!r}")
         return text.replace(self.old, self.new)
 
 
@@ -49,13 +51,3 @@ TWINS = [
     Twin("nested call does not close the run", "enqueue two inside flush in 'closed",
          "run.places = 0  # what follows stays behind this payload\n        run.granted =", "_ ="),
 ]  # fmt: skip
-
-
-def find(twin: Twin) -> tuple[str, str | None]:
-    """Walk a twin until something breaks; return its name, and where that was (None: nowhere)."""
-    schedule = Schedule(twin.source())
-    for plan in walk.PLANS:
-        for outcome in walk.walk(schedule, plan) if twin.where in str(plan) else ():
-            if isinstance(outcome, str):
-                return twin.name, outcome
-    return twin.name, None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """A Starlette or FastAPI application: the lifespan drains what was accepted; a full buffer is answered with 503.
 
-uvicorn may end by a signal, without Python's exit hooks, so the drain belongs into the lifespan. For FastAPI:
+uvicorn may end by a signal, without Python's exit hooks. For FastAPI:
 ``app = FastAPI(lifespan=lifespan)`` and ``app.post("/track")(track)``.
 """
 

@@ -2,7 +2,7 @@
 """A sink that uses an executor (or ``asyncio.run``, which uses one): shut down in the program, not at exit.
 
 As the interpreter ends, executors are closed before any exit hook runs: a drain after that fails with "cannot schedule
-new futures after shutdown". So the dispatcher is closed first, then the executor, and both in the program.
+new futures after shutdown". So the program closes the dispatcher, then the executor.
 """
 
 from __future__ import annotations

@@ -12,23 +12,17 @@ from pathlib import Path
 
 import tempo
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Errors of a write that may succeed later."""
-
 
 class FileSink:
-    """Appends each batch in one write, newline-delimited: NDJSON, when each payload is a JSON text. A newline within a
-    payload becomes a space, which changes nothing between the tokens of a JSON text.
+    """Appends each batch, an event a line (NDJSON, when each payload is a JSON text); a newline within a payload
+    becomes a space.
 
     While the disk is full, the write is tried again for ``patience`` seconds; then what there is of the batch is taken
-    out of the file again and OSError raised. So the file never holds a batch twice, and only whole ones, unless the
-    process is killed in the middle of a write: then the last line may be torn. With ``fsync`` a batch is on the disk
-    when ``deliver`` returns, otherwise in the system's hands.
+    out of the file again and OSError raised: the file has whole batches only, and none twice, unless the process is
+    killed in the middle of a write. With ``fsync`` a batch is on the disk when ``deliver`` returns.
 
-    ``rotate_bytes``: a batch that would take the file over this size begins a new one; the old one is renamed to
-    PATH.000001, PATH.000002 and so on. ``keep``: the oldest of these beyond so many are deleted.
-
-    Any thread may call it; one batch is written at a time.
+    A batch that would take the file over ``rotate_bytes`` begins a new one; the old one is renamed to PATH.000001 and
+    so on. Of these the oldest beyond ``keep`` are deleted. Any thread may call it.
     """
 
     def __init__(
@@ -44,63 +38,58 @@ class FileSink:
         self.path = Path(path)
         self._rotate_bytes, self._keep, self._fsync, self._patience = rotate_bytes, keep, fsync, patience
         self._lock = threading.Lock()
-        self._fd = self._open()
+        self._open()
 
-    def _open(self) -> int:
-        fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    def _open(self) -> None:
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         self._regular = self.path.is_file()
-        self._size = os.fstat(fd).st_size
-        return fd
+        self._size = os.fstat(self._file.fileno()).st_size
 
     def deliver(self, batch: tempo.Batch) -> None:
         """Append a batch. Raises OSError when it cannot; nothing of the batch is in the file then."""
-        lines = batch.tolist()
-        text = b"\n".join([*lines, b""])
-        if text.count(b"\n") != len(lines):
-            text = b"\n".join([*(line.replace(b"\n", b" ") for line in lines), b""])
+        text = b"".join(payload.replace(b"\n", b" ") + b"\n" for payload in batch.tolist())
         with self._lock:
             if self._rotate_bytes is not None and self._size and self._size + len(text) > self._rotate_bytes:
                 self._rotate()
-            self._append(memoryview(text))
+            try:
+                self._append(memoryview(text))
+            except BaseException:
+                if self._regular:
+                    self._file.truncate(self._size)
+                raise
+            self._size += len(text)
 
     def _append(self, text: memoryview) -> None:
-        deadline, pause, done = time.monotonic() + self._patience, 0.05, 0
-        try:
-            while done < len(text):
-                try:
-                    done += os.write(self._fd, text[done:])
-                    pause = 0.05
-                except OSError as error:
-                    if not self._regular or error.errno not in FULL or time.monotonic() >= deadline:
-                        raise
-                    time.sleep(pause)
-                    pause = min(2 * pause, 1.0)
-            if self._fsync:
-                os.fsync(self._fd)
-        except BaseException:
-            if self._regular:
-                os.ftruncate(self._fd, self._size)
-            raise
-        self._size += len(text)
+        deadline = time.monotonic() + self._patience
+        while text:
+            try:
+                text = text[os.write(self._file.fileno(), text) :]
+            except OSError as error:
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                if not (full and self._regular) or time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.1)
+        if self._fsync:
+            os.fsync(self._file.fileno())
 
     def _rotate(self) -> None:
-        """Begin a new file. The new one is opened before the old one is let go: a failure leaves all as it was."""
-        old, before = rotated(self.path), self._fd
+        """Begin a new file. The new one is opened before the old one is closed: a failure leaves all as it was."""
+        old, full = rotated(self.path), self._file
         number = int(old[-1].suffix[1:]) + 1 if old else 1
         aside = self.path.with_name(f"{self.path.name}.{number:06d}")
         os.rename(self.path, aside)
         try:
-            self._fd = self._open()
+            self._open()
         except OSError:
             os.rename(aside, self.path)
             raise
-        os.close(before)
+        full.close()
         for path in rotated(self.path)[: -self._keep] if self._keep is not None else ():
             path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._fd)
+        self._file.close()
 
 
 def rotated(path: str | os.PathLike[str]) -> list[Path]:

@@ -11,17 +11,14 @@ import urllib3
 
 import tempo
 
-TRANSIENT = (408, 425, 429, 500, 502, 503, 504, 507)
-"""Answers after which the same request may succeed later."""
-
 
 class HttpSink:
     """Posts each batch as NDJSON (an event a line, so without newlines) over a connection that is kept open.
 
-    At least once: after a timeout, a lost connection, or one of the answers TRANSIENT it posts the batch again, with
-    backoff and jitter (urllib3's Retry, which heeds Retry-After); the server may have taken it before. Each batch has
-    an ``Idempotency-Key``, the same in each try, by which a server can drop repeats. Another answer than 2xx, or
-    ``tries`` used up, raises. Any thread may call it.
+    At least once: after a timeout, a lost connection, or an answer that may pass, it posts the batch again, with
+    backoff (urllib3's Retry, which heeds Retry-After); the server may have taken it before. Each batch has an
+    ``Idempotency-Key``, the same in each try, by which a server can drop repeats. Another answer than 2xx, or ``tries``
+    used up, raises. Any thread may call it.
     """
 
     def __init__(
@@ -39,7 +36,7 @@ class HttpSink:
             total=tries - 1,
             redirect=0,
             allowed_methods=None,  # POST too
-            status_forcelist=TRANSIENT,
+            status_forcelist=(408, 425, 429, 500, 502, 503, 504, 507),
             backoff_factor=0.05,
             backoff_max=longest_pause,
             backoff_jitter=0.05,
@@ -47,9 +44,8 @@ class HttpSink:
         )
         self._pool = urllib3.PoolManager(retries=retry, timeout=urllib3.Timeout(timeout), maxsize=8)
         self._url, self._compress = url, compress
-        self._headers = {"Content-Type": "application/x-ndjson", **(headers or {})}
-        if compress:
-            self._headers["Content-Encoding"] = "gzip"
+        encoding = {"Content-Encoding": "gzip"} if compress else {}
+        self._headers = {"Content-Type": "application/x-ndjson", **encoding, **(headers or {})}
         self._source, self._numbers = uuid.uuid4().hex, itertools.count(1)
 
     def deliver(self, batch: tempo.Batch) -> None:

@@ -21,18 +21,16 @@ class KafkaSink:
 
     def deliver(self, batch: tempo.Batch, key: bytes | None = None) -> None:
         """Send a batch; ``key`` picks the partition. Raises OSError when Kafka has not all of it."""
-        errors: list[object] = []
-
-        def done(error: object, _: object) -> None:
-            if error is not None:
-                errors.append(error)
-
+        outcomes: list[object] = []  # of each event: None, or an error
         for payload in batch.tolist():
             while True:
                 try:
-                    self._producer.produce(self._topic, payload, key=key, on_delivery=done)
+                    self._producer.produce(
+                        self._topic, payload, key=key, on_delivery=lambda error, _: outcomes.append(error)
+                    )
                     break
                 except BufferError:  # librdkafka's own queue is full: let it send
                     self._producer.poll(0.1)
-        if self._producer.flush(self._timeout) or errors:
-            raise OSError(f"Kafka has not all of {len(batch)} events: {errors[:1] or 'out of time'}")
+        left = self._producer.flush(self._timeout)
+        if left or any(outcomes):
+            raise OSError(f"Kafka has not all of {len(batch)} events: {[*filter(None, outcomes)][:1] or 'out of time'}")

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""A logging handler that ships records in batches, and whose ``flush()`` delivers.
-
-For a function that must send before it returns, as in a serverless runtime: call ``logging.getLogger().handlers``'
-``flush()`` at its end.
-"""
+"""A logging handler that ships records in batches, and whose ``flush()`` delivers, for functions that must send before
+they return, as in a serverless runtime."""
 
 from __future__ import annotations
 

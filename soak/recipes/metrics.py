@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""``stats()`` as metrics: a collector for prometheus_client, observable instruments for OpenTelemetry.
-
-Nothing is counted twice: both read the snapshot when they are scraped.
-"""
+"""``stats()`` as metrics, read when they are scraped: for prometheus_client, and for OpenTelemetry."""
 
 from __future__ import annotations
 

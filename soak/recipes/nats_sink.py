@@ -20,9 +20,6 @@ from nats.js.api import Header, PubAck
 
 import tempo
 
-MOST_PENDING = 100_000
-"""Events of a batch that are published before one is acknowledged."""
-
 
 class Unacknowledged(Exception):
     """The server has not acknowledged all events of a batch."""
@@ -32,11 +29,9 @@ class NatsSink:
     """Publishes each event to a subject, a batch without waiting in between, and then awaits all acknowledgements.
 
     Once and in order, within the stream's duplicate window (two minutes by default): after ``timeout`` seconds without
-    all acknowledgements, or a lost connection, it makes a new connection and publishes what was not acknowledged again,
-    under the same ``Nats-Msg-Id``, and the server drops what it has already. A batch that is given up after
-    ``patience`` seconds, and that the caller delivers again, can come twice.
-
-    For one event loop; one batch at a time.
+    all acknowledgements, or a lost connection, it makes a new connection and publishes the rest again, under the same
+    ``Nats-Msg-Id``, and the server drops what it has already. A batch that is given up after ``patience`` seconds, and
+    that the caller delivers again, can come twice. For one event loop; one batch at a time.
     """
 
     def __init__(
@@ -70,12 +65,12 @@ class NatsSink:
         """Publish what is left of a batch, and take out what is acknowledged."""
         if self._jetstream is None:
             self._client = await self._connect()
-            self._jetstream = self._client.jetstream(publish_async_max_pending=MOST_PENDING)
+            self._jetstream = self._client.jetstream(publish_async_max_pending=100_000)
+        publish = self._jetstream.publish_async
         waiting: dict[asyncio.Future[PubAck], int] = {}
         try:
             for number, payload in left.items():
                 headers = {Header.MSG_ID.value: f"{self._source}-{number}"}
-                publish = self._jetstream.publish_async
                 waiting[await publish(self._subject, payload, wait_stall=self._timeout, headers=headers)] = number
             await asyncio.wait(waiting, timeout=self._timeout)
             problem = None

@@ -12,8 +12,13 @@ from psycopg import sql
 
 import tempo
 
-TRANSIENT = (psycopg.OperationalError, psycopg.InterfaceError)
-"""Errors after which the same batch may succeed later: no connection, a full disk, a server that starts or stops."""
+TABLES = (
+    "CREATE TABLE IF NOT EXISTS {table} (id bigint GENERATED ALWAYS AS IDENTITY, event text NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS {sources} (source uuid PRIMARY KEY, number bigint NOT NULL)",
+)
+COPY = "COPY {table} (event) FROM STDIN"
+RAISE = """INSERT INTO {sources} AS s (source, number) VALUES (%s, %s)
+    ON CONFLICT (source) DO UPDATE SET number = excluded.number WHERE s.number < excluded.number"""
 
 
 class PostgresSink:
@@ -24,24 +29,19 @@ class PostgresSink:
     ``patience`` seconds, and that the caller delivers again, can come twice.
 
     The column ``event`` may be text, json or jsonb: payloads must be UTF-8 without NUL (and JSON for the latter two);
-    with one that is not, the batch as a whole raises and nothing of it is in the table. Any thread may call it; one
-    batch at a time.
+    with one that is not, the batch as a whole raises. Any thread may call it; one batch at a time.
     """
 
     def __init__(self, conninfo: str, table: str = "tempo_events", *, patience: float = 60.0) -> None:
         """conninfo: should have ``connect_timeout`` and ``tcp_user_timeout``, for a server that is gone silently."""
         self._conninfo = conninfo
         self._names = {"table": sql.Identifier(table), "sources": sql.Identifier(f"{table}_sources")}
-        self._copy = sql.SQL("COPY {table} (event) FROM STDIN").format(**self._names)
-        self._raise = sql.SQL(
-            "INSERT INTO {sources} AS s (source, number) VALUES (%s, %s) ON CONFLICT (source)"
-            " DO UPDATE SET number = excluded.number WHERE s.number < excluded.number"
-        ).format(**self._names)
         self._source, self._number = uuid.uuid4(), 0
         self._connection: psycopg.Connection | None = None
         self._lock = threading.Lock()
         self._retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(TRANSIENT),
+            # No connection, a full disk, a server that starts or stops.
+            retry=tenacity.retry_if_exception_type((psycopg.OperationalError, psycopg.InterfaceError)),
             wait=tenacity.wait_random_exponential(multiplier=0.05, max=2.0),
             stop=tenacity.stop_after_delay(patience),
             reraise=True,
@@ -50,10 +50,7 @@ class PostgresSink:
     def create_tables(self) -> None:
         """Make both tables where they are missing. Raises psycopg.Error."""
         with psycopg.connect(self._conninfo) as connection:
-            for text in (
-                "CREATE TABLE IF NOT EXISTS {table} (id bigint GENERATED ALWAYS AS IDENTITY, event text NOT NULL)",
-                "CREATE TABLE IF NOT EXISTS {sources} (source uuid PRIMARY KEY, number bigint NOT NULL)",
-            ):
+            for text in TABLES:
                 connection.execute(sql.SQL(text).format(**self._names))
 
     def deliver(self, batch: tempo.Batch) -> None:
@@ -66,17 +63,16 @@ class PostgresSink:
     def _copy_in(self, number: int, rows: list[str]) -> None:
         if self._connection is None or self._connection.closed:
             self._connection = psycopg.connect(self._conninfo)
-        connection = self._connection
         try:
-            with connection.transaction(), connection.cursor() as cursor:
-                cursor.execute(self._raise, (self._source, number))
+            with self._connection.transaction(), self._connection.cursor() as cursor:
+                cursor.execute(sql.SQL(RAISE).format(**self._names), (self._source, number))
                 if not cursor.rowcount:
                     return  # an earlier try had arrived
-                with cursor.copy(self._copy) as copy:
+                with cursor.copy(sql.SQL(COPY).format(**self._names)) as copy:
                     for row in rows:
                         copy.write_row((row,))
         except BaseException:
-            connection.close()  # whatever it was: the state of a new connection is known
+            self._connection.close()  # whatever it was: the state of a new connection is known
             raise
 
     def close(self) -> None:

@@ -2,8 +2,7 @@
 """Services that limit a request by records, by bytes, and count a framing for each record.
 
 ``dispatcher(KINESIS)`` closes batches so that they fit into one request; ``requests(payloads, KINESIS)`` splits by the
-exact limits, with what tempo cannot know. ``fits(payload, KINESIS)`` is for the producer: what never fits is refused
-there, and not when its batch is sent.
+exact limits. ``fits(payload, KINESIS)`` is for the producer: what never fits is refused there.
 """
 
 from __future__ import annotations
@@ -23,19 +22,17 @@ class Limits(NamedTuple):
     largest: int
 
 
+# PutRecords, where a partition key counts, and has 256 bytes at most; PutLogEvents; SendMessageBatch; and lines in a
+# datagram that needs no fragments on Ethernet, joined by newlines: one less than there are lines.
 KINESIS = Limits(500, 5 * tempo.MiB, 256, tempo.MiB - 256)
-"""PutRecords; a partition key counts, and has 256 bytes at most."""
 CLOUDWATCH = Limits(10_000, 1_048_576, 26, 256 * tempo.KiB - 26)
-"""PutLogEvents."""
 SQS = Limits(10, 256 * tempo.KiB, 0, 256 * tempo.KiB)
-"""SendMessageBatch."""
 UDP = Limits(1432, 1432 + 1, 1, 1432)
-"""Lines in a datagram that needs no fragments on Ethernet, joined by newlines: one less than there are lines."""
 
 
 def fits(payload: bytes, limits: Limits) -> bool:
     """Return whether a payload can be sent at all."""
-    return len(payload) <= min(limits.largest, limits.nbytes - limits.framing)
+    return len(payload) <= limits.largest
 
 
 def dispatcher(limits: Limits, **more: Any) -> tempo.Dispatcher:
@@ -52,7 +49,7 @@ def requests(payloads: Iterable[bytes], limits: Limits) -> Iterator[list[bytes]]
         if not fits(payload, limits):
             raise ValueError(f"a record of {len(payload)} bytes is over {limits}")
         charge = len(payload) + limits.framing
-        if request and (len(request) == limits.records or nbytes + charge > limits.nbytes):
+        if len(request) == limits.records or nbytes + charge > limits.nbytes:
             yield request
             request, nbytes = [], 0
         request.append(payload)

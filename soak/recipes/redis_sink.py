@@ -20,11 +20,10 @@ import tempo
 
 TRANSIENT = (
     *(redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError, redis.OutOfMemoryError, redis.WatchError),
-    exceptions.ExecAbortError,
-    # Of a cluster: a machine is away, has been replaced, or hands its slots over.
-    *(exceptions.ClusterError, exceptions.AskError, exceptions.TryAgainError, exceptions.SlotNotCoveredError),
+    # A machine of a cluster is away, has been replaced, or hands its slots over.
+    *(exceptions.ExecAbortError, exceptions.ClusterError, exceptions.AskError, exceptions.TryAgainError),
+    exceptions.SlotNotCoveredError,
 )
-"""Errors after which the same batch may succeed later; and those that tell of PASSING."""
 LASTING = (redis.AuthenticationError, exceptions.AuthorizationError)
 """Connection errors that no other try mends."""
 PASSING = re.compile("(?:^|caused error: )(?:MISCONF|NOREPLICAS|CLUSTERDOWN|Redis Cluster cannot be connected)")
@@ -33,19 +32,18 @@ PASSING = re.compile("(?:^|caused error: )(?:MISCONF|NOREPLICAS|CLUSTERDOWN|Redi
 
 def is_transient(error: BaseException) -> bool:
     """Return whether trying again may help."""
-    unnamed = isinstance(error, (redis.ResponseError, redis.RedisClusterException))
-    return not isinstance(error, LASTING) and (
-        isinstance(error, TRANSIENT) or (unnamed and bool(PASSING.search(str(error))))
-    )
+    if isinstance(error, (redis.ResponseError, redis.RedisClusterException)) and PASSING.search(str(error)):
+        return True
+    return isinstance(error, TRANSIENT) and not isinstance(error, LASTING)
 
 
 class RedisSink:
     """Appends each event to a stream (XADD), a batch in one pipeline, in one transaction.
 
     Once: the transaction also sets a key of the sink's to the batch's number, and a batch that is tried again after a
-    lost connection or a timeout looks there first (WATCH). So it is in the stream once even when the first try had
-    arrived, or arrives late. With ``appendonly yes`` what was acknowledged outlives the server's process. A batch that
-    is given up after ``patience`` seconds, and that the caller delivers again, can come twice.
+    lost connection or a timeout looks there first (WATCH). With ``appendonly yes`` what was acknowledged outlives the
+    server's process. A batch that is given up after ``patience`` seconds, and that the caller delivers again, can come
+    twice.
 
     The stream is trimmed to about ``maxlen`` events; None keeps all. Any thread may call it; one batch at a time.
     """
@@ -60,9 +58,8 @@ class RedisSink:
     ) -> None:
         """client: with ``socket_timeout`` and ``socket_connect_timeout``: otherwise it waits for a hung server."""
         self._client, self._stream, self._maxlen = client, stream, maxlen
-        # In the same slot of a cluster as the stream.
-        tag = stream if "{" in stream else "{" + stream + "}"
-        self._mark = f"{tag}:source:{uuid.uuid4().hex}"
+        slot = stream if "{" in stream else "{" + stream + "}"  # of a cluster: where the stream is
+        self._mark = f"{slot}:source:{uuid.uuid4().hex}"
         self._number = 0
         self._lock = threading.Lock()
         self._retrying = tenacity.Retrying(
@@ -82,8 +79,7 @@ class RedisSink:
         pipe: Any  # before MULTI, get() answers at once: its type does not say so
         with self._client.pipeline(transaction=True) as pipe:
             pipe.watch(self._mark)
-            found = pipe.get(self._mark)
-            if found is not None and int(found) >= number:
+            if int(pipe.get(self._mark) or 0) >= number:
                 return  # an earlier try had arrived
             pipe.multi()
             for payload in payloads:

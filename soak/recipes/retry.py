@@ -36,20 +36,17 @@ class Delivery:
         quiet: float = 60.0,
     ) -> None:
         """patience: seconds of tries for one batch; quiet: seconds in which at most one line is printed."""
-        self._send, self._dead_letter, self._quiet = send, dead_letter, quiet
-        self._closing = threading.Event()
-        self._retrying = tenacity.Retrying(
+        self._dead_letter, self._quiet = dead_letter, quiet
+        self._printed, self._unprinted = -quiet, 0
+        closing = threading.Event()
+        self.close = closing.set  # what is then not delivered at the first try is given up
+        self.deliver = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(transient),
             wait=tenacity.wait_random_exponential(multiplier=0.1, max=longest_pause),
-            stop=tenacity.stop_after_delay(patience) | tenacity.stop_when_event_set(self._closing),
-            sleep=tenacity.sleep_using_event(self._closing),
+            stop=tenacity.stop_after_delay(patience) | tenacity.stop_when_event_set(closing),
+            sleep=tenacity.sleep_using_event(closing),
             reraise=True,
-        )
-        self._printed, self._unprinted = -quiet, 0
-
-    def deliver(self, batch: tempo.Batch) -> None:
-        """Send a batch, trying again; raise what the last try raised."""
-        self._retrying(self._send, batch)
+        ).wraps(send)
 
     def give_up(self, exc: BaseException, batch: tempo.Batch) -> None:
         """Hand over a batch that was not delivered: after the last try, or when the drain at exit ran out of time."""
@@ -58,7 +55,3 @@ class Delivery:
         if time.monotonic() - self._printed >= self._quiet:
             print(f"{self._unprinted} batches given up, the last because of {exc!r}", file=sys.stderr)
             self._printed, self._unprinted = time.monotonic(), 0
-
-    def close(self) -> None:
-        """End the waits between tries: what is then not delivered at the first try is given up."""
-        self._closing.set()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What to do when the buffer is full, other than to refuse: drop the oldest, or keep a sample. (To a file: see spool.)
 
-Both count what they drop: a drop that nobody counts is a bug report without a figure.
+Both count in ``dropped`` what they drop.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import tempo
 
 class DropOldest:
     """Makes room by taking the oldest batch out: with ``max_batch_bytes`` well below the buffer, as little as needed.
-
-    stats() counts what is taken out as delivered; ``dropped`` is how many payloads of these were not.
-    """
+    stats() counts what is taken out as delivered."""
 
     def __init__(self, dispatcher: tempo.Dispatcher) -> None:
         self.dispatcher = dispatcher
@@ -44,15 +42,12 @@ class Sample:
 
     def enqueue(self, payload: bytes) -> bool:
         """Accept the payload, or drop it; return whether it was accepted. Raises PayloadTooLarge, Closed."""
-        try:
+        with contextlib.suppress(tempo.QueueFull):
             self.dispatcher.enqueue(payload)
-        except tempo.QueueFull:
-            if next(self._full) % self._every:
-                self.dropped += 1
-                return False
-            try:
+            return True
+        with contextlib.suppress(tempo.QueueFull):
+            if next(self._full) % self._every == 0:
                 self.dispatcher.enqueue(payload, timeout=self._timeout)
-            except tempo.QueueFull:
-                self.dropped += 1
-                return False
-        return True
+                return True
+        self.dropped += 1
+        return False

@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import tempo
 from soak import cli, environment, interrupts, results
@@ -25,7 +24,6 @@ from soak.drive import drive
 from soak.load import Load
 from soak.sinks import places, readback, servers
 
-SINKS = ("null", "file", *servers.KINDS)
 FAULTS = ("kill", "hang", "reset", "full", "refuse")
 """Killed and started again; stopped for a while; connections reset again and again; the disk full; and, of the http
 receiver alone, 503 for an answer."""
@@ -50,17 +48,16 @@ def add_parser(commands: Any) -> None:
     purpose = "Load each sink's real server, inject faults under load, read everything back and compare."
     add = cli.add_command(commands, "sinks", main, purpose, EXAMPLE)
     add("--duration", type=cli.duration, default="10s", metavar="TIME", help="of each load (%(default)s)")
-    shown = f"of {','.join(SINKS)} (%(default)s)"
-    add("--only", type=cli.names(*SINKS), default="all", metavar="SINKS", help=shown)
-    shown = f"of {','.join(FAULTS)}, or none (%(default)s)"
-    add("--faults", type=cli.names(*FAULTS), default="all", metavar="FAULTS", help=shown)
+    for name, known in (("only", (*servers.KINDS,)), ("faults", FAULTS)):
+        shown = f"of {', '.join(known)}, or none (%(default)s)"
+        add(f"--{name}", type=cli.names(*known), default="all", metavar="NAME,...", help=shown)
     settings.add_settings(add)
     settings.add_outputs(add)
 
 
 @dataclass
 class Row:
-    """One load on one sink. Shares are of the load's seconds."""
+    """One load on one sink."""
 
     sink: str
     fault: str = "none"
@@ -68,12 +65,26 @@ class Row:
     ratio: float | None = None  # of the rate with no dispatcher
     accepted: int = 0
     read: dict[str, Any] = field(default_factory=dict)  # of readback.ReadBack
-    in_sink: float = 0.0  # that the consumers spent in deliver
     stall_seconds: float = 0.0  # the longest time without a delivery
     recovery_seconds: float | None = None  # from the end of the fault to the next delivery
     peak_buffered_bytes: int = 0
     interrupted: bool = False
     problems: list[str] = field(default_factory=list)
+
+    def cells(self) -> dict[str, str]:
+        """Return what it says, by the headings of the table."""
+        read = self.read if self.read.get("read") else {}
+        return {
+            "sink": self.sink,
+            "fault": self.fault,
+            "events/s": f"{self.delivered_per_second:,.0f}",
+            "of bare": "" if self.ratio is None else f"{self.ratio:.3f}",
+            "accepted": f"{self.accepted:,}",
+            "lost": str(read.get("lost", "")),
+            "repeated": str(read.get("repeated", "")),
+            "longest stall": format_seconds(self.stall_seconds),
+            "went on after": "" if self.recovery_seconds is None else format_seconds(self.recovery_seconds),
+        }
 
 
 def main(options: argparse.Namespace) -> int:
@@ -86,18 +97,17 @@ def main(options: argparse.Namespace) -> int:
         Path(folder).chmod(0o711)  # PostgreSQL's user passes through
         bare, interrupted = calibrate(config, config.pass_seconds(1.0, 3.0))
         say(f"calibration: {bare:,.0f} events/s with no dispatcher")
-        for name in () if interrupted else options.only:
+        for name in options.only:
+            if interrupted:
+                break
             with closing(_loads(name, options.faults, config, Path(folder), left_out)) as loads:
                 for row in loads:
                     row.ratio = row.delivered_per_second / bare
                     rows.append(row)
-                    said = (f"{heading} {cell}" for heading, cell in _cells(row).items() if cell)
-                    say(", ".join([*said, *row.problems]))
+                    say(", ".join([*(f"{head} {cell}" for head, cell in row.cells().items() if cell), *row.problems]))
                     interrupted |= row.interrupted or interrupts.take()
                     if interrupted:
                         break
-            if interrupted:
-                break
         result = {
             "started": files.started,
             "interrupted": interrupted,
@@ -111,89 +121,30 @@ def main(options: argparse.Namespace) -> int:
     return 1 if not files.well or interrupted or not rows or any(row.problems for row in rows) else 0
 
 
-# The loads.
-
-
-class Fault(NamedTuple):
-    """What begins and ends it; ``again`` is called meanwhile."""
-
-    begin: Callable[[], object]
-    end: Callable[[], object]
-    again: Callable[[], object] = lambda: None
-
-
-def _loads(
-    name: str, faults: Sequence[str], config: Config, folder: Path, left_out: list[str]
-) -> Generator[Row, None, None]:
+def _loads(name: str, faults: Sequence[str], config: Config, folder: Path, left_out: list[str]) -> Any:
     """Yield the rows of one sink: without a fault, and with each."""
-    if name == "null":
-        yield _load(Row(name), "null", config)
-        return
-    no_disk = f"{name}, full disk: no file system may be mounted here"
-    if name == "file":
-        yield from _file_loads("full" in faults, config, folder / "file", left_out, no_disk)
-        return
     started = False
     try:
-        with servers.KINDS[name](folder / name, small="full" in faults) as server:
+        kind = servers.KINDS[name]
+        with servers.Server(kind, folder / name, small="full" in faults) as server:
             yield _load(Row(name), server.url(server.port), config)
             started = True
-            for fault in faults:
-                if fault == "refuse" and name != "http":
-                    continue
+            for fault in (one for one in faults if one in kind.faults):
                 if fault == "full" and server.disk is None:
-                    left_out.append(no_disk)
+                    left_out.append(f"{name}, full disk: no file system may be mounted here")
                     continue
                 with ExitStack() as stack:
-                    harmed, port = server, server.port
+                    harmed = server
                     if fault == "reset":
-                        harmed = stack.enter_context(servers.Relay(folder / f"{name}-relay", port))
-                        port = harmed.port
-                    yield _load(Row(name, fault), server.url(port), config, _fault(fault, harmed))
+                        harmed = servers.Server(servers.RELAY, folder / f"{name}-relay", to=server.port)
+                        stack.enter_context(harmed)
+                    yield _load(Row(name, fault), server.url(harmed.port), config, harmed)
     except (SetupError, ImportError, OSError) as error:
         if started:
             yield Row(name, "", problems=[f"{type(error).__name__}: {error}"])
         else:
             left_out.append(f"{name}: {error}")
             say(f"sinks: {name} is left out: {error}")
-
-
-def _file_loads(full: bool, config: Config, folder: Path, left_out: list[str], no_disk: str) -> Iterator[Row]:
-    folder.mkdir()
-    target = f"file:{folder / 'events.ndjson'}#rotate=64MiB"
-    disk = servers.small_disk(folder) if full else None
-    try:
-        yield _load(Row("file"), target, config)
-        if disk is not None:
-            yield _load(Row("file", "full"), target, config, Fault(disk.fill, disk.free))
-        elif full:
-            left_out.append(no_disk)
-    finally:
-        if disk is not None:
-            disk.unmount()
-
-
-def _fault(name: str, server: servers.Server) -> Fault:
-    def send(number: int) -> Callable[[], None]:
-        return lambda: server.signal(number)
-
-    def free() -> None:
-        assert server.disk is not None
-        server.disk.free()
-        if server.alive() and not server.forgives:
-            server.kill()
-        if not server.alive():
-            server.start()
-
-    faults = {
-        "kill": Fault(server.kill, server.start),
-        "hang": Fault(send(signal.SIGSTOP), send(signal.SIGCONT)),
-        "refuse": Fault(send(signal.SIGUSR1), send(signal.SIGUSR1)),
-        "reset": Fault(*[send(signal.SIGUSR1)] * 3),
-    }
-    if server.disk is not None:
-        faults["full"] = Fault(server.disk.fill, free)
-    return faults[name]
 
 
 class Watch:
@@ -215,7 +166,7 @@ class Watch:
         self.stall = max(self.stall, elapsed - self._moved)
 
 
-def _load(row: Row, target: str, config: Config, fault: Fault | None = None) -> Row:
+def _load(row: Row, target: str, config: Config, harmed: servers.Server | None = None) -> Row:
     """Load one sink, inject the fault meanwhile, read everything back."""
     try:
         place = places.open_sink(target)
@@ -223,7 +174,7 @@ def _load(row: Row, target: str, config: Config, fault: Fault | None = None) -> 
         row.problems.append(f"cannot be opened: {error}")
         return row
     load, watch = Load(config, place), Watch()
-    with nullcontext() if fault is None else _injected(fault, config.duration, watch, row):
+    with nullcontext() if harmed is None else _injected(row, harmed, config.duration, watch):
         outcome = drive(config, config.duration, load, watch.sample, EVERY)
     row.problems += outcome.problems
     row.interrupted = outcome.interrupted
@@ -235,7 +186,6 @@ def _load(row: Row, target: str, config: Config, fault: Fault | None = None) -> 
     if row.peak_buffered_bytes > config.max_buffered_bytes:
         row.problems.append(f"{row.peak_buffered_bytes} bytes were buffered, more than {config.max_buffered_bytes}")
     if place is not None:
-        row.in_sink = place.seconds / outcome.seconds / config.consumers
         found = readback.read_back(place, load.accounts, config)
         row.problems += found.problems
         row.read = vars(found)
@@ -243,7 +193,7 @@ def _load(row: Row, target: str, config: Config, fault: Fault | None = None) -> 
 
 
 @contextmanager
-def _injected(fault: Fault, duration: float, watch: Watch, row: Row) -> Iterator[None]:
+def _injected(row: Row, harmed: servers.Server, duration: float, watch: Watch) -> Iterator[None]:
     """Begin the fault when a quarter of the load is over, and end it after another, on its own thread."""
     over = threading.Event()
     lasts = min(FAULT_SECONDS, duration / 4)
@@ -252,11 +202,12 @@ def _injected(fault: Fault, duration: float, watch: Watch, row: Row) -> Iterator
         try:
             if over.wait(duration / 4):
                 return
-            fault.begin()
+            harmed.harm(row.fault)
             until = time.monotonic() + lasts
             while (left := until - time.monotonic()) > 0 and not over.wait(min(left, lasts / 10)):
-                fault.again()
-            fault.end()
+                if row.fault == "reset":
+                    harmed.harm(row.fault)
+            harmed.heal(row.fault)
             watch.ended = watch.now
         except Exception as error:
             row.problems.append(f"the fault: {type(error).__name__}: {error}")
@@ -272,34 +223,13 @@ def _injected(fault: Fault, duration: float, watch: Watch, row: Row) -> Iterator
             row.problems.append("the load was over before the fault")
 
 
-# For people.
-
-
-def _cells(row: Row) -> dict[str, str]:
-    """Return what a row says, by its headings."""
-    read = row.read if row.read.get("read") else {}
-    recovered = "" if row.recovery_seconds is None else format_seconds(row.recovery_seconds)
-    return {
-        "sink": row.sink,
-        "fault": row.fault,
-        "events/s": f"{row.delivered_per_second:,.0f}",
-        "of bare": "" if row.ratio is None else f"{row.ratio:.3f}",
-        "accepted": f"{row.accepted:,}",
-        "lost": str(read.get("lost", "")),
-        "repeated": str(read.get("repeated", "")),
-        "in deliver": f"{row.in_sink:.0%}" if row.read else "",
-        "longest stall": format_seconds(row.stall_seconds),
-        "went on after": recovered,
-    }
-
-
 def _summary(rows: Sequence[Row], left_out: Sequence[str], interrupted: bool) -> list[str]:
     """Return a table in Markdown, and what else there is to say."""
     failed = [row for row in rows if row.problems]
     word = "FAIL" if failed or not rows else "INTERRUPTED" if interrupted else "PASS"
     lines = [f"{word}: {len(rows) - len(failed)} of {len(rows)} loads well", ""]
-    table = [list(_cells(row).values()) for row in rows]
-    headings = list(_cells(Row("")))
-    lines += [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *table)]
+    headings = list(Row("").cells())
+    table = [headings, ["---"] * len(headings), *(list(row.cells().values()) for row in rows)]
+    lines += [f"| {' | '.join(cells)} |" for cells in table]
     lines += ["", *(f"left out: {text}" for text in left_out)]
     return lines + [f"{row.sink}, {row.fault}: {problem}" for row in failed for problem in row.problems]

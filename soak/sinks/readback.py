@@ -11,7 +11,7 @@ from zlib import crc32
 from soak.census import Account
 from soak.config import Config
 from soak.drive import describe
-from soak.payloads import FIRST_SEQUENCE, IDENTITY_SIZE, SEQUENCE, SESSION, identity_start
+from soak.payloads import FIRST_SEQUENCE, IDENTITY_SIZE, identity_of
 from soak.sinks.places import Place
 
 
@@ -34,13 +34,10 @@ def read_back(place: Place, accepted: Sequence[Account], config: Config) -> Read
     """Close a place, read it and compare."""
     try:
         place.close()
-        events = place.read()
-        if events is None:
+        if not place.readable:
             return ReadBack(read=False)
-        return compare(events, accepted, config.payload_size, once=place.once, ordered=config.consumers == 1)
-    except Exception as error:
-        if not isinstance(error, (OSError, *place.errors)):
-            raise
+        return compare(place.read(), accepted, config.payload_size, once=place.once, ordered=config.consumers == 1)
+    except place.errors as error:
         return ReadBack(read=False, problems=[f"read back: {describe(error)}"])
 
 
@@ -56,26 +53,24 @@ def compare(
     checksum = distinct = 0
     expected = sum(account.events for account in accepted)
     identities = size is None or size >= IDENTITY_SIZE
-    start = identity_start(size)
-    session, place = (slice(part.start + start, part.stop + start) for part in (SESSION, SEQUENCE))
     seen = [bytearray(account.events + account.refused) for account in accepted]  # a byte an event: was it there
     last = [-1] * len(accepted)
     for payload in events:
         found.events += 1
         if identities:
             try:
-                producer, sequence = int(payload[session]), int(payload[place]) - FIRST_SEQUENCE
+                producer, sequence = identity_of(payload, size)
             except ValueError:
-                producer = sequence = -1
-            if not 0 <= producer < len(accepted) or not 0 <= sequence < len(seen[producer]):
+                producer = -1
+            if not 0 <= producer < len(accepted) or not 0 <= (place := sequence - FIRST_SEQUENCE) < len(seen[producer]):
                 found.strange += 1
                 continue
-            if seen[producer][sequence]:
+            if seen[producer][place]:
                 found.repeated += 1
                 continue
-            seen[producer][sequence] = 1
-            found.out_of_order += sequence < last[producer]
-            last[producer] = max(sequence, last[producer])
+            seen[producer][place] = 1
+            found.out_of_order += place < last[producer]
+            last[producer] = max(place, last[producer])
         distinct += 1
         checksum += crc32(payload)
     found.lost = max(0, expected - distinct)

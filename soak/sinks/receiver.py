@@ -8,7 +8,7 @@ next, and 507 when the disk is full. It ignores Idempotency-Key: what is repeate
 from __future__ import annotations
 
 import gzip
-import os
+import mmap
 import signal
 import sys
 import threading
@@ -32,31 +32,26 @@ class Receiver(ThreadingHTTPServer):
     def _turn(self, *_: object) -> None:
         self.refusing = not self.refusing
 
-    def store(self, body: bytes) -> bool:
-        """Append; return False, with nothing of it in the file, when the disk is full."""
+    def store(self, body: bytes) -> int:
+        """Append; return the answer: with nothing of it in the file when the disk is full."""
         with self.lock:
-            size = os.fstat(self.file.fileno()).st_size
+            size, view = self.file.seek(0, 2), memoryview(body)
             try:
-                view = memoryview(body)
                 while view:
                     view = view[self.file.write(view) :]
             except OSError:
                 self.file.truncate(size)
-                return False
-        return True
+                return 507
+        return 204
 
 
 def drop_torn(path: str) -> None:
     """Remove the line without an end that a killed receiver has left."""
     with open(path, "a+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        newline = -1
-        while end and newline < 0:
-            start = max(0, end - (1 << 16))
-            file.seek(start)
-            newline = file.read(end - start).rfind(b"\n")
-            end = start
-        file.truncate(end + newline + 1)
+        if file.seek(0, 2):
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+                end = text.rfind(b"\n") + 1
+            file.truncate(end)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -70,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
-        self.send_response(503 if self.server.refusing else 204 if self.server.store(body) else 507)
+        self.send_response(503 if self.server.refusing else self.server.store(body))
         self.send_header("Content-Length", "0")
         self.end_headers()
 

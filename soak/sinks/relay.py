@@ -28,7 +28,7 @@ async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 async def main(port: int, to: int) -> None:
     """Relay for ever."""
-    connections: set[asyncio.StreamWriter] = set()
+    writers: set[asyncio.StreamWriter] = set()
 
     async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -36,16 +36,12 @@ async def main(port: int, to: int) -> None:
         except OSError:
             writer.transport.abort()
             return
-        connections.update((writer, other_writer))
-        try:
-            await asyncio.gather(pump(reader, other_writer), pump(other_reader, writer))
-        finally:
-            connections.difference_update((writer, other_writer))
-            writer.close()
-            other_writer.close()
+        writers.update((writer, other_writer))
+        await asyncio.gather(pump(reader, other_writer), pump(other_reader, writer))
+        writers.difference_update((writer, other_writer))
 
     def reset() -> None:
-        for writer in connections:
+        for writer in writers:
             # RST in place of FIN.
             writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()

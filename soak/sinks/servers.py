@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Servers for the sinks, on loopback, in temporary folders.
+"""Servers for the sinks, on loopback, in temporary folders, and the faults that they can be given.
 
 Installed ones are taken; missing ones are fetched from Debian into the project's cache, and nothing is installed.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from soak import environment
 from soak.cli import say
@@ -27,6 +29,55 @@ START = 30.0
 """Seconds that a server may take until it answers."""
 ROOM = "4g"
 """What the small disk holds before it is full; it is memory, and takes what is used."""
+
+
+class Kind(NamedTuple):
+    """A server: what names its sink, and what starts it; {port}, {data} and {to} are filled in."""
+
+    url: str = ""
+    command: str = ""  # empty: there is no process
+    package: str = ""  # Debian's; empty: this interpreter is started
+    prepare: str = ""  # run once before
+    ready: str = ""  # succeeds when it answers; empty: it does when it takes connections
+    faults: tuple[str, ...] = ("kill", "hang", "reset", "full")
+    forgives: bool = True  # False: after a full disk it works again only after a restart
+    as_root: bool = True  # False: it refuses to run as root
+
+
+KINDS = {
+    "null": Kind("null", faults=()),
+    "file": Kind("file:{data}/events.ndjson#rotate=64MiB", faults=("full",)),
+    "http": Kind(
+        "http://127.0.0.1:{port}/events#timeout=2s&stored={data}/stored.ndjson",
+        "-m soak.sinks.receiver {port} {data}/stored.ndjson",
+        faults=("kill", "hang", "reset", "full", "refuse"),
+    ),
+    # Every command is in its file, and in the system's hands, before it answers.
+    "redis": Kind(
+        "redis://127.0.0.1:{port}/0#timeout=2s",
+        "redis-server --port {port} --bind 127.0.0.1 --dir {data} --appendonly yes --save '' --loglevel warning",
+        "redis-server",
+    ),
+    # With its defaults: what is committed is on the disk.
+    "postgresql": Kind(
+        "postgresql://tempo@127.0.0.1:{port}/postgres?connect_timeout=5&tcp_user_timeout=5000",
+        "postgres -D {data}/pg -p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories="
+        " -c log_min_messages=fatal -c jit=off",
+        "postgresql",
+        "initdb -D {data}/pg --username=tempo --auth=trust --encoding=UTF8 --locale=C --no-sync",
+        "pg_isready -q -h 127.0.0.1 -p {port}",
+        as_root=False,
+    ),
+    # JetStream on the disk; a full one disables it.
+    "nats": Kind(
+        "nats://127.0.0.1:{port}#timeout=2s",
+        "nats-server -a 127.0.0.1 -p {port} -js -sd {data}",
+        "nats-server",
+        forgives=False,
+    ),
+}
+RELAY = Kind(command="-m soak.sinks.relay {port} {to}")
+"""Between a sink and its server; SIGUSR1 resets all connections."""
 
 
 def free_port() -> int:
@@ -55,10 +106,9 @@ def find(program: str, package: str) -> tuple[str, dict[str, str]]:
 
 
 class SmallDisk:
-    """A file system for a server's data that can be full. Mounting it takes root."""
+    """A file system for a server's data that can be full. Mounting it takes root: SetupError otherwise."""
 
     def __init__(self, path: Path) -> None:
-        """Raises SetupError where it may not be mounted."""
         self._path = path
         self._mount("-t", "tmpfs", "-o", f"size={ROOM}", "tmpfs", str(path))
 
@@ -80,95 +130,63 @@ class SmallDisk:
         """Let everything fit again."""
         self._mount("-o", f"remount,size={ROOM}", str(self._path))
 
-    def unmount(self) -> None:
-        """Let it go."""
-        subprocess.run(["umount", "-l", str(self._path)], check=False, stderr=subprocess.DEVNULL)
-
-
-def small_disk(path: Path) -> SmallDisk | None:
-    """Return a small disk mounted at ``path``; None where that may not be done."""
-    try:
-        return SmallDisk(path)
-    except (SetupError, OSError):
-        return None
-
 
 class Server:
-    """A server process, its data in ``folder/data``. A context manager that ends it."""
+    """A server process, its data in ``folder/data``. A context manager that starts and ends it."""
 
-    forgives = True  # False: after a full disk it works again only after a restart
-
-    def __init__(self, folder: Path, small: bool = False, user: str | None = None) -> None:
-        """small: its data on a disk that can be full, if that may be; user: whom it runs as, None for this one."""
-        self.folder, self.data, self.user = folder, folder / "data", user
-        self.port = free_port()
+    def __init__(self, kind: Kind, folder: Path, small: bool = False, to: int = 0, more: str = "") -> None:
+        """small: its data on a disk that can be full, if that may be; to: of a relay; more: words of its command."""
+        self.kind, self.folder, self.data, self.port = kind, folder, folder / "data", free_port()
+        self._to, self._more = to, more
+        self._user = "nobody" if not kind.as_root and os.geteuid() == 0 else None
         self._process: subprocess.Popen[bytes] | None = None
         self._log = folder / "log.txt"
         self.data.mkdir(parents=True)
-        self.disk = small_disk(self.data) if small else None
-        if user is not None:
+        self.disk: SmallDisk | None = None
+        if small:
+            with contextlib.suppress(SetupError, OSError):
+                self.disk = SmallDisk(self.data)
+        if self._user is not None:
             for path in (self.folder, self.data):
-                shutil.chown(path, user)
+                shutil.chown(path, self._user)
 
     def url(self, port: int) -> str:
         """Return what names the sink, when the server is reached at a port."""
-        raise NotImplementedError
+        return self.kind.url.format(port=port, data=self.data)
 
-    def command(self) -> tuple[list[str], dict[str, str]]:
-        """Return what starts it, and the environment."""
-        raise NotImplementedError
-
-    def prepare(self) -> None:
-        """Make what the server needs before its first start."""
-
-    def answers(self) -> bool:
-        """Return whether it is ready, once it takes connections."""
-        return True
-
-    def run(self, command: list[str], variables: dict[str, str]) -> subprocess.Popen[bytes]:
-        """Start a program as the server's user, in its folder; its output goes to the log."""
+    def _run(self, text: str) -> subprocess.Popen[bytes]:
+        """Start a program as the server's user, in its folder; its output goes to the log. Raises SetupError."""
+        words = [word.format(port=self.port, data=self.data, to=self._to) for word in shlex.split(text)]
+        variables = {**os.environ, "PYTHONPATH": str(environment.ROOT)}
+        if self.kind.package:
+            words[0], variables = find(words[0], self.kind.package)
+        else:
+            words.insert(0, sys.executable)
         with open(self._log, "ab") as log:
-            return subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=variables,
-                cwd=self.folder,
-                user=self.user,
-                start_new_session=True,
-            )
+            streams: Any = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
+            return subprocess.Popen(words, env=variables, cwd=self.folder, user=self._user, **streams)
 
     def start(self) -> None:
         """Start it, and wait until it answers. Raises SetupError."""
-        command, variables = self.command()
         deadline = time.monotonic() + START
-        while True:
-            self._process = self.run(command, variables)
-            while self._process.poll() is None:
-                with contextlib.suppress(OSError), socket.create_connection((HOST, self.port), 1.0):
-                    if self.answers():
-                        return
-                if time.monotonic() > deadline:
-                    raise SetupError(f"{command[0]} does not answer (see {self._log})")
-                time.sleep(0.05)
-            # What a killed one has left (shared memory, a port) can take a moment to go.
+        while self.kind.command:
+            if not self.alive():  # what a killed one has left (shared memory, a port) can take a moment to go
+                self._process = self._run(f"{self.kind.command} {self._more}")
+            with contextlib.suppress(OSError), socket.create_connection((HOST, self.port), 1.0):
+                if not self.kind.ready or self._run(self.kind.ready).wait() == 0:
+                    return
             if time.monotonic() > deadline:
                 text = self._log.read_text(errors="replace").strip().splitlines()[-1:] or ["no word"]
-                raise SetupError(f"{command[0]} ended with exit code {self._process.returncode}: {text[0]}")
-            time.sleep(0.2)
+                raise SetupError(f"{self.kind.command.split()[0]} does not answer: {text[0]} (see {self._log})")
+            time.sleep(0.1)
 
     def alive(self) -> bool:
         """Return whether its process runs."""
         return self._process is not None and self._process.poll() is None
 
-    def pids(self) -> list[int]:
-        """Return the process and all that it started."""
-        return [] if self._process is None else [self._process.pid, *_descendants(self._process.pid)]
-
     def signal(self, number: int) -> None:
-        """Send all of them a signal."""
-        for pid in self.pids():
+        """Send a signal to the process and all that it started."""
+        for pid in [] if self._process is None else [self._process.pid, *_descendants(self._process.pid)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
@@ -179,9 +197,30 @@ class Server:
         if self._process is not None:
             self._process.wait(START)
 
+    def harm(self, fault: str) -> None:
+        """Begin a fault; ``reset`` comes again and again."""
+        if fault == "kill":
+            self.kill()
+        elif fault == "full" and self.disk is not None:
+            self.disk.fill()
+        else:
+            self.signal(signal.SIGSTOP if fault == "hang" else signal.SIGUSR1)
+
+    def heal(self, fault: str) -> None:
+        """End a fault. Raises SetupError when the server does not come back."""
+        if fault == "full" and self.disk is not None:
+            self.disk.free()
+            if not self.kind.forgives:
+                self.kill()
+        if fault in ("kill", "full") and not self.alive():
+            self.start()
+        elif fault in ("hang", "reset", "refuse"):
+            self.signal(signal.SIGCONT if fault == "hang" else signal.SIGUSR1)
+
     def __enter__(self) -> Server:
         try:
-            self.prepare()
+            if self.kind.prepare and (code := self._run(self.kind.prepare).wait()):
+                raise SetupError(f"{self.kind.prepare.split()[0]} failed with exit code {code} (see {self._log})")
             self.start()
         except BaseException:
             self.__exit__()
@@ -191,7 +230,7 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.kill()
         if self.disk is not None:
-            self.disk.unmount()
+            subprocess.run(["umount", "-l", str(self.data)], check=False, stderr=subprocess.DEVNULL)
 
 
 def _descendants(pid: int) -> Iterator[int]:
@@ -199,99 +238,3 @@ def _descendants(pid: int) -> Iterator[int]:
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
             yield int(child)
             yield from _descendants(int(child))
-
-
-class Redis(Server):
-    """redis-server; every command is in its file, and in the system's hands, before it answers."""
-
-    more: tuple[str, ...] = ()  # further words of its command line
-
-    def command(self) -> tuple[list[str], dict[str, str]]:
-        program, variables = find("redis-server", "redis-server")
-        options = {"port": self.port, "bind": HOST, "dir": self.data, "appendonly": "yes", "save": ""}
-        words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-        return [program, *words, "--loglevel", "warning", *self.more], variables
-
-    def answers(self) -> bool:
-        with socket.create_connection((HOST, self.port), 5.0) as connection:
-            connection.settimeout(5.0)
-            connection.sendall(b"PING\r\n")
-            return connection.recv(16).startswith(b"+PONG")
-
-    def url(self, port: int) -> str:
-        return f"redis://{HOST}:{port}/0#timeout=2s"
-
-
-class Postgres(Server):
-    """postgres with its defaults: what is committed is on the disk."""
-
-    def __init__(self, folder: Path, small: bool = False) -> None:
-        super().__init__(folder, small, "nobody" if os.geteuid() == 0 else None)  # it refuses to run as root
-
-    def prepare(self) -> None:
-        program, variables = find("initdb", "postgresql")
-        options = ["--username=tempo", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"]
-        if code := self.run([program, "-D", str(self.data / "pg"), *options], variables).wait():
-            raise SetupError(f"{program} failed with exit code {code} (see {self._log})")
-
-    def command(self) -> tuple[list[str], dict[str, str]]:
-        program, variables = find("postgres", "postgresql")
-        options = {"listen_addresses": HOST, "unix_socket_directories": "", "log_min_messages": "fatal", "jit": "off"}
-        given = [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
-        return [program, "-D", str(self.data / "pg"), "-p", str(self.port), *given], variables
-
-    def answers(self) -> bool:
-        import psycopg  # noqa: PLC0415
-
-        try:
-            psycopg.connect(f"postgresql://tempo@{HOST}:{self.port}/postgres", connect_timeout=5).close()
-        except psycopg.Error:
-            return False
-        return True
-
-    def url(self, port: int) -> str:
-        return f"postgresql://tempo@{HOST}:{port}/postgres?connect_timeout=5&tcp_user_timeout=5000"
-
-
-class Nats(Server):
-    """nats-server with JetStream on the disk."""
-
-    forgives = False  # it has then disabled JetStream
-
-    def command(self) -> tuple[list[str], dict[str, str]]:
-        program, variables = find("nats-server", "nats-server")
-        return [program, "-a", HOST, "-p", str(self.port), "-js", "-sd", str(self.data)], variables
-
-    def url(self, port: int) -> str:
-        return f"nats://{HOST}:{port}#timeout=2s"
-
-
-def _own(*words: object) -> tuple[list[str], dict[str, str]]:
-    """Return what starts a module of this folder."""
-    variables = {**os.environ, "PYTHONPATH": str(environment.ROOT)}
-    return [sys.executable, "-m", *map(str, words)], variables
-
-
-class Http(Server):
-    """The receiver."""
-
-    def command(self) -> tuple[list[str], dict[str, str]]:
-        return _own("soak.sinks.receiver", self.port, self.data / "stored.ndjson")
-
-    def url(self, port: int) -> str:
-        return f"http://{HOST}:{port}/events#timeout=2s&stored={self.data / 'stored.ndjson'}"
-
-
-class Relay(Server):
-    """Between a sink and its server; SIGUSR1 resets all connections."""
-
-    def __init__(self, folder: Path, to: int) -> None:
-        super().__init__(folder)
-        self._to = to
-
-    def command(self) -> tuple[list[str], dict[str, str]]:
-        return _own("soak.sinks.relay", self.port, self._to)
-
-
-Kind = type[Http | Redis | Postgres | Nats]
-KINDS: dict[str, Kind] = {"http": Http, "redis": Redis, "postgresql": Postgres, "nats": Nats}

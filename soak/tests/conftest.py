@@ -7,18 +7,15 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 
+from soak.config import Config
 from soak.tests.helpers import wait_until
 
 # Terminals, signals and forks: the harness runs on Windows, its tests do not.
 collect_ignore_glob = ["test_*.py"] if os.name == "nt" else []
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker, for runs that take another configuration than the project's."""
-    config.addinivalue_line("markers", "slow: starts real servers, or takes more than two seconds")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,3 +35,10 @@ def no_thread_left() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
     wait_until(lambda: set(threading.enumerate()) <= before, "the end of all threads")
+
+
+@pytest.fixture
+def short_passes() -> Iterator[None]:
+    """Let the passes other than the load be short."""
+    with mock.patch.object(Config, "pass_seconds", return_value=0.1):
+        yield

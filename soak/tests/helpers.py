@@ -6,27 +6,34 @@ from __future__ import annotations
 import ast
 import contextlib
 import faulthandler
+import functools
+import http.client
 import importlib.util
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 import tempo
 
 ROOT = Path(__file__).resolve().parents[2]
+REPEAT = float(os.environ.get("REPEAT", "1"))
+"""Multiplies the rounds of the tests that draw."""
 LONG = 3600.0
 """Seconds: an interval that never ends within a test."""
-LIMIT = 30.0
+LIMIT = 30.0 * max(1.0, REPEAT)
 """Seconds that a test waits for something that must come."""
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+"""Of child processes: tempo can be imported, and nothing is left in the checkout."""
 
 
 def make(**kwargs: Any) -> tempo.Dispatcher:
@@ -47,7 +54,20 @@ def wait_until(condition: Callable[[], object], what: str = "it") -> None:
     end = time.monotonic() + LIMIT
     while not condition():
         assert time.monotonic() < end, f"{what} did not come"
-        time.sleep(0.002)
+        time.sleep(0.001)
+
+
+class Gate:
+    """A handler that stays in its first batch until it may leave; keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.entered, self.leave = threading.Event(), threading.Event()
+        self.came: list[bytes] = []
+
+    def __call__(self, batch: tempo.Batch) -> None:
+        self.entered.set()
+        self.leave.wait(LIMIT)
+        self.came += batch.tolist()
 
 
 class Worker(threading.Thread):
@@ -55,15 +75,14 @@ class Worker(threading.Thread):
 
     def __init__(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(daemon=True)
-        self._call = (work, args, kwargs)
+        self._work = functools.partial(work, *args, **kwargs)
         self._value: Any = None
         self._error: BaseException | None = None
         self.start()
 
     def run(self) -> None:
-        work, args, kwargs = self._call
         try:
-            self._value = work(*args, **kwargs)
+            self._value = self._work()
         except BaseException as exc:
             self._error = exc
 
@@ -72,22 +91,10 @@ class Worker(threading.Thread):
         self.join(LIMIT)
         if self.is_alive():
             faulthandler.dump_traceback()
-            raise AssertionError(f"{self._call[0]} is stuck")
+            raise AssertionError(f"{self._work} is stuck")
         if self._error is not None:
             raise self._error
         return self._value
-
-
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-"""Of child processes: tempo can be imported, and nothing is left in the checkout."""
-
-
-def run_python(*args: str, cwd: Path = ROOT, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
-    """Run an interpreter; the caller looks at the outcome."""
-    command = [sys.executable, *args]
-    return subprocess.run(
-        command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False
-    )
 
 
 def skip_what_is_not_installed(source: str) -> None:
@@ -100,14 +107,86 @@ def skip_what_is_not_installed(source: str) -> None:
                 pytest.skip(f"{name} is not installed")
 
 
+def run_python(*args: str, cwd: Path = ROOT, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+    """Run an interpreter; the caller looks at the outcome."""
+    command = [sys.executable, *args]
+    return subprocess.run(
+        command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+class Ended(NamedTuple):
+    """A child process that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Child:
+    """A program under way, in a process group of its own, which ends with the ``with`` block."""
+
+    def __init__(self, folder: Path, *command: str, **more: Any) -> None:
+        self.process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**ENVIRONMENT, "HOME": str(folder), "TMPDIR": str(folder)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            **more,
+        )
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.returncode is None:
+            os.killpg(self.process.pid, signal.SIGKILL)  # its own children too: they hold the pipes
+            print(*self.process.communicate(), sep="\n")  # for the test that has failed
+
+    def end(self, number: int = 0, limit: float = LIMIT) -> Ended:
+        """Send a signal, if any, and wait for the end; a child that hangs is killed, a Python with its stacks."""
+        if number:
+            self.process.send_signal(number)
+        try:
+            out, err = self.process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGABRT)
+            out, err = self.process.communicate(timeout=LIMIT)
+            err = f"hangs: {err}"
+        return Ended(self.process.returncode, out, err)
+
+
+@contextlib.contextmanager
+def served(folder: Path, *command: str) -> Iterator[tuple[Child, int]]:
+    """Run a server on a socket that takes connections already ({fd}); yield it, and its port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        parts = [part.format(fd=listener.fileno()) for part in command]
+        server, port = Child(folder, *parts, pass_fds=[listener.fileno()]), listener.getsockname()[1]
+    # Closed here, so that who connects when the server has ended is refused.
+    with server:
+        yield server, port
+
+
+def ask(port: int, path: str, body: bytes | None = None) -> tuple[int, str]:
+    """Send one request; return the status and the answer."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT)) as connection:
+        connection.request("GET" if body is None else "POST", path, body)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+
+
 class OnTerminal:
-    """A process on a pseudo-terminal. A context manager, which ends the process."""
+    """A Python process on a pseudo-terminal. A context manager, which ends the process."""
 
     def __init__(self, *args: str, **variables: str) -> None:
         self.text = ""
         self._end = time.monotonic() + LIMIT
         self._master, slave = os.openpty()
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [sys.executable, *args],
             stdin=slave,
             stdout=slave,
@@ -123,8 +202,8 @@ class OnTerminal:
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(LIMIT)
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(LIMIT)
         os.close(self._master)
 
     def _read(self) -> bool:
@@ -142,16 +221,15 @@ class OnTerminal:
         while words not in self.text:
             assert self._read(), self.text
 
-    def interrupt(self) -> None:
-        """Press Ctrl-C."""
-        os.write(self._master, b"\x03")
-
-    def send_signal(self, number: int) -> None:
-        """Send a signal that no key is for."""
-        self._process.send_signal(number)
+    def interrupt(self, number: int = signal.SIGINT) -> None:
+        """Press Ctrl-C, or send a signal that no key is for."""
+        if number == signal.SIGINT:
+            os.write(self._master, b"\x03")
+        else:
+            self.process.send_signal(number)
 
     def exit_code(self) -> int:
         """Wait for the end."""
         while self._read():
             pass
-        return self._process.wait(LIMIT)
+        return self.process.wait(LIMIT)

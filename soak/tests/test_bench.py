@@ -16,41 +16,33 @@ from soak.__main__ import main
 from soak.tests.helpers import run_python
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
+SUBJECTS = {name: subject for _, group in benchmarks.GROUPS.values() for name, subject in group.items()}
 
 
-@pytest.fixture
-def pyperf() -> Any:
-    return pytest.importorskip("pyperf")
-
-
-def suite(pyperf: Any, **rounds: list[list[float]]) -> Any:
+def suite(**rounds: list[list[float]]) -> Any:
     """A suite with the values of some rounds for each name."""
-    return pyperf.BenchmarkSuite(
-        [
-            pyperf.Benchmark(
-                [pyperf.Run(values, metadata={"name": name}, collect_metadata=False) for values in rounds_of_it]
-            )
-            for name, rounds_of_it in rounds.items()
-        ]
-    )
+    pyperf = pytest.importorskip("pyperf")
+    runs = {
+        name: [pyperf.Run(values, metadata={"name": name}, collect_metadata=False) for values in of_it]
+        for name, of_it in rounds.items()
+    }
+    return pyperf.BenchmarkSuite(list(map(pyperf.Benchmark, runs.values())))
 
 
-def ratios(pyperf: Any, *values: float) -> Any:
-    return suite(pyperf, **{"a / b": [[value] for value in values]})
+def ratios(*values: float) -> Any:
+    return suite(**{"a / b": [[value] for value in values]})
 
 
 def test_every_row_of_the_benchmark_is_measured() -> None:
-    subjects = {name for _, group in benchmarks.GROUPS.values() for name in group}
-    subjects |= {name + end for name in benchmarks.SOAKS for end in ("", "_bare")}
-    assert {name for row in bench.ROWS for name in (row.subject, row.control)} == subjects
+    soaks = {name + end for name in benchmarks.SOAKS for end in ("", "_bare")}
+    assert {name for row in bench.ROWS for name in (row.subject, row.control)} == soaks | SUBJECTS.keys()
 
 
-@pytest.mark.parametrize("name", [name for _, group in benchmarks.GROUPS.values() for name in group])
+@pytest.mark.parametrize("name", SUBJECTS)
 def test_a_subject_of_the_benchmark_does_its_work(name: str) -> None:
     if not benchmarks.available(name):
         pytest.skip(f"{benchmarks.PACKAGES[name]} is not installed")
-    (subject,) = (group[name] for _, group in benchmarks.GROUPS.values() if name in group)
-    assert subject() > 0
+    assert SUBJECTS[name]() > 0
 
 
 def test_a_soak_of_the_benchmark_and_its_control_do_their_work() -> None:
@@ -58,27 +50,27 @@ def test_a_soak_of_the_benchmark_and_its_control_do_their_work() -> None:
     assert benchmarks.bare("soak_1", 0.1) > 0
 
 
-def test_a_ratio_is_of_the_best_values_of_a_round_and_the_median_counts(pyperf: Any) -> None:
-    measured = suite(pyperf, a=[[4.0, 2.0, 3.0], [6.0], [40.0]], b=[[1.0], [2.0], [10.0]])
+def test_a_ratio_is_of_the_best_values_of_a_round_and_the_median_counts() -> None:
+    measured = suite(a=[[4.0, 2.0, 3.0], [6.0], [40.0]], b=[[1.0], [2.0], [10.0]])
     with mock.patch.object(bench, "ROWS", (bench.Row("a / b", "a", "b", 2.0), bench.Row("none", "a", "c"))):
-        found = bench.ratios_of(pyperf, measured)
-        text = bench.table(measured, found)
+        found = bench.ratios_of(pytest.importorskip("pyperf"), measured)
+        line = bench.table(measured, found).splitlines()[1]
     assert found.get_benchmark_names() == ["a / b"]
     assert found.get_benchmark("a / b").get_values() == (2.0, 3.0, 4.0)
-    assert "a / b" in text.splitlines()[1]
-    assert "MISSED" in text.splitlines()[1]
+    assert "a / b" in line and "MISSED" in line
 
 
-def test_the_comparison_finds_what_is_worse_by_more_than_the_noise(pyperf: Any) -> None:
-    before = ratios(pyperf, 1.9, 2.0, 2.1)
-    assert bench.compare(before, ratios(pyperf, 2.3, 2.35, 2.4)) == []
-    assert bench.compare(before, ratios(pyperf, 1.0)) == []
-    (line,) = bench.compare(before, ratios(pyperf, 2.8, 2.85, 2.9))
-    assert line == "WORSE: a / b: 2.850 was 2.000 (noise 0.500)"
+def test_the_comparison_finds_what_is_worse_by_more_than_the_noise() -> None:
+    before = ratios(1.9, 2.0, 2.1)
+    assert bench.compare(before, ratios(2.3, 2.35, 2.4)) == bench.compare(before, ratios(1.0)) == []
+    assert bench.compare(before, ratios(2.8, 2.85, 2.9)) == ["WORSE: a / b: 2.850 was 2.000 (noise 0.500)"]
+    with pytest.raises(argparse.ArgumentTypeError, match="'nobody': there is no nobody"):
+        bench.recorded("nobody")
 
 
 @pytest.mark.slow
-def test_the_bench_command_measures_records_and_compares(pyperf: Any, tmp_path: Path, capsys: Any) -> None:
+def test_the_bench_command_measures_records_and_compares(tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("pyperf")
     options = ["bench", "--rounds", "1", "--groups", "calls", "--json", str(tmp_path / "bench.json")]
     with mock.patch.object(bench, "FOLDER", tmp_path):
         assert main([*options, "--record", "here"]) == 0
@@ -90,23 +82,15 @@ def test_the_bench_command_measures_records_and_compares(pyperf: Any, tmp_path: 
 
 
 def test_without_pyperf_the_benchmark_says_what_to_do() -> None:
-    program = "import sys; sys.modules['pyperf'] = None; from soak.__main__ import main; main(['bench'])"
-    done = run_python("-c", program)
+    done = run_python("-c", "import sys; sys.modules['pyperf'] = None; from soak.__main__ import main; main(['bench'])")
     (line,) = done.stderr.splitlines()
-    assert done.returncode == 2
-    assert "bench needs pyperf" in line
-
-
-def test_a_baseline_that_there_is_not_is_named() -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="'nobody': there is no nobody"):
-        bench.recorded("nobody")
+    assert done.returncode == 2 and "bench needs pyperf" in line
 
 
 def test_instructions_fail_when_there_are_more_than_recorded(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "instructions.json"
-    there = mock.patch("shutil.which", return_value="valgrind")
-    with mock.patch.object(instructions, "FILE", path), there:
-        codes = []
+    codes = []
+    with mock.patch.object(instructions, "FILE", path), mock.patch("shutil.which", return_value="valgrind"):
         for counted, record in ((1000.0, "no"), (1000.0, "yes"), (1019.0, "no"), (1021.0, "no")):
             with mock.patch.object(instructions, "count", return_value={"enqueue": counted}):
                 codes.append(main(["instructions", "--record", record]))

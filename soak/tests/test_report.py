@@ -20,7 +20,6 @@ import pytest
 from soak import charts
 from soak import report as soak_report
 from soak.__main__ import main
-from soak.config import Config
 
 PLACE = {"machine": "a machine", "cores": 2, "interpreter": "CPython 3.11", "python": "3.11.2", "commit": "c" * 40}
 RESULT = """{
@@ -28,11 +27,12 @@ RESULT = """{
   "delivered_per_second": 500000.0, "delivered": 10000000, "lost": 0, "duplicated": 0, "rejected": 0,
   "load_seconds": 20.0, "drain_seconds": 0.0007, "shutdown_seconds": 0.00006, "problems": [],
   "calibration": 1000000.0, "ratio": 0.5, "baseline": null, "peak_heap_bytes": 2700000, "peak_rss_bytes": 45000000,
-  "latency_seconds": {"p50": 0.02, "p99": 0.05, "max": 0.1, "samples": 9, "buckets": [[0.0, 5], [0.03, 4]]},
+  "latency_seconds": {"p50": 0.02, "p99": 0.05, "max": 0.1, "samples": 9},
   "heap": {"bound_bytes": 3500000, "allowance_bytes": 300000, "peak_buffered_bytes": 2000000, "seconds": 2},
   "stats": {"peak_buffered_bytes": 2000000},
   "config": {"producers": 32, "consumers": 1, "max_buffered_bytes": 2097152, "on_full": "block"}
 }"""
+WITHOUT_MATPLOTLIB: dict[str, None] = {"matplotlib": None, "matplotlib.figure": None}
 
 
 def write_run(folder: Path, samples: Sequence[dict[str, Any]] = (), **changes: Any) -> Path:
@@ -53,37 +53,24 @@ def some_samples(number: int) -> list[dict[str, Any]]:
     return [{"type": "sample", "elapsed": float(i), "delivered": 500_000 * i, **fill} for i in range(1, number + 1)]
 
 
-def make_report(path: Path, *options: str) -> int:
+def report(path: Path, picture: bytes | None = b"picture") -> tuple[str, list[str], list[str]]:
+    """Make a report, with the one picture not drawn; return its text, its tags, and the words in its body."""
     pytest.importorskip("jinja2")
-    return main(["report", "--run", str(path), "--out", str(path.parent / "made"), *options])
-
-
-def read_page(path: Path) -> tuple[list[str], list[str]]:
-    """The tags of the page that was made, and the words in its body."""
+    with mock.patch.object(charts, "png", return_value=picture) if picture else contextlib.nullcontext():
+        assert main(["report", "--run", str(path), "--out", str(path.parent / "made")]) == 0
     text = (path.parent / "made" / "report.html").read_text(encoding="utf-8")
     body = re.split("<[^>]*>", text.split("<body>")[1])
-    return re.findall(r"<[^>]*>", text), [html.unescape(words).strip() for words in body if words.strip()]
-
-
-WITHOUT_MATPLOTLIB: dict[str, None] = {"matplotlib": None, "matplotlib.figure": None}
+    return text, re.findall(r"<[^>]*>", text), [html.unescape(words).strip() for words in body if words.strip()]
 
 
 def test_a_report_is_one_page_that_begins_with_the_verdict_and_needs_nothing_else(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    path = write_run(tmp_path, some_samples(300))
-    with mock.patch.object(charts, "png", return_value=b"picture"):  # it is drawn below
-        assert make_report(path) == 0
-
-    tags, words = read_page(path)
+    text, tags, words = report(write_run(tmp_path, some_samples(300)))
     assert words[:2] == ["\u2713 PASS", "well"]
     assert tags.count("<picture>") == tags.count("<figcaption>") == 6
-    assert not re.findall("<(?:script|link)", "".join(tags))
     images = re.findall('(?:href|src|srcset)="([^"]*)"', "".join(tags))
-    assert len(images) == 12
-    assert all(image.startswith("data:image/svg+xml;base64,") for image in images)
-    text = (tmp_path / "made" / "report.html").read_text(encoding="utf-8")
-    assert not re.search("https?:|@import", text)
-    assert len(text) < 500 * 1024
+    assert len(images) == 12 and all(image.startswith("data:image/svg+xml;base64,") for image in images)
+    assert not re.search("<script|<link|https?:|@import", text) and len(text) < 500 * 1024
     assert "300 points, drawn 2 by 2" in text
     assert (tmp_path / "made" / "report.png").read_bytes() == b"picture"
 
@@ -91,103 +78,69 @@ def test_a_report_is_one_page_that_begins_with_the_verdict_and_needs_nothing_els
 def test_a_report_escapes_what_the_result_says(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     nasty = "<script>alert('&')</script>\ud800\n$x^2$ \U0001f600"
+    place = {**PLACE, "machine": nasty, nasty: nasty}
     verdicts = {name: {"status": nasty, "note": nasty} for name in ("correctness", "overall")}
-    path = write_run(
-        tmp_path,
-        verdict=verdicts,
-        environment={**PLACE, "machine": nasty, nasty: nasty},
-        problems=[nasty, [[]]],
-        baseline=nasty,
-        ratio=0.5,
-    )
-    assert make_report(path) == 0
-
-    tags, words = read_page(path)
-    assert "<script>" not in tags
+    path = write_run(tmp_path, verdict=verdicts, environment=place, problems=[nasty, [[]]], baseline=nasty, ratio=0.5)
+    _, tags, words = report(path, picture=None)
+    assert "<script>" not in tags and any("<script>alert('&')</script>" in line for line in words)
     assert words[0] == "\u2717 FAIL"
-    assert any("<script>alert('&')</script>" in line for line in words)
     assert (tmp_path / "made" / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_report_of_a_run_that_came_to_nothing_says_so(tmp_path: Path) -> None:
-    bad = {"status": "fail", "note": "not drained"}
-    figures = ("delivered_per_second", "calibration", "ratio", "lost", "rejected", "peak_heap_bytes", "heap", "stats")
-    times = ("latency_seconds", "drain_seconds", "shutdown_seconds", "load_seconds")
-    nothing: dict[str, Any] = dict.fromkeys((*figures, *times))
-    verdicts = {"overall": bad, "drain": bad}
+    figures = "delivered_per_second calibration ratio lost rejected peak_heap_bytes heap stats latency_seconds"
+    nothing: dict[str, Any] = dict.fromkeys(f"{figures} drain_seconds shutdown_seconds load_seconds".split())
+    verdicts = {part: {"status": "fail", "note": "not drained"} for part in ("overall", "drain")}
     path = write_run(tmp_path, interrupted=True, verdict=verdicts, config={}, environment={}, **nothing)
-    assert make_report(path) == 0
-
-    _, words = read_page(path)
+    _, _, words = report(path, picture=None)
     assert words[:2] == ["\u2717 FAIL", "not drained (interrupted)"]
     assert words.count("not measured") >= 8
     assert any("Nothing over time" in line for line in words)
 
 
 def test_figures_of_a_result_that_are_none_are_not_measured(tmp_path: Path) -> None:
-    path = write_run(
-        tmp_path,
-        [{"type": "sample", "elapsed": value, "delivered": value} for value in ("1", None, -1.0, math.nan, 10**400)],
-        latency_seconds={"p50": math.inf, "p99": [], "max": "1", "buckets": [[0, 0], [1], 5, ["1", "2"]]},
-        heap=[],
-        lost="many",
-        delivered=True,
-    )
-    with mock.patch.object(charts, "png", return_value=b""):
-        assert make_report(path) == 0
-    assert read_page(path)[1].count("not measured") == 4
+    strange = ("1", None, -1.0, math.nan, 10**400)
+    samples = [{"type": "sample", "elapsed": value, "delivered": value} for value in strange]
+    latency = {"p50": math.inf, "p99": [], "max": "1"}
+    path = write_run(tmp_path, samples, latency_seconds=latency, heap=[], lost="many", delivered=True)
+    assert report(path)[2].count("not measured") == 4
 
 
-def test_a_report_without_matplotlib_has_no_charts_and_says_so_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = write_run(tmp_path, some_samples(5))
+def test_a_report_without_matplotlib_has_no_charts_and_says_so_in_one_line(tmp_path: Path, capsys: Any) -> None:
     with mock.patch.dict(sys.modules, WITHOUT_MATPLOTLIB):
-        assert make_report(path) == 0
-
+        _, tags, words = report(write_run(tmp_path, some_samples(5)), picture=None)
     (line,) = capsys.readouterr().err.splitlines()
     assert "matplotlib is not installed" in line
-    tags, words = read_page(path)
-    assert "<picture>" not in tags
-    assert "500,000" in words
+    assert "<picture>" not in tags and "500,000" in words
     assert os.listdir(tmp_path / "made") == ["report.html"]
 
 
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (["--run", "missing.json"], 1, "cannot read 'missing.json': No such file or directory"),
-        (["--run", "."], 1, "cannot read '.': Is a directory"),
-        (["--run", "other.json"], 1, "'other.json' is no result of `soak run`"),
-        (["--run", "list.json"], 1, "'list.json' is no result of `soak run`"),
-        (["--run", "later.json"], 1, "'later.json' has schema 2"),
-        (["--html", "result.json/report.html"], 1, "cannot write 'result.json/report.html': "),
-        (["--png", "result.json/report.png"], 1, "cannot write 'result.json/report.png': "),
-        (["--html", "result.json"], 2, "each needs its own"),
-        (["--html", "a", "--png", "./a"], 2, "each needs its own"),
-        (["--run", ""], 2, "argument --run: '' is not a path"),
-        (["--open"], 2, "--open"),
+        ("--run missing.json", 1, "cannot read 'missing.json': No such file or directory"),
+        ("--run .", 1, "cannot read '.': Is a directory"),
+        ("--run other.json", 1, "'other.json' is no result of `soak run`"),
+        ("--run list.json", 1, "'list.json' is no result of `soak run`"),
+        ("--run later.json", 1, "'later.json' has schema 2"),
+        ("--html result.json/report.html", 1, "cannot write 'result.json/report.html': "),
+        ("--png result.json/report.png", 1, "cannot write 'result.json/report.png': "),
+        ("--html result.json", 2, "each needs its own"),
+        ("--html a --png ./a", 2, "each needs its own"),
+        ("--open", 2, "--open"),
     ],
 )
 def test_an_error_of_the_report_is_one_line(
-    options: list[str],
-    code: int,
-    words: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    options: str, code: int, words: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_run(tmp_path)
     (tmp_path / "other.json").write_bytes(b"\xff{")
     (tmp_path / "list.json").write_text("[1]", encoding="utf-8")
-    (tmp_path / "later.json").write_text(
-        '{"schema": 2, "verdict": {}, "config": {}, "environment": {}}', encoding="utf-8"
-    )
+    (tmp_path / "later.json").write_text('{"schema": 2, "verdict": {}, "config": {}, "environment": {}}', "utf-8")
     monkeypatch.chdir(tmp_path)
     drawn = mock.patch.multiple(charts, svg=mock.Mock(return_value=""), png=mock.Mock(return_value=b""))
     with drawn, contextlib.suppress(SystemExit) if code == 2 else contextlib.nullcontext():
-        assert main(["report", "--run", "result.json", "--out", "made", *options]) == code
-
+        assert main(["report", "--run", "result.json", "--out", "made", *options.split()]) == code
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
 
@@ -209,10 +162,8 @@ def test_the_sample_after_the_end_makes_no_rate_of_its_own() -> None:
     assert soak_report.rates([*samples, after], "delivered") == [(1.0, 100.0), (2.001, pytest.approx(200.1 / 1.001))]
 
 
+@pytest.mark.usefixtures("short_passes")
 def test_a_run_names_its_samples_and_a_report_finds_them(tmp_path: Path) -> None:
-    options = ["--duration", "0.1s", "--producers", "2", "--out", str(tmp_path), "--baseline", "none"]
-    with mock.patch.object(Config, "pass_seconds", return_value=0.1):
-        main(["run", *options])
-    report = soak_report.read(tmp_path / "latest.json")
-    assert report.unsampled == ""
-    assert report.samples[-1]["delivered"] == report.number("delivered")
+    main(["run", "--duration", "0.1s", "--producers", "2", "--out", str(tmp_path), "--baseline", "none"])
+    found = soak_report.read(tmp_path / "latest.json")
+    assert (found.unsampled, found.samples[-1]["delivered"]) == ("", found.number("delivered"))

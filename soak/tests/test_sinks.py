@@ -331,7 +331,7 @@ def test_the_sinks_command_that_is_told_to_end_ends_its_server(number: signal.Si
         terminal.read_until("calibration: ")
         wait_until(lambda: list(tmp_path.glob("tempo-sinks-*/http/data/*")), "the server")
         (folder,) = tmp_path.iterdir()
-        terminal.send_signal(number)
+        terminal.process.send_signal(number)
         assert terminal.exit_code() == 1, terminal.text
     assert "INTERRUPTED" in terminal.text
     assert not folder.exists()
@@ -355,13 +355,13 @@ def test_the_sinks_command_leaves_a_server_out_that_cannot_be_had(tmp_path: Path
 
 
 @contextlib.contextmanager
-def redis_servers(folder: Path, *options: tuple[str, ...]) -> Iterator[list[servers.Redis]]:
+def redis_servers(folder: Path, *options: str) -> Iterator[list[servers.Server]]:
     """A server for each of these options, ended afterwards."""
     have("redis")
     with contextlib.ExitStack() as stack:
-        found = [servers.Redis(folder / f"server {i}") for i in range(len(options))]
-        for server, more in zip(found, options):
-            server.more = more
+        kind = servers.KINDS["redis"]
+        found = [servers.Server(kind, folder / f"server {i}", more=more) for i, more in enumerate(options)]
+        for server in found:
             stack.enter_context(server)
         yield found
 
@@ -373,7 +373,7 @@ def in_stream(client: Any, stream: str) -> list[bytes]:
 
 @pytest.mark.slow
 def test_the_redis_sink_trims_its_stream(tmp_path: Path) -> None:
-    with redis_servers(tmp_path, ()) as (server,):
+    with redis_servers(tmp_path, "") as (server,):
         redis, module = importlib.import_module("redis"), importlib.import_module("soak.recipes.redis_sink")
         events = [b"%04d" % i for i in range(3000)]
         with redis.Redis(port=server.port, socket_timeout=LIMIT) as client:
@@ -390,9 +390,9 @@ def test_the_redis_sink_trims_its_stream(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_redis_sink_goes_on_when_a_machine_of_its_cluster_comes_back(tmp_path: Path) -> None:
     pytest.importorskip("redis", minversion="6.1")  # the first whose RedisCluster has transactions
-    options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "1000", "--cluster-port")
+    options = "--cluster-enabled yes --cluster-node-timeout 1000 --cluster-port"
     buses = [servers.free_port() for _ in range(3)]  # where they talk to each other
-    with redis_servers(tmp_path, *((*options, str(bus)) for bus in buses)) as found, contextlib.ExitStack() as stack:
+    with redis_servers(tmp_path, *(f"{options} {bus}" for bus in buses)) as found, contextlib.ExitStack() as stack:
         redis, module = importlib.import_module("redis"), importlib.import_module("soak.recipes.redis_sink")
         patient = {"socket_timeout": LIMIT, "socket_connect_timeout": LIMIT}
         nodes = [stack.enter_context(redis.Redis(port=server.port, **patient)) for server in found]

@@ -9,22 +9,18 @@ import random
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import tempo
 from soak.recipes import spool as soak_spool
 from soak.recipes.spool import Spool, SpoolError, SpoolFull
-from soak.tests.helpers import ENVIRONMENT, LIMIT, Worker, make, run_python
+from soak.tests.helpers import ENVIRONMENT, LIMIT, make, run_python
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -41,55 +37,61 @@ def in_file(path: Path) -> list[bytes]:
         return [data for (data,) in db.execute("SELECT data FROM records ORDER BY id")]
 
 
-def due(d: tempo.Dispatcher) -> tempo.Batch:
-    """All that is buffered, as a consumer receives it."""
-    d.flush(0)
-    return d.get(timeout=0)
-
-
-def test_a_record_leaves_the_spool_when_it_is_reported_and_not_before(spool: Spool, tmp_path: Path) -> None:
-    d = make()
+def test_a_record_leaves_the_spool_when_it_was_sent_and_not_before(spool: Spool, tmp_path: Path) -> None:
     spool.put([b"a", b"b", b"c"])
-    assert spool.replay(d) == 3
-    assert in_file(tmp_path / "spool") == [b"a", b"b", b"c"]  # accepted
-    batch = due(d)
-    assert batch.tolist() == [b"a", b"b", b"c"]
-    assert in_file(tmp_path / "spool") == [b"a", b"b", b"c"]  # received
-    assert spool.replay(d) == 0  # not again, while it may be under way
-    assert spool.done(batch[:2]) == 2
-    assert in_file(tmp_path / "spool") == [b"c"]
-    assert (len(spool), spool.nbytes) == (1, 1 + soak_spool.RECORD_OVERHEAD)
-    assert spool.done(batch) == 1
-    assert (len(spool), spool.nbytes, in_file(tmp_path / "spool")) == (0, 0, [])
+
+    def send(records: list[bytes]) -> None:
+        assert records == in_file(tmp_path / "spool") == [b"a", b"b", b"c"]
+        assert spool.put([b"meanwhile"]) == 1
+        assert spool.replay(send) == 0  # one at a time
+
+    assert spool.replay(send) == 3
+    assert in_file(tmp_path / "spool") == [b"meanwhile"]
+    assert (len(spool), spool.nbytes) == (1, 9 + soak_spool.RECORD_OVERHEAD)
 
 
-def test_replay_waits_for_room_until_all_is_given(spool: Spool) -> None:
-    records = [b"%03d" % i for i in range(200)]
+def test_a_record_that_was_not_sent_stays_in_the_spool(spool: Spool) -> None:
+    spool.put([b"a", b"b"])
+    for error in (OSError("the sink is away"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            spool.replay(mock.Mock(side_effect=error))
+    sent: list[bytes] = []
+    assert (len(spool), spool.replay(sent.extend), sent) == (2, 2, [b"a", b"b"])
+    assert spool.replay(sent.extend) == 0
+
+
+def test_replay_sends_all_in_order_so_much_at_a_time(spool: Spool) -> None:
+    records = [bytes([i]) * size for i, size in enumerate([100_000] * 5 + [0, 300_000, 1])]
     spool.put(records)
+    sent: list[list[bytes]] = []
+    while spool.replay(sent.append):
+        pass
+    assert [record for some in sent for record in some] == records
+    assert [len(some) for some in sent] == [2, 2, 2, 1, 1]
+    assert (len(spool), spool.nbytes) == (0, 0)
+
+
+def test_a_handler_sends_what_was_not_delivered_when_its_sink_is_back(spool: Spool) -> None:
     came: list[bytes] = []
+    away = [True]
+
+    def send(records: list[bytes]) -> None:
+        if away:
+            raise OSError("the sink is away")
+        came.extend(records)
 
     def handler(batch: tempo.Batch) -> None:
-        came.extend(batch.tolist())
-        spool.done(batch)
+        send(batch.tolist())
+        spool.replay(send)
 
-    with make(interval=0.001, max_buffered_bytes=30) as d:
-        d.start(handler)
-        assert spool.replay(d, timeout=LIMIT) == 200
-    assert came == records
-    assert len(spool) == 0
-
-
-def test_replay_returns_when_something_is_kept(spool: Spool) -> None:
-    spool.put([b"%03d" % i for i in range(200)])
-
-    def handler(batch: tempo.Batch) -> None:
-        raise OSError("the sink is away")
-
-    with make(interval=0.001, max_buffered_bytes=30) as d:
-        d.start(handler, on_error=lambda exc, batch: spool.keep([batch]))
-        replay = Worker(spool.replay, d, timeout=LIMIT)
-        assert 0 < replay.result() < 200
-    assert len(spool) == 200
+    with make() as d:
+        d.start(handler, on_error=lambda exc, batch: spool.put(batch))
+        d.enqueue_many([b"1", b"2"])
+        assert d.flush(LIMIT)
+        assert (len(spool), came) == (2, [])
+        away.clear()
+        d.enqueue(b"3")
+    assert (len(spool), came) == (0, [b"3", b"1", b"2"])
 
 
 @pytest.mark.parametrize("closed", [False, True])
@@ -106,19 +108,10 @@ def test_only_what_the_dispatcher_refuses_goes_to_the_spool(spool: Spool, tmp_pa
     assert d.stats().buffered == (0 if closed else 3)
 
 
-def test_a_payload_that_never_fits_is_not_spooled_and_one_in_the_spool_stays(spool: Spool) -> None:
-    d = make(max_buffered_bytes=5)
+def test_a_payload_that_never_fits_is_not_spooled(spool: Spool) -> None:
     with pytest.raises(tempo.PayloadTooLarge):
-        spool.enqueue(d, b"123456")
-    spool.put([b"12", b"123456"])
-    with pytest.raises(tempo.PayloadTooLarge):
-        spool.replay(d)
-    assert len(spool) == 2
-    assert spool.done(due(d)) == 1  # the one before it was given
-    d.shutdown()
-    with pytest.raises(tempo.Stopped):
-        spool.replay(d)
-    assert len(spool) == 1
+        spool.enqueue(make(max_buffered_bytes=5), b"123456")
+    assert len(spool) == 0
 
 
 def test_a_full_spool_takes_all_of_a_call_or_nothing(tmp_path: Path) -> None:
@@ -146,12 +139,6 @@ def test_a_full_disk_is_an_error_that_changes_nothing(spool: Spool, tmp_path: Pa
         spool.put([b"second", bytes(100_000), b"third"])
     assert full.value.rest == [b"second", bytes(100_000), b"third"]
     assert (len(spool), in_file(tmp_path / "spool")) == (1, [b"first"])
-    d = make()
-    spool.replay(d)
-    d.enqueue(bytes(100_000))
-    with pytest.raises(SpoolFull) as full:
-        spool.keep([due(d)])
-    assert full.value.rest == [bytes(100_000)]
     spool.put([b"fits"])
     assert in_file(tmp_path / "spool") == [b"first", b"fits"]
 
@@ -175,10 +162,8 @@ class FailingAt:
 def test_a_change_that_does_not_come_to_its_end_changes_nothing(
     spool: Spool, tmp_path: Path, error: BaseException
 ) -> None:
-    d = make()
     db = spool._db
     spool.put([b"a"])
-    spool.replay(d)
     expected: Any = SpoolError if isinstance(error, sqlite3.Error) else type(error)
     for statement in ("BEGIN", "COMMIT"):
         with mock.patch.object(spool, "_db", FailingAt(db, statement, error)):
@@ -188,12 +173,11 @@ def test_a_change_that_does_not_come_to_its_end_changes_nothing(
                 assert caught.value.rest == [b"b"]
             assert not db.in_transaction
         assert (len(spool), in_file(tmp_path / "spool")) == (1, [b"a"])
-    batch = due(d)
     with mock.patch.object(spool, "_db", FailingAt(db, "COMMIT", error)), pytest.raises(expected):
-        spool.done(batch)
+        spool.replay(mock.Mock())
     assert (len(spool), spool.nbytes, in_file(tmp_path / "spool")) == (1, 1 + soak_spool.RECORD_OVERHEAD, [b"a"])
-    assert spool.replay(d) == 1  # what could not be deleted comes again
-    assert spool.done(due(d)) == 1
+    sent: list[bytes] = []
+    assert (spool.replay(sent.extend), sent) == (1, [b"a"])  # what could not be deleted comes again
 
 
 @pytest.mark.parametrize("arguments", [{"max_bytes": 0}, {"max_bytes": 9, "synchronous": "OFF"}])
@@ -220,7 +204,6 @@ def test_one_spool_at_a_time_has_the_file(spool: Spool, tmp_path: Path) -> None:
     with pytest.raises(SpoolError, match="is closed") as caught:
         spool.put([b"late"])
     assert caught.value.rest == [b"late"]
-    assert "not open" in repr(spool)
     with Spool(tmp_path / "spool", max_bytes=1) as again:  # a lower limit takes nothing away
         assert (len(again), again.nbytes) == (1, 4 + soak_spool.RECORD_OVERHEAD)
         with pytest.raises(SpoolFull):
@@ -240,23 +223,19 @@ def test_a_file_that_is_no_spool_is_left_alone(tmp_path: Path) -> None:
         Spool(tmp_path / "no" / "such" / "folder", max_bytes=1000)
 
 
-def test_a_call_that_interrupts_the_spool_is_refused(spool: Spool) -> None:
-    refused: list[SpoolError] = []
+def test_a_call_that_interrupts_a_change_of_the_spool_is_refused(spool: Spool) -> None:
+    def nested() -> Iterator[bytes]:
+        with pytest.raises(SpoolError, match="was called by what interrupted it") as caught:
+            spool.put([b"nested"])
+        assert caught.value.rest == [b"nested"]
+        return iter(())
 
-    def nested() -> int:
-        try:
-            if len(refused) < 9:
-                spool.put([b"nested"])
-        except SpoolError as exc:
-            refused.append(exc)
-        return 0
-
-    spool._db.set_progress_handler(nested, 1)  # SQLite calls it in the midst of a statement
-    spool.put([b"outer"])
-    spool._db.set_progress_handler(None, 1)
-    assert len(spool) == 1
-    assert refused
-    assert all(exc.rest == [b"nested"] for exc in refused)
+    db = mock.Mock(wraps=spool._db)
+    db.executemany.side_effect = lambda *_: nested()
+    type(db).in_transaction = mock.PropertyMock(side_effect=lambda db=spool._db: db.in_transaction)
+    with mock.patch.object(spool, "_db", db):
+        spool.put([b"outer"])
+    assert db.executemany.call_count == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -288,46 +267,6 @@ os._exit(0)  # as a kill: nothing is closed
     assert in_file(tmp_path / "spool") == [b"before", b"after"]
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    st.lists(
-        st.sampled_from(["put", "replay", "enqueue", "done", "done", "keep", "forget"]).flatmap(
-            lambda verb: st.tuples(st.just(verb), st.sampled_from([b"", b"a", b"b"]))
-        ),
-        max_size=60,
-    )
-)
-def test_equal_records_keep_their_number(steps: list[tuple[str, bytes]]) -> None:
-    """Whichever of equal records is reported or kept: what comes out once more is what came in, to the very number."""
-    with tempfile.TemporaryDirectory() as folder, Spool(Path(folder, "spool"), max_bytes=tempo.MiB) as spool:
-        d = make(max_buffered_bytes=3, max_batch_bytes=1)  # so that equal records can be in different batches
-        expected: Counter[bytes] = Counter()
-        came: Counter[bytes] = Counter()
-        for verb, record in steps:
-            if verb == "put":
-                expected[record] += spool.put([record])
-            elif verb == "enqueue":
-                spool.enqueue(d, record)
-                expected[record] += 1
-            elif verb == "replay":
-                spool.replay(d)
-            elif d.stats().buffered:
-                batch = due(d)
-                if verb == "done":
-                    assert spool.done(batch) <= len(batch)  # a row for each record at most: a kill now loses none
-                    came.update(batch.tolist())
-                elif verb == "keep":
-                    spool.keep([batch])
-                else:  # returned to the dispatcher, as if it had never been received
-                    d.enqueue_many(batch)
-        while len(spool) or d.stats().buffered:
-            spool.replay(d)
-            batch = due(d)
-            spool.done(batch)
-            came.update(batch.tolist())
-        assert came == expected
-
-
 KILLED = """
 import contextlib, random, sys, time, tempo
 from soak.recipes.spool import Spool, SpoolFull
@@ -348,11 +287,11 @@ def handler(batch):
     log("delivered", batch.tolist())
     if fate < 0.2:
         raise OSError("sent, and the answer lost")
-    spool.done(batch)
+    spool.replay(lambda records: log("delivered", records))
 
 def on_error(exc, batch):
     with contextlib.suppress(SpoolFull):  # what the file has not taken is promised to nobody
-        spool.keep([batch])
+        spool.put(batch)
         log("taken", batch.tolist())
 
 d.start(handler, on_error=on_error)
@@ -365,10 +304,8 @@ while number >= 0:  # until it is killed
         log("taken", records[spool.enqueue_many(d, records):])
     except SpoolFull:
         time.sleep(0.001)
-    spool.replay(d, timeout=dice.choice([0.0, 0.002]))
-while len(spool):
-    spool.replay(d, timeout=1.0)
-    d.flush(1.0)
+while spool.replay(lambda records: log("delivered", records)):
+    pass
 d.shutdown(10.0)
 """
 

@@ -2,7 +2,8 @@
 """tempo in the worlds where its users meet it: forks, servers, exits, signals, finalizers, interrupts, event loops.
 
 Everything hostile runs in a child process with a time limit, by the public API alone. A child is either a short program
-or a function of this module (`in_child`); it fails by an exception, a hang, or a word on stderr.
+or a function of this module (`in_child`); it fails by an exception, a hang, or a word on stderr. Celery's prefork pool
+is in test_recipes.py.
 
     python3 -m pytest soak/tests/test_worlds.py              # about a minute and a half
     REPEAT=20 python3 -m pytest soak/tests/test_worlds.py    # twenty times the rounds
@@ -12,9 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import faulthandler
 import gc
-import http.client
 import importlib
 import itertools
 import multiprocessing
@@ -23,31 +22,26 @@ import queue
 import random
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
 import tracemalloc
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 import tempo
+from soak.tests.helpers import LIMIT, REPEAT, ROOT, Child, Ended, Worker, ask, served, wait_until
 
-ROOT = Path(__file__).resolve().parents[2]
-REPEAT = float(os.environ.get("REPEAT", "1"))
-"""Multiplies the rounds of all tests."""
-LIMIT = 30.0
-"""Seconds that a test waits for something that must come."""
 RATE = 3000.0
 """Signals a second."""
 
+pytestmark = pytest.mark.slow
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
 
@@ -57,100 +51,23 @@ def rounds(n: int) -> int:
 
 # Children -------------------------------------------------------------------------------------------------------------
 
-
-class Ended(NamedTuple):
-    """A child that has ended."""
-
-    code: int
-    out: str
-    err: str
-
-
 GOOD = Ended(0, "", "")
+PYTHON = (sys.executable, "-X", "faulthandler")
 
 
-class Child:
-    """A program under way, in a process group of its own, which ends with the `with` block."""
-
-    def __init__(self, command: list[str], folder: Path, **more: Any) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(folder)}
-        self.process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            **more,
-        )
-
-    def __enter__(self) -> Child:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.communicate()
-
-    def end(self, limit: float = LIMIT) -> Ended:
-        """Wait for the end; a child that hangs prints its stacks before it is killed."""
-        try:
-            out, err = self.process.communicate(timeout=limit * max(1.0, REPEAT))
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGABRT)
-            out, err = self.process.communicate(timeout=LIMIT)
-            err = f"hangs: {err}"
-        return Ended(self.process.returncode, out, err)
-
-
-def program(folder: Path, source: str, *arguments: object) -> Child:
+def program(folder: Path, source: str, *arguments: object, options: Sequence[str] = PYTHON) -> Child:
     """Start a Python program of these lines."""
     path = folder / "program.py"
     path.write_text(source, encoding="utf-8")
-    return Child([sys.executable, "-X", "faulthandler", str(path), *map(str, arguments)], folder)
+    return Child(folder, *options, str(path), *map(str, arguments))
 
 
 def in_child(folder: Path, scenario: Callable[..., object], *arguments: object) -> None:
     """Run a function of this module in a child, which must end well and say nothing."""
     call = f"import soak.tests.test_worlds as w; w.{scenario.__name__}(*{arguments!r})"
-    with Child([sys.executable, "-X", "faulthandler", "-c", call], folder) as child:
-        ended = child.end(2 * LIMIT)
+    with Child(folder, *PYTHON, "-c", call) as child:
+        ended = child.end(limit=2 * LIMIT)
         assert ended == GOOD, ended.err[-3000:]
-
-
-def wait_until(condition: Callable[[], object], what: str) -> None:
-    end = time.monotonic() + LIMIT * max(1.0, REPEAT)
-    while not condition():
-        assert time.monotonic() < end, f"{what} did not come"
-        time.sleep(0.001)
-
-
-class Worker(threading.Thread):
-    """A daemon thread, started at once; `result` joins it and returns, or raises, what came of its work."""
-
-    def __init__(self, work: Callable[..., Any], *args: Any) -> None:
-        super().__init__(daemon=True)
-        self._work, self._args = work, args
-        self._value: Any = None
-        self._error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._value = self._work(*self._args)
-        except BaseException as error:
-            self._error = error
-
-    def result(self) -> Any:
-        self.join(LIMIT)
-        if self.is_alive():
-            faulthandler.dump_traceback()
-            raise AssertionError(f"{self._work} is stuck")
-        if self._error is not None:
-            raise self._error
-        return self._value
 
 
 # The census -----------------------------------------------------------------------------------------------------------
@@ -774,27 +691,11 @@ else:
     time.sleep(0.1)  # the handler's thread waits then, and does not ask for the GIL
 
 def app(environ, start_response):
-    path = environ["PATH_INFO"][1:]
-    if path == "flush":
-        answer = str(d.flush(10)).encode()
-    else:
-        d.enqueue(path.encode(), timeout=10)
-        answer = b"%d" % os.getpid()
+    d.enqueue(environ["PATH_INFO"][1:].encode(), timeout=10)
+    answer = b"%d" % os.getpid()
     start_response("202 Accepted", [("Content-Length", str(len(answer)))])
     return [answer]
 """
-
-
-def ask(port: int, path: str) -> str:
-    """Send one request; return the answer, which must be a 202."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT)
-    try:
-        connection.request("GET", f"/{path}")
-        response = connection.getresponse()
-        assert response.status == 202, response.status
-        return response.read().decode()
-    finally:
-        connection.close()
 
 
 def ask_often(port: int, n: int) -> dict[str, str]:
@@ -803,38 +704,28 @@ def ask_often(port: int, n: int) -> dict[str, str]:
 
     def client(number: int) -> None:
         for i in range(number, n, 4):
-            answered[f"e{i}"] = ask(port, f"e{i}")
+            status, answered[f"e{i}"] = ask(port, f"/e{i}")
+            assert status == 202
 
     for worker in [Worker(client, number) for number in range(4)]:
         worker.result()
     return answered
 
 
-def up(port: int) -> bool:
-    with contextlib.suppress(OSError):
-        return bool(ask(port, "up"))
-    return False
-
-
-def serve(
-    command: list[str], port: int, n: int, folder: Path, *fds: int, master: bool = True, drains: bool = True
-) -> None:
+def serve(folder: Path, *command: str, n: int, master: bool = True, drains: bool = True) -> None:
     """Run a server and end it; every request was delivered once, by the process that answered it.
 
     master: the process that forks the workers enqueues too. drains: its workers always run Python's exit hooks.
     """
     (folder / "application.py").write_text(f"MASTER = {master}\n{EVENTS}{WSGI}", encoding="utf-8")
-    with Child(command, folder, pass_fds=fds) as server:
-        wait_until(lambda: server.process.poll() is not None or up(port), "an answer")
-        assert server.process.poll() is None, server.end().err[-3000:]
+    with served(folder, *command) as (server, port):
         answered = ask_often(port, n)
         if not drains:
             wait_until(lambda: answered.keys() <= {*itertools.chain(*delivered(folder).values())}, "every event")
-        server.process.terminate()
-        ended = server.end()
+        ended = server.end(signal.SIGTERM)
         log = ended.out + ended.err
         found = delivered(folder)
-        came = Counter(event for events in found.values() for event in events if event not in ("up", "master"))
+        came = Counter(event for events in found.values() for event in events if event != "master")
         assert came == Counter(dict.fromkeys(answered, 1)), (len(came), len(answered), log[-3000:])
         wrong = [event for pid, events in found.items() for event in events if answered.get(event, pid) != pid]
         assert not wrong and found.get(str(server.process.pid), ["master"]) == ["master"], (wrong[:5], log[-3000:])
@@ -844,80 +735,25 @@ def serve(
 @posix
 @pytest.mark.parametrize("kind", ["sync", "gthread", "gevent"])
 def test_gunicorn_with_preload_delivers_what_each_worker_accepted(kind: str, tmp_path: Path) -> None:
-    pytest.importorskip("gunicorn")
-    if kind == "gevent":
-        pytest.importorskip("gevent")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port, number = listener.getsockname()[1], listener.fileno()
-        options = ["--preload", "--workers=2", "--threads=2", f"--worker-class={kind}", f"--bind=fd://{number}"]
-        command = [sys.executable, "-m", "gunicorn", *options, "application:app"]
-        serve(command, port, rounds(400), tmp_path, number)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+    for package in ("gunicorn", *(["gevent"] if kind == "gevent" else [])):
+        pytest.importorskip(package)
+    options = f"--preload --workers=2 --threads=2 --worker-class={kind} --bind=fd://{{fd}} application:app"
+    serve(tmp_path, sys.executable, "-m", "gunicorn", *options.split(), n=rounds(400))
 
 
 UWSGI = shutil.which("uwsgi") or shutil.which("uwsgi", path=os.path.dirname(sys.executable))
 
 
 @posix
-@pytest.mark.parametrize("flags", [[], ["--enable-threads", "--py-call-uwsgi-fork-hooks"]])
-def test_uwsgi_delivers_what_each_worker_accepted(flags: list[str], tmp_path: Path) -> None:
+@pytest.mark.skipif(UWSGI is None, reason="uwsgi is not installed")
+@pytest.mark.parametrize("flags", ["", "--enable-threads --py-call-uwsgi-fork-hooks"])
+def test_uwsgi_delivers_what_each_worker_accepted(flags: str, tmp_path: Path) -> None:
     """By default uWSGI forks without Python's hooks; the flags make it run them.
 
     Without them the master must be quiet: a fork while another thread asks for the GIL hangs, in CPython itself.
     """
-    if UWSGI is None:
-        pytest.skip("uwsgi is not installed")
-    port = free_port()
-    options = ["--master", "--processes=2", "--die-on-term", "--module=application:app", "--disable-logging"]
-    command = [UWSGI, f"--http-socket=127.0.0.1:{port}", *options, *flags]
-    serve(command, port, rounds(400), tmp_path, master=bool(flags), drains=False)
-
-
-CELERY = """
-from celery import Celery
-from celery.signals import worker_process_shutdown
-
-app = Celery("application")
-app.conf.update(
-    broker_url="filesystem://",
-    broker_transport_options={"data_folder_in": "queue", "data_folder_out": "queue", "control_folder": "control"},
-    worker_hijack_root_logger=False,
-    broker_connection_retry_on_startup=False,
-)
-
-@app.task(ignore_result=True)
-def work(number):
-    d.enqueue(b"%d" % number, timeout=10)
-    open(f"done.{number}", "w").close()
-
-@worker_process_shutdown.connect  # a pool's processes end without Python's exit hooks
-def end(**_):
-    d.shutdown(10)
-"""
-
-
-@posix
-def test_celery_prefork_delivers_at_the_end_of_each_worker_process(tmp_path: Path) -> None:
-    pytest.importorskip("celery")
-    for name in ("queue", "control"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "application.py").write_text(EVENTS.replace("0.05", "60") + CELERY, encoding="utf-8")
-    command = [sys.executable, "-m", "celery", "-A", "application"]
-    options = ["-P", "prefork", "-c", "2", "--without-gossip", "--without-mingle", "--without-heartbeat"]
-    n = rounds(20)
-    send = f"from application import work\nfor i in range({n}): work.delay(i)"
-    with Child([*command, "worker", *options], tmp_path) as worker:
-        with Child([sys.executable, "-c", send], tmp_path) as client:
-            assert client.end() == GOOD
-        wait_until(lambda: len(list(tmp_path.glob("done.*"))) == n or worker.process.poll() is not None, "every task")
-        worker.process.terminate()
-        ended = worker.end()
-        came = Counter(itertools.chain(*delivered(tmp_path).values()))
-        assert came == Counter({str(i): 1 for i in range(n)}), ended.err[-3000:]
+    options = "--http-socket=fd://{fd} --master --processes=2 --die-on-term --module=application:app --disable-logging"
+    serve(tmp_path, str(UWSGI), *options.split(), *flags.split(), n=rounds(400), master=bool(flags), drains=False)
 
 
 # Exits of the interpreter ---------------------------------------------------------------------------------------------
@@ -1030,9 +866,7 @@ if sys.argv[1] == "shutdown":
 
 @pytest.mark.parametrize("ending", ["shutdown", "nothing"])
 def test_exit_warns_of_payloads_that_a_pull_mode_dispatcher_still_holds(ending: str, tmp_path: Path) -> None:
-    path = tmp_path / "program.py"
-    path.write_text(PULL, encoding="utf-8")
-    with Child([sys.executable, "-W", "always::ResourceWarning", str(path), ending], tmp_path) as child:
+    with program(tmp_path, PULL, ending, options=[sys.executable, "-W", "always::ResourceWarning"]) as child:
         ended = child.end()
     assert (ended.code, ended.out) == (0, "")
     assert ("ResourceWarning" in ended.err) == (ending == "nothing"), ended.err

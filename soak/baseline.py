@@ -34,8 +34,6 @@ EXAMPLE = """\
 examples:
   python3 -m soak baseline
   python3 -m soak baseline --runs 9 --duration 30s --producers 8 --name my-board
-
-exit code: 0 recorded, 1 a run failed or the file cannot be written, 2 a bad option, 130 interrupted
 """
 
 

@@ -30,15 +30,17 @@ class OneLineParser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def add_command(commands: Any, name: str, main: Callable[..., int], purpose: str, epilog: str) -> Any:
+EXIT = """
+exit code: 0 all is well (warnings included), 1 something failed, is worse than recorded, or cannot be written, 2 a bad
+option, or a tool is missing, 130 interrupted
+"""
+
+
+def add_command(commands: Any, name: str, main: Callable[..., int], purpose: str, examples: str) -> Any:
     """Add a command to the subparsers of ``python3 -m soak``; return its parser's ``add_argument``."""
-    parser = commands.add_parser(
-        name,
-        description=purpose,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    epilog = examples if "exit code:" in examples else examples + EXIT
+    style = argparse.RawDescriptionHelpFormatter
+    parser = commands.add_parser(name, description=purpose, epilog=epilog, formatter_class=style, allow_abbrev=False)
     parser.set_defaults(main=main, parser=parser)
     return parser.add_argument
 
@@ -55,12 +57,9 @@ def size(text: str, least: int = 1) -> int:
     match = _SIZE.fullmatch(text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size (such as 64, 64B, 320KiB, 2MiB, 1GiB)")
-    number, factor = match[1], _SIZE_UNITS[match[2]]
-    value = float(number) * factor if "." in number else int(number) * factor
-    if value != int(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of bytes")
-    if not least <= value <= sys.maxsize:
-        raise argparse.ArgumentTypeError(f"{text!r} is out of range: {least} byte to {sys.maxsize} bytes")
+    value = (float(match[1]) if "." in match[1] else int(match[1])) * _SIZE_UNITS[match[2]]
+    if value != int(value) or not least <= value <= sys.maxsize:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of bytes from {least} to {sys.maxsize}")
     return int(value)
 
 

@@ -20,7 +20,7 @@ from soak.cli import complain, format_seconds, format_size, say
 from soak.config import Config
 from soak.display import DISPLAYS, Stream, open_monitor
 from soak.drive import HURRY, Outcome, drive
-from soak.load import Load
+from soak.load import Latencies, Load
 from soak.payloads import PROBED_SIZE, STRIDE
 from soak.sinks import places, readback
 
@@ -34,8 +34,6 @@ examples:
 
 times take ns, us, ms, s, m, h; sizes B, KiB, MiB, GiB, or none of these for bytes
 Ctrl-C ends the load, drains and writes the result; a second one ends it without a result.
-exit code: 0 all is well (warnings included), 1 a verdict is "fail" or a file cannot be written, 2 a bad option,
-130 interrupted twice
 """
 
 
@@ -229,6 +227,9 @@ def _figures(
     if disordered := sum(taken.out_of_order for taken in load.taken):
         problems.append(f"{disordered} probes came out of order")
 
+    latencies = Latencies()
+    for taken in load.taken:
+        latencies.update(taken.latencies)
     mean = sum(load.accepted) / config.producers
     return {
         "delivered_per_second": delivered / outcome.seconds if outcome.seconds else 0.0,
@@ -243,7 +244,7 @@ def _figures(
         "load_seconds": outcome.load_seconds,
         "drain_seconds": outcome.drain_seconds,
         "shutdown_seconds": outcome.shutdown_seconds,
-        "latency_seconds": load.latencies().as_json(),
+        "latency_seconds": latencies.as_json(),
         "slowest_producer_share": min(load.accepted) / mean if mean else None,
         "stats": None if stats is None else stats._asdict(),
     }, problems

@@ -47,8 +47,6 @@ examples:
   python3 -m soak tune --payload 10KiB --probe 2s
 
 On a terminal it asks for the payload size when none is given. `run` then takes its settings by itself.
-exit code: 0 there are settings (calibrated or provisional), 1 there are none or they cannot be written, 2 a bad option,
-130 interrupted
 """
 
 

@@ -10,5 +10,5 @@ its result ``verdict``, ``results`` (files), ``display`` (while it runs), ``envi
 for both   ``cli`` (options and their errors), ``debian`` (packages fetched into a cache)
 for users  ``recipes``
 
-All but ``report``, ``bench`` and ``sinks`` needs nothing but the standard library.
+All but ``report``, ``bench`` and ``sinks`` need nothing but the standard library.
 """

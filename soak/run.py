@@ -81,13 +81,10 @@ def main(options: argparse.Namespace) -> int:
 
 def configure(options: argparse.Namespace, place: Mapping[str, object]) -> tuple[Config, str]:
     """Return the settings: what the options say, then the file that --settings stands for; and a line about that."""
-    path: Path = options.settings
-    if str(path) == "auto":
-        path = options.out / settings.FILE
-        path = path if path.exists() else Path("none")
     tuned: dict[str, str] = {}
-    note = ""
-    if str(path) != "none":
+    note, left = "", options.out / settings.FILE
+    path: Path = left if options.settings == Path("auto") else options.settings
+    if path.exists() or path not in (left, Path("none")):
         try:
             tuned, note = settings.read_file(path, place)
         except ValueError as error:
@@ -105,8 +102,8 @@ def run(
 ) -> dict[str, Any]:
     """Run all passes and return the result, ready for JSON; place: of environment.describe, display: of DISPLAYS.
 
-    Under ``interrupts.kept()`` a first interrupt ends the pass that it comes in, cuts those after it short, and the
-    result is complete. Raises RuntimeError when the machine cannot run the threads.
+    A first interrupt ends the pass that it comes in, and cuts those after it short. Raises RuntimeError when the
+    machine cannot run the threads.
     """
     started = results.now()
     if stream is not None:
@@ -154,17 +151,14 @@ def run(
     ratio = figures["delivered_per_second"] / calibration if calibration else None
     compared, note = baseline.choose(baseline_option, asdict(config), place)
     bound, allowance = heap.bound(config), heap.allowance(config)
-    heap_known, drain_known, ratio_known = (
-        None if compared is None else compared.expected(key) for key in ("peak_heap_bytes", "drain_seconds", "ratio")
-    )
+    known = {key: compared.expected(key) if compared else None for key in baseline.LEAST}
     counts = {key: figures[key] for key in ("lost", "duplicated", "rejected")}
+    checked: dict[str, Any] = {"problems": problems, "on_full": config.on_full, "remarks": _remarks(config, counted)}
     findings = {
-        "correctness": verdict.judge_correctness(
-            problems=problems, **counts, on_full=config.on_full, remarks=_remarks(config, counted)
-        ),
-        "throughput": verdict.judge_throughput(figures["delivered_per_second"], ratio, ratio_known, note),
-        "memory": verdict.judge_memory(traced.peak, bound, allowance, heap_known),
-        "drain": verdict.judge_drain(figures["drain_seconds"], drain_known),
+        "correctness": verdict.judge_correctness(**counts, **checked),
+        "throughput": verdict.judge_throughput(figures["delivered_per_second"], ratio, known["ratio"], note),
+        "memory": verdict.judge_memory(traced.peak, bound, allowance, known["peak_heap_bytes"]),
+        "drain": verdict.judge_drain(figures["drain_seconds"], known["drain_seconds"]),
     }
     findings["overall"] = verdict.overall(findings)
     return {
@@ -195,9 +189,7 @@ def run(
     }
 
 
-def _figures(
-    config: Config, load: Load, outcome: Outcome, counted: census.CensusResult
-) -> tuple[dict[str, Any], list[str]]:
+def _figures(config: Config, load: Load, outcome: Outcome, counted: census.CensusResult) -> tuple[Any, list[str]]:
     """Return the load's figures, and what does not add up."""
     accepted, refused, delivered = sum(load.accepted), sum(load.refused), load.delivered
     nbytes = sum(taken.nbytes for taken in load.taken)

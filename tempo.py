@@ -63,20 +63,9 @@ else:
 
 __version__ = "0.2.0"
 __all__ = [
-    "Batch",
-    "Closed",
-    "Dispatcher",
-    "DrainTimeout",
-    "Error",
-    "GiB",
-    "KiB",
-    "MiB",
-    "PayloadTooLarge",
-    "QueueFull",
-    "ShuttingDown",
-    "Stats",
-    "Stopped",
-]
+    "Batch", "Closed", "Dispatcher", "DrainTimeout", "Error", "GiB", "KiB", "MiB", "PayloadTooLarge", "QueueFull",
+    "ShuttingDown", "Stats", "Stopped",
+]  # fmt: skip
 
 KiB: Final = 1024
 MiB: Final = 1024 * KiB
@@ -88,7 +77,7 @@ _Handler = Callable[["Batch"], object]
 _OnError = Callable[[BaseException, "Batch"], object]
 
 _FOREVER: Final = float("inf")
-_UNKNOWN: Final = sys.maxsize
+_NO_LIMIT: Final = sys.maxsize
 _NO_WAIT: Final = 0.0  # the default timeout; enqueue() knows it by identity
 _LOOK_UP: Final = 1.0  # seconds after which a waiting thread looks up, whatever happens
 _EXIT_TIMEOUT: Final = 5.0  # seconds
@@ -131,7 +120,7 @@ _monotonic: Callable[[], float] = functools.partial(time.monotonic)
 #   I1  0 <= buffered <= max_buffered_bytes, where buffered = run.charge - taken.charge + the accepted part of the run
 #       and of buffer.nested.
 #   I2  The packs hold payloads [taken.items, run.items) in order; what is stored for a change that is not committed is
-#       noted in buffer.undo, and trimmed.
+#       noted by buffer.dirty, and trimmed.
 #   I3  An open run has room for `places` payloads of `covers` bytes, whatever happens.  A run is created open, by the
 #       store that makes it the current one; it is sealed once, and never opened again.
 #   I4  Credit (an open run) is given while the open batch has a payload: its first one takes the lock, notes the time
@@ -346,13 +335,12 @@ class _Taken(NamedTuple):
 
 
 class _Nested:
-    """A payload accepted by a call that interrupted a section of its own thread."""
+    """A payload offered by a call that interrupted a section of its own thread."""
 
-    __slots__ = ("accepted", "data", "run")
+    __slots__ = ("accepted", "data")
 
-    def __init__(self, data: bytes, run: _Run) -> None:
+    def __init__(self, data: bytes) -> None:
         self.data = data
-        self.run = run  # the run that was current: the payload comes behind what that run accepted
         self.accepted = False
 
 
@@ -373,15 +361,26 @@ class _Run(list[bytes]):
         self.base = base  # bytes accepted before the open batch
         self.due = due  # when the open batch is due; for ever when it is empty
         self.served = served  # ticket of the last waiting producer whose payload is among these
-        # What the commit that created this run has counted: the run before, how many payloads at its front, and up to
-        # which nested call's. `_Buffer.repair` removes them.
-        self.before: tuple[_Run, int, _Nested | None] | None = None
+        # What the commit that created this run has counted: the run before, and how many payloads at the front of that
+        # and of buffer.nested. `_Buffer.repair` removes them.
+        self.before: tuple[_Run, int, int] | None = None
         self.claim = 0  # bytes that a section is about to use
         # Credit: the first `places` payloads, of at most `covers` bytes each, are accepted.
         self.places = 0  # 0 again when the run is sealed
         self.granted = 0  # as places, and stays
         self.covers = -1
         self.opened = 0.0  # when the credit was given
+
+    def withdraw(self, data: bytes) -> bool:
+        """Lock held. Take out a payload that was appended too late; False: it was counted, so it is accepted.
+
+        Searches from the end: the same object may have been enqueued more than once.
+        """
+        for i in range(len(self) - 1, -1, -1):
+            if self[i] is data:
+                del self[i]
+                return True
+        return False
 
 
 class _Pack:
@@ -416,7 +415,7 @@ class _Pack:
         self.sizes.fromlist(sizes)
 
     def tidy(self, loose: int) -> None:
-        """Join the small pieces at the end if there are more than `loose`. Changes nothing that is committed."""
+        """Join the small pieces at the end if there are more than `loose`."""
         if len(self.pieces) - self.joined > loose:
             tail = self.pieces[self.joined :]
             if sum(map(len, tail)) < _SMALL * len(tail):
@@ -434,32 +433,29 @@ class _Pack:
             return Batch(self.pieces[0][start : start + sum(sizes)], sizes)
         return Batch(self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces), self.sizes)
 
-    def lengths(self) -> tuple[int, int, int]:
-        return len(self.pieces), len(self.sizes), len(self.ends)
-
-    def trim(self, pieces: int, sizes: int, ends: int) -> None:
-        """Drop what was stored behind these lengths."""
-        del self.pieces[pieces:]
-        del self.sizes[sizes:]
-        del self.ends[ends:]
+    def trim(self, items: int, first: int) -> None:
+        """Keep what is before payload number `items`, and the ends of batches up to payload number `first`."""
+        del self.sizes[items - self.start :]
+        del self.ends[bisect_right(self.ends, first - self.start) :]
+        self.joined = 0
+        self.pieces[:] = [b"".join(self.pieces)[: sum(self.sizes)]]
 
 
 class _Buffer:
     """Admission, counting, packing and taking. The caller holds the lock and tells the time; no threads, no clock."""
 
-    def __init__(self, interval: float, max_buffered: int, max_batch: int | None, max_items: int | None) -> None:
+    def __init__(self, interval: float, max_buffered: int, max_batch: int, max_items: int) -> None:
         # Fixed after init.
         self.interval = interval
         self.max_buffered = max_buffered
         self.max_batch = max_batch
         self.max_items = max_items
         self.ahead = max_buffered // 8 + _CREDIT_BYTES  # bytes for which credit is given at most
-        self.most = max(_SMALL, min(max_batch or max_buffered, max_buffered) // 16)  # the most that credit covers
+        self.most = max(_SMALL, min(max_batch, max_buffered) // 16)  # the most that credit covers
         # Guarded by the lock.
         self.taken = _Taken()
         self.packs: deque[_Pack] = deque()  # payloads [taken.items, run.items), in order
-        # While a change is under way: the run, how many packs there are, and what the last one holds before it.
-        self.undo: tuple[Any, ...] | None = None
+        self.dirty = False  # the packs may hold something of a change that was not committed
         self.covers = _SMALL  # bytes: the size up to which the next credit covers payloads
         self.pressed = False  # a payload was refused for lack of room since a batch was taken
         self.peak = 0
@@ -469,7 +465,7 @@ class _Buffer:
         # Touched without the lock; why that is safe is told in Theory.
         self.run = _Run(0, 0, 0, 0, _FOREVER, 0)
         self.nested: list[_Nested] = []  # of calls that interrupted a section, which counts them
-        self.spare = _UNKNOWN  # room that is left, while a payload waits for room or was refused
+        self.spare = _NO_LIMIT  # room that is left, while a payload waits for room or was refused
 
     # -- What is there -----------------------------------------------------------------------------------------------
 
@@ -479,18 +475,14 @@ class _Buffer:
 
     def accepted(self) -> tuple[int, int]:
         """Payloads and bytes accepted since the beginning, those that are not counted yet included."""
-        run, nested = self.run, self.nested[:]
-        if run.before is not None and run.before[2] in nested:  # counted, and not removed yet
-            del nested[: nested.index(run.before[2]) + 1]
-        new = run[: run.granted] + [entry.data for entry in nested if entry.accepted]
+        run = self.run
+        counted = run.before[2] if run.before is not None else 0  # and not removed yet
+        new = run[: run.granted] + [entry.data for entry in self.nested[counted:] if entry.accepted]
         return run.items + len(new), run.charge + sum([len(payload) or 1 for payload in new])
 
     def due(self) -> float:
         """When the front batch may be taken: -inf when it is closed, inf when there is none."""
-        run = self.run
-        if self.taken.items < run.first:
-            return -_FOREVER
-        return run.due
+        return -_FOREVER if self.taken.items < self.run.first else self.run.due
 
     def empty(self) -> bool:
         return self.taken.items == self.run.items
@@ -498,35 +490,21 @@ class _Buffer:
     # -- Admission ---------------------------------------------------------------------------------------------------
 
     def seal(self, now: float) -> None:
-        """Withdraw the credit and count what the run accepted with it, and what nested calls accepted."""
-        if self.undo is not None:
+        """Withdraw the credit and count what the run accepted with it, then what nested calls accepted."""
+        if self.dirty or self.run.before is not None:
             self.repair()
         run = self.run
         run.places = 0  # first: who sees another value appended before the slice
         nested = self.nested[:] if self.nested else None
         if run.granted or nested:
             new: list[bytes] = run[: run.granted]
-            counted = len(new)
+            before = (run, len(new), len(nested or ()))
+            when = run.opened if new else now
             if nested:
-                before = [entry.data for entry in nested if entry.accepted and entry.run is not run]
-                new = before + new + [entry.data for entry in nested if entry.accepted and entry.run is run]
+                new += [entry.data for entry in nested if entry.accepted]
             sizes = list(map(len, new))
-            charge = sum(sizes)
-            if not all(new):
-                charge += sizes.count(0)
-            when = run.opened if counted else now
-            self._commit(new, sizes, charge, when, run.served, counted, nested[-1] if nested else None)
-
-    def withdraw(self, run: _Run, data: bytes) -> bool:
-        """Take a payload that came late out of the run it was appended to; False: it was counted, so it is accepted.
-
-        Searches from the end: the same object may have been enqueued more than once.
-        """
-        for i in range(len(run) - 1, -1, -1):
-            if run[i] is data:
-                del run[i]
-                return True
-        return False
+            charge = sum(sizes) + (0 if all(sizes) else sizes.count(0))
+            self._commit(new, sizes, charge, when, run.served, before)
 
     def accept(self, new: Sequence[bytes], sizes: list[int], charge: int, now: float, served: int = 0) -> bool:
         """After a seal: accept payloads if all of them fit (I1)."""
@@ -545,9 +523,9 @@ class _Buffer:
 
         Counts all credit, and all that the section is about to use, as if it were buffered.
         """
-        run = self.run
-        entry = _Nested(data, run)
+        entry = _Nested(data)
         self.nested.append(entry)  # first: a call nested in this one must see it
+        run = self.run
         if self._ceiling(run) > self.max_buffered:
             self.nested.remove(entry)
             return False
@@ -567,26 +545,23 @@ class _Buffer:
         told: no consumer waits to be called to the next batch, so that credit may go beyond the end of the open one.
         """
         run = self.run
-        if run.granted or run.first == run.items:
+        n = run.items - run.first
+        if run.granted or not n:
             return
         covers = self.covers
-        places = _CREDIT_ITEMS
-        if self.max_batch is not None:
-            places = min(places, (run.base + self.max_batch - run.charge - 1) // covers)
-        if self.max_items is not None:
-            places = min(places, run.first + self.max_items - run.items - 1)
+        places = min((run.base + self.max_batch - run.charge - 1) // covers, self.max_items - n - 1)
         if told and places < _CREDIT_ITEMS:
-            places = min(_CREDIT_ITEMS, max(places, int(self._pace(now) * self.interval / 8)))
-        places = min(places, self.ahead // covers)
+            places = max(places, int(self._pace(now) * self.interval / 8))
+        places = min(places, _CREDIT_ITEMS, self.ahead // covers)
         run.claim = places * covers  # first: a nested call must see it, or be seen
         places += min(0, (self.max_buffered - self._ceiling(run)) // covers)
         if places > 0:
             after = _Run(run.items, run.charge, run.first, run.base, run.due, run.served)
             after.places = after.granted = places
             after.covers, after.opened = covers, now
-            self.run = after
-        else:
-            run.claim = 0
+            if not self.nested:  # what a nested call has accepted comes first; no signal is looked for between this
+                self.run = after  # and this
+        run.claim = 0
 
     def _pace(self, now: float) -> float:
         """Payloads a second, of late."""
@@ -606,97 +581,73 @@ class _Buffer:
         charge: int,
         now: float,
         served: int,
-        counted: int = 0,
-        entry: _Nested | None = None,
+        before: tuple[_Run, int, int] | None = None,
     ) -> None:
         """Store payloads in packs, then accept them by one store: a run with the new totals (I2)."""
         run = self.run
         items, total, first, base, due = run.items, run.charge, run.first, run.base, run.due
-        n = len(new)
-        packs = self.packs
-        if n:
+        n, at, totals = len(new), 0, None
+        if total + charge - base >= self.max_batch or items + n - first >= self.max_items:  # a batch ends among them
+            totals = list(accumulate(sizes if all(sizes) else [size or 1 for size in sizes], initial=total))
+        self.dirty = True
+        while at < n:
             begins = first == items
-            last = packs[-1] if packs else None
-            if last is not None:
-                if begins and (items - last.start >= _PACK_ITEMS or total - last.base >= _PACK_BYTES):
-                    last.tidy(1)
-                    last = None
-                elif len(last.pieces) > _LOOSE:
-                    last.tidy(_LOOSE)
-            self.undo = (run, len(packs), last, *(last.lengths() if last is not None else ()))
-            if (self.max_batch is None or total + charge - base < self.max_batch) and (
-                self.max_items is None or items + n - first < self.max_items
-            ):
-                (last or self._pack(items, total)).append(new, sizes, charge)
-            else:
-                first, base = self._split(new, sizes, last)
-                begins = True
             if begins:
-                due = now + self.interval if first < items + n else _FOREVER
-        after = _Run(items + n, total + charge, first, base, due, served)
-        after.before = (run, counted, entry)
-        self.undo = self.undo or (run, len(packs), None)
-        self.run = after
-        self.repair()
-
-    def _split(self, new: Sequence[bytes], sizes: list[int], pack: _Pack | None) -> tuple[int, int]:
-        """Store payloads with the ends of the batches that they close; return where the open batch starts."""
-        run = self.run
-        items, first, base, n = run.items, run.first, run.base, len(new)
-        charges = sizes if all(sizes) else [size or 1 for size in sizes]
-        totals = list(accumulate(charges, initial=run.charge))
-        start = end = 0  # payloads [start, end) are to be stored
-        while True:
-            at = end  # where the open batch goes on
-            if self.max_batch is None:
-                end = n + 1
-            else:
-                end = bisect_left(totals, base + self.max_batch, at + 1)
-                if end <= n and totals[end] != base + self.max_batch and items + end - 1 > first:
-                    end -= 1  # it ends before the payload that would take it over, unless that is alone
-            if self.max_items is not None:
-                end = min(end, first + self.max_items - items)
-            closes = end <= n
-            end = min(end, n)
-            if pack is None:
-                pack = self._pack(items + start, totals[start])
+                due = now + self.interval
+            pack = self._pack(begins, items, total)
+            if totals is None:
+                pack.append(new, sizes, charge)
+                items, total = items + n, total + charge
+                break
+            end = bisect_left(totals, base + self.max_batch, at + 1)
+            if end <= n and totals[end] > base + self.max_batch and not (begins and end == at + 1):
+                end -= 1  # the batch ends before the payload that would take it over
+            end = min(end, at + first + self.max_items - items)
+            closes, end = end <= n, min(end, n)
+            if end > at:
+                pack.append(new[at:end], sizes[at:end], totals[end] - total)
+            items, total, at = items + end - at, totals[end], end
             if closes:
-                pack.ends.append(items + end - pack.start)
-                first, base = items + end, totals[end]
-            full = items + end - pack.start >= _PACK_ITEMS or totals[end] - pack.base >= _PACK_BYTES
-            if end == n or full:
-                if end > start:
-                    pack.append(new[start:end], sizes[start:end], totals[end] - totals[start])
-                if end == n:
-                    return first, base
-                start, pack = end, None
+                pack.ends.append(items - pack.start)
+                first, base, due = items, total, _FOREVER
+        self._replace(_Run(items, total, first, base, due, served), before)
 
-    def _pack(self, start: int, base: int) -> _Pack:
-        pack = _Pack(start, base)
-        self.packs.append(pack)
-        return pack
+    def _pack(self, begins: bool, items: int, total: int) -> _Pack:
+        """Return the pack for the next payloads. begins: a batch begins with them."""
+        if self.packs:
+            pack = self.packs[-1]
+            if not begins or (items - pack.start < _PACK_ITEMS and total - pack.base < _PACK_BYTES):
+                pack.tidy(_LOOSE)
+                return pack
+            pack.tidy(1)
+        self.packs.append(_Pack(items, total))
+        return self.packs[-1]
+
+    def _replace(self, after: _Run, before: tuple[_Run, int, int] | None = None) -> None:
+        """Commit what was stored in the packs."""
+        after.before = before
+        self.run = after
+        self.dirty = False
+        self.repair()
 
     def repair(self) -> None:
         """Finish the last commit, or undo what was stored for one that did not happen. May be run again."""
-        run, taken = self.run, self.taken
-        if self.undo is not None and self.undo[0] is run:
-            _, packs, last, *lengths = self.undo
-            while len(self.packs) > packs:
-                self.packs.pop()
-            if last is not None:
-                last.trim(*lengths)
+        run, taken, packs = self.run, self.taken, self.packs
+        if self.dirty:
+            while packs and packs[-1].start >= run.items:
+                packs.pop()
+            if packs:
+                packs[-1].trim(run.items, run.first)
+            self.dirty = False
         if run.before is not None:
             before, counted, nested = run.before
-            if nested is not None and nested in self.nested:
-                del self.nested[: self.nested.index(nested) + 1]
-            del before[:counted]  # once: no signal is looked for between this
+            del before[:counted], self.nested[:nested]  # once: no signal is looked for between this
             run.before = None  # and this
         self.peak = max(self.peak, run.charge - taken.charge)
-        while self.packs and self.packs[0].start + len(self.packs[0].sizes) <= taken.items:
-            self.packs.popleft()
+        while packs and packs[0].start + len(packs[0].sizes) <= taken.items:
+            packs.popleft()
         while self.undelivered and self.undelivered[-1][0] >= taken.items:
             self.undelivered.pop()
-        self.undo = None
 
     # -- Taking ------------------------------------------------------------------------------------------------------
 
@@ -704,26 +655,22 @@ class _Buffer:
         """After a seal: close the open batch, if it has a payload."""
         run = self.run
         if run.first < run.items:
-            last = self.packs[-1]
-            self.undo = (run, len(self.packs), last, *last.lengths())
-            last.ends.append(run.items - last.start)
-            self.run = _Run(run.items, run.charge, run.items, run.charge, _FOREVER, run.served)
-            self.repair()
+            self.dirty = True
+            self.packs[-1].ends.append(run.items - self.packs[-1].start)
+            self._replace(_Run(run.items, run.charge, run.items, run.charge, _FOREVER, run.served))
 
     def take(self, fate: str = "delivered") -> Batch:
         """Take the front batch, which is closed; fate: "delivered", "in_flight" or "discarded".
 
         The batch is made before it is taken, so that its bytes count until there is memory for it.
         """
-        if self.undo is not None:
-            self.repair()
+        self.repair()
         taken = self.taken
         pack = self.packs[0]
         begin = taken.items - pack.start
         batch = pack.batch(begin, pack.ends[bisect_right(pack.ends, begin)])
         n = len(batch)
         charge = batch.nbytes + (batch._sizes.count(0) if pack.empties else 0)
-        self.undo = (self.run, len(self.packs), None)
         after = taken._replace(items=taken.items + n, charge=taken.charge + charge)
         if fate == "discarded":
             self.undelivered.append((taken.items, batch))
@@ -747,48 +694,22 @@ class _Buffer:
         """The handler has returned from its batch, or raised."""
         self.flight = None
         taken = self.taken
-        if taken.flight_items and failed:
+        if failed:
             items, charge = taken.failed_items + taken.flight_items, taken.failed_charge + taken.flight_charge
             taken = taken._replace(failed_items=items, failed_charge=charge)
         self.taken = taken._replace(flight_first=-1, flight_items=0, flight_charge=0)
-
-    def check(self, told: bool = True) -> None:
-        """Assert every invariant; for tests. told: as in `grant`."""
-        self.repair()
-        run, taken = self.run, self.taken
-        if run.places:
-            assert run.places == run.granted and run.first < run.items, "I3"
-            covered = run.places * run.covers
-            assert self.held() + covered <= self.max_buffered, "I3"
-            assert told or self.max_batch is None or run.charge - run.base + covered < self.max_batch, "I4"
-            assert told or self.max_items is None or run.items - run.first + run.places < self.max_items, "I4"
-        assert 0 <= self.held() <= self.peak <= self.max_buffered, "I1"
-        at, base, ends = run.items, run.charge, [run.first]
-        if self.packs:
-            at, base = self.packs[0].start, self.packs[0].base
-        assert at <= taken.items <= run.first <= run.items, "I2"
-        for pack in self.packs:
-            assert (pack.start, pack.base) == (at, base), "I2"
-            assert sum(map(len, pack.pieces)) == sum(pack.sizes), "I2"
-            at += len(pack.sizes)
-            base += sum(size or 1 for size in pack.sizes)
-            ends += [pack.start + end for end in pack.ends]
-        assert (at, base) == (run.items, run.charge), "I2"
-        assert run.first in ends[1:] or run.first in (taken.items, 0), "I4"
-        assert (run.due == _FOREVER) == (run.first == run.items), "I4"
-        assert self.max_batch is None or run.charge - run.base < self.max_batch or run.first == run.items, "I4"
 
 
 class _Waiter:
     """One blocked thread, on a Condition of its own over the lock. Everything here needs the lock."""
 
-    key = 0  # of waiters with the same key one runs if another does: all threads
+    thread = True
     stood = False  # in a line, perhaps still
     woken = True  # it need not wait
     until = _FOREVER  # a consumer: when it looks again by itself
     data = b""  # a producer: its payload,
     ticket = 0  # and its place in the line
-    target = 0.0  # flush and shutdown: the number of payloads to be delivered
+    target = -1.0  # flush and shutdown: the number of payloads to be delivered
     _condition: threading.Condition | None = None
 
     def alive(self) -> bool:
@@ -817,8 +738,7 @@ class _Waiter:
 class _AsyncWaiter(_Waiter):
     """One waiting coroutine, woken through its event loop, which may be closed. Keeps neither loop nor task alive."""
 
-    def __init__(self, loop: Any) -> None:
-        self.key = id(loop)
+    thread = False
 
     def expect(self, future: Any) -> None:
         self._future = weakref.ref(future)
@@ -899,33 +819,30 @@ def _section(work: _Method) -> _Method:
 
 
 class _Batches(Iterator[Batch], AsyncIterator[Batch]):
-    """Iterator over a dispatcher's batches, for threads and coroutines; knows whose loop it is."""
+    """Iterator over a dispatcher's batches, for threads and coroutines; knows who is in the body of its loop."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
-        self._user: Callable[[], object] = _nobody  # a weak reference: the thread or task in the loop
+        self._user: Callable[[], object] = _nobody  # a weak reference to a thread or task
         dispatcher._loops.append(weakref.ref(self, dispatcher._loops.remove))
 
     def __next__(self) -> Batch:
-        self._user = weakref.ref(threading.current_thread())
+        self._user = _nobody
         try:
-            return self._dispatcher.get()
-        except BaseException as exc:
-            self._user = _nobody
-            if isinstance(exc, Stopped):
-                raise StopIteration from None
-            raise
+            batch = self._dispatcher.get()
+        except Stopped:
+            raise StopIteration from None
+        self._user = weakref.ref(threading.current_thread())
+        return batch
 
     async def __anext__(self) -> Batch:
-        d = self._dispatcher
-        self._user = weakref.ref(_asyncio("current_task") or self)
+        self._user = _nobody
         try:
-            return await d._await(_FOREVER, d._take, "delivered")
-        except BaseException as exc:
-            self._user = _nobody
-            if isinstance(exc, Stopped):
-                raise StopAsyncIteration from None
-            raise
+            batch = await self._dispatcher._await(_FOREVER, self._dispatcher._take, "delivered")
+        except Stopped:
+            raise StopAsyncIteration from None
+        self._user = weakref.ref(_asyncio("current_task") or self)
+        return batch
 
     def inside(self) -> bool:
         """Whether the caller is in this loop."""
@@ -970,8 +887,8 @@ class Dispatcher:
         if not 0 < seconds <= threading.TIMEOUT_MAX:
             raise ValueError(f"interval must be > 0 and at most {threading.TIMEOUT_MAX} seconds, not {_show(interval)}")
         self._max_buffered = _limit("max_buffered_bytes", max_buffered_bytes)
-        max_batch = None if max_batch_bytes is None else _limit("max_batch_bytes", max_batch_bytes)
-        max_items = None if max_batch_items is None else _limit("max_batch_items", max_batch_items, "payloads")
+        max_batch = _NO_LIMIT if max_batch_bytes is None else _limit("max_batch_bytes", max_batch_bytes)
+        max_items = _NO_LIMIT if max_batch_items is None else _limit("max_batch_items", max_batch_items, "payloads")
         self._new_buffer = functools.partial(_Buffer, seconds, self._max_buffered, max_batch, max_items)
         self._push: tuple[_Handler, _OnError | None, float] | None = None  # set once, under the lock
         self._loops: list[weakref.ref[_Batches]] = []  # each removed by the end of the iterator
@@ -989,8 +906,7 @@ class Dispatcher:
         self._tickets = 0  # given to producers in the line
         self._resting: deque[_Waiter] = deque()  # producers whose payload was accepted, and that wait for their turn
         self._turn = 0  # bytes taken up to which turns were given
-        self._consumers: deque[_Waiter] = deque()  # consumers that nobody has called
-        self._called: deque[_Waiter] = deque()  # consumers that were called, and have not looked yet
+        self._consumers: deque[_Waiter] = deque()
         self._drainers: deque[_Waiter] = deque()  # flush and shutdown
         self._gone: list[_Waiter] = []  # coroutines that no longer wait
         self._rejected = (0, 0)  # payloads, bytes
@@ -1017,8 +933,8 @@ class Dispatcher:
             TypeError, ValueError: not bytes-like or not contiguous; a bad timeout.
             Nothing was accepted when it raises.
         """
-        if timeout is not _NO_WAIT and timeout is not None:
-            _seconds("timeout", timeout)
+        if timeout is not _NO_WAIT and timeout is not None and not _seconds("timeout", timeout):
+            timeout = _NO_WAIT
         run = self._buffer.run
         if type(payload) is bytes and len(payload) <= run.covers:
             run.append(payload)
@@ -1026,13 +942,13 @@ class Dispatcher:
                 return
             self._enqueue(payload, timeout, run)
         elif (
-            timeout == 0
+            timeout is _NO_WAIT
             and type(payload) is bytes
             and (spare := self._buffer.spare) < (charge := len(payload) or 1) <= self._max_buffered
         ):
             self._refused.append(charge)
-            if len(self._refused) >= _REFUSALS:
-                self._count_refusals()
+            if len(self._refused) >= _REFUSALS and not self._nested():
+                self._stats()  # counts them
             raise QueueFull(charge, self._max_buffered - spare, self._max_buffered)
         else:
             self._enqueue(self._own(payload), timeout)
@@ -1157,19 +1073,17 @@ class Dispatcher:
             TypeError, ValueError: a bad timeout.
         """
         deadline = _deadline(timeout)
-        if not self._patient() or self._in_body():
-            deadline = 0.0
         if self._leave_word("flush"):
             return False
-        target = self._cut("await aflush()" if deadline == _FOREVER else "")
-        return self._block(deadline, self._drained, target, self._buffer)
+        if not self._may_wait():
+            deadline = 0.0
+        instead = "await aflush()" if deadline == _FOREVER else ""
+        return self._block(deadline, self._drain, "flush", self._buffer, instead)
 
     async def aflush(self, timeout: float | None = None) -> bool:
         """As `flush`, without blocking the event loop."""
         deadline = _deadline(timeout)
-        if not self._patient() or self._in_body():
-            deadline = 0.0
-        return await self._await(deadline, self._drained, self._cut(), self._buffer)
+        return await self._await(deadline if self._may_wait() else 0.0, self._drain, "flush", self._buffer)
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Refuse new work, release blocked producers, and wait until everything accepted is delivered.
@@ -1187,19 +1101,20 @@ class Dispatcher:
         deadline = _deadline(timeout)
         if self._leave_word("shutdown"):
             return
-        waits = self._patient() and not self._in_body()
-        if self._close("await ashutdown(), async with" if waits and timeout is None else "") or not waits:
-            return
-        if not self._block(deadline, self._drained, _FOREVER, self._buffer):
+        waits = self._may_wait()
+        instead = "await ashutdown(), async with" if waits and timeout is None else ""
+        done = self._block(deadline if waits else 0.0, self._drain, "shutdown", self._buffer, instead)
+        if not done and waits:
             self._give_up()
-        elif self._thread is not None:  # its last batch is delivered: it only has to return
+        elif waits and self._thread is not None and not self._halted:  # it has delivered all, and only has to return
             self._thread.join(_remaining(deadline))
 
     async def ashutdown(self, timeout: float | None = None) -> None:
         """As `shutdown`, without blocking the event loop."""
         deadline = _deadline(timeout)
-        waits = self._patient() and not self._in_body()
-        if not self._close() and waits and not await self._await(deadline, self._drained, _FOREVER, self._buffer):
+        waits = self._may_wait()
+        done = await self._await(deadline if waits else 0.0, self._drain, "shutdown", self._buffer)
+        if not done and waits:
             self._give_up()
 
     def stop(self) -> list[Batch]:
@@ -1288,9 +1203,10 @@ class Dispatcher:
             me == self._worker or me in self._waits or (mutex and mutex.mine(me)) or (_exiting and sys.is_finalizing())
         )
 
-    def _in_body(self) -> bool:
-        """Whether the caller is in the body of a loop over this dispatcher's batches."""
-        return any(loop.inside() for reference in list(self._loops) if (loop := reference()) is not None)
+    def _may_wait(self) -> bool:
+        """Whether flush or shutdown may wait: not in the body of a loop over this dispatcher's batches, either."""
+        loops = [reference() for reference in list(self._loops)]
+        return self._patient() and not any(loop is not None and loop.inside() for loop in loops)
 
     def _settle(self) -> None:
         """Lock held. Derive all that follows from what was accepted, taken and asked for.
@@ -1301,14 +1217,12 @@ class Dispatcher:
         while True:
             self._left = False
             while self._asked:
-                self._cut_locked()
-                if "shutdown" in self._asked and self._phase is _RUNNING:
-                    self._phase = _SHUTTING_DOWN
+                self._close(self._asked[0])
                 del self._asked[:1]
             while self._gone:
                 self._leave(self._gone[0])
                 del self._gone[:1]
-            if buffer.nested or buffer.undo is not None:
+            if buffer.nested or buffer.dirty or buffer.run.before is not None:
                 buffer.seal(self._now)
             if self._refused:
                 n = len(self._refused)
@@ -1328,17 +1242,15 @@ class Dispatcher:
                 if self._delivered(waiter.target):
                     waiter.wake()
                     drainers.remove(waiter)
-            if self._resting:
-                self._give_turns()
-            else:
-                self._turn = buffer.taken.charge
+            self._give_turns()
             if self._consumers:
                 self._call()
-            if self._phase is _RUNNING and not self._line and not buffer.pressed:
-                buffer.grant(self._now, not self._consumers)
-                buffer.spare = _UNKNOWN
+            if self._phase is not _RUNNING or not (self._line or buffer.pressed):
+                buffer.spare = _NO_LIMIT
+                if self._phase is _RUNNING:
+                    buffer.grant(self._now, not self._consumers)
             else:
-                buffer.spare = self._max_buffered - buffer.held() if self._phase is _RUNNING else _UNKNOWN
+                buffer.spare = self._max_buffered - buffer.held()
             self._busy = False  # from here on a call that comes in between is a section by itself
             if not self._left:
                 return
@@ -1369,18 +1281,14 @@ class Dispatcher:
                 self._now = _monotonic()
         finally:
             if waiter.stood:
-                try:
-                    self._leave(waiter)
-                except BaseException:
-                    self._leave(waiter)
-                    raise
+                self._leave(waiter)
 
     async def _await(self, deadline: float, step: Callable[..., _T | None], *args: Any) -> _T:
         """As _block, for a coroutine: between taking a batch and returning it there is no await."""
         import asyncio  # noqa: PLC0415 - slow to import, and a caller has it loaded already
 
         loop = asyncio.get_running_loop()
-        waiter = _AsyncWaiter(loop)
+        waiter = _AsyncWaiter()
         try:
             while True:
                 future = loop.create_future()
@@ -1415,29 +1323,18 @@ class Dispatcher:
 
     def _leave(self, waiter: _Waiter) -> None:
         """Lock held. Take a waiter out of every line; settling passes on what it was called for."""
-        for line in (self._line, self._resting, self._consumers, self._called, self._drainers):
+        for line in (self._line, self._resting, self._consumers, self._drainers):
             while waiter in line:
                 line.remove(waiter)
 
     def _call(self) -> None:
-        """Lock held. Call a consumer to a batch, or to be the timer: the first thread, and before it one of each loop.
-
-        One at a time: who was called calls the next, by settling when it has looked.
-        """
+        """Lock held. Wake the consumers when the front batch is due, or to time it if no thread of them does."""
         due, consumers = self._buffer.due(), self._consumers
-        if due == _FOREVER:
-            return
-        called = {waiter.key for waiter in self._called if waiter.alive()}
-        if due > self._now and not self._hurried():
-            called.update(waiter.key for waiter in consumers if waiter.until <= due)
-        for waiter in list(consumers):
-            if _Waiter.key in called:
-                return
-            if waiter.key not in called:
-                if waiter.alive():
-                    waiter.wake()
-                    self._called.append(waiter)
-                    called.add(waiter.key)
+        if due <= self._now or (due < _FOREVER and self._hurried()):
+            _wake(consumers, len(consumers))
+        elif not any(waiter.thread and waiter.until <= due for waiter in consumers):
+            for waiter in [waiter for waiter in consumers if waiter.until > due]:
+                waiter.wake()
                 consumers.remove(waiter)
 
     def _hurried(self) -> bool:
@@ -1451,7 +1348,7 @@ class Dispatcher:
         if self._nested():
             buffer, charge = self._buffer, len(data) or 1
             self._left = True
-            if (run is None or buffer.withdraw(run, data)) and not (
+            if (run is None or run.withdraw(data)) and not (
                 self._phase is _RUNNING and charge <= self._max_buffered and buffer.accept_nested(data)
             ):
                 raise self._refusal(charge)
@@ -1467,7 +1364,7 @@ class Dispatcher:
         """
         buffer = self._buffer
         buffer.seal(self._now)
-        if late and not buffer.withdraw(late.pop(), data):
+        if late and not late.pop().withdraw(data):
             return True
         if 0 < waiter.ticket <= buffer.run.served:
             return True
@@ -1513,42 +1410,27 @@ class Dispatcher:
         buffer, line = self._buffer, self._line
         while line:
             waiter = line[0]
-            if waiter.ticket <= buffer.run.served:
-                waiter.data = b""
-                if waiter.key:
-                    waiter.wake()
-                else:
-                    self._resting.append(waiter)
-                line.popleft()
-            elif not waiter.alive():
-                line.popleft()
-            else:
-                room = self._max_buffered - buffer.held()
-                group: list[_Waiter] = []
-                for waiter in line:
-                    room -= len(waiter.data) or 1
-                    if room < 0 or not waiter.alive():
-                        break
-                    group.append(waiter)
-                sizes = [len(waiter.data) for waiter in group]
-                if (
-                    not group
-                    or self._phase is not _RUNNING
-                    or not buffer.accept(
-                        [waiter.data for waiter in group],
-                        sizes,
-                        sum(sizes) + sizes.count(0),
-                        self._now,
-                        group[-1].ticket,
-                    )
+            if waiter.ticket > buffer.run.served:
+                if not waiter.alive():
+                    line.popleft()
+                    continue
+                n = len(waiter.data)
+                if self._phase is not _RUNNING or not buffer.accept(
+                    (waiter.data,), [n], n or 1, self._now, waiter.ticket
                 ):
                     return
+            waiter.data = b""
+            if waiter.thread:
+                self._resting.append(waiter)
+            else:
+                waiter.wake()
+            line.popleft()
 
     def _give_turns(self) -> None:
         """Lock held. Wake a resting producer for each eighth of the buffer taken, and all when a consumer is idle."""
-        taken = self._buffer.taken.charge
-        turns = len(self._resting) if self._consumers else (taken - self._turn) // max(1, self._max_buffered // 8)
-        if turns:
+        taken, resting = self._buffer.taken.charge, len(self._resting)
+        turns = resting if self._consumers else (taken - self._turn) // max(1, self._max_buffered // 8)
+        if turns or not resting:
             _wake(self._resting, turns)
             self._turn = taken
 
@@ -1566,11 +1448,6 @@ class Dispatcher:
             if view.nbytes > self._max_buffered:  # there may be no memory for a copy
                 raise self._refusal(view.nbytes)
             return view.tobytes()
-
-    def _count_refusals(self) -> None:
-        """Have the refusals counted that were only noted, now and then."""
-        if not self._nested():
-            self._stats()
 
     def _refusal(self, charge: int) -> Error:
         """Note a refused payload, for the next section to count, and return why."""
@@ -1590,8 +1467,6 @@ class Dispatcher:
 
         In push mode the handler has returned from the batch before, or failed.
         """
-        if waiter in self._called:
-            self._called.remove(waiter)
         buffer = self._buffer
         if fate == "in_flight":
             buffer.land(failed)
@@ -1613,43 +1488,41 @@ class Dispatcher:
 
     # -- Life cycle's half -------------------------------------------------------------------------------------------
 
-    def _cut_locked(self) -> int:
-        """Lock held. Close the open batch; return the number of payloads accepted."""
-        self._buffer.seal(self._now)
-        self._buffer.cut()
-        return self._buffer.run.items
-
-    @_section
-    def _cut(self, instead: str = "") -> int:
-        target = self._cut_locked()
-        if not self._delivered(target):
-            self._refuse_to_block(instead)
-        return target
-
-    @_section
-    def _close(self, instead: str = "") -> bool:
-        """Take no more work; return whether there is nothing to wait for."""
+    def _close(self, what: str) -> None:
+        """Lock held. Close the open batch, and for "shutdown" the dispatcher: it takes no more work."""
         self._buffer.seal(self._now)  # first: with the credit gone, a nested call goes by the phase
-        if not self._buffer.empty():
-            self._refuse_to_block(instead)
-        if self._phase is _RUNNING:
+        self._buffer.cut()
+        if what == "shutdown" and self._phase is _RUNNING:
             self._phase = _SHUTTING_DOWN
-        return self._phase is _STOPPED
 
-    def _refuse_to_block(self, instead: str) -> None:
-        """Raise where a wait would block the event loop in which the consumers may be, for ever."""
-        if instead and self._push is None and _asyncio("get_running_loop"):
-            raise RuntimeError(f"this would block the event loop that runs in this thread: use {instead} or a timeout")
+    def _drain(self, waiter: _Waiter, over: bool, what: str, buffer: _Buffer, instead: str = "") -> bool | None:
+        """Lock held. Whether all that was accepted at the first look is delivered; None: wait.
 
-    def _drained(self, waiter: _Waiter, over: bool, target: float, buffer: _Buffer) -> bool | None:
-        """Lock held. Whether the first `target` payloads are delivered, or for ever: all are; None: wait."""
-        if self._delivered(target) or self._buffer is not buffer:
+        what: "flush", or "shutdown", which takes no more. instead: what to call where the wait would block, for ever,
+        the event loop in which the consumers may be.
+        """
+        if self._buffer is not buffer:  # forked meanwhile
+            return True
+        if waiter.target < 0:
+            if what == "shutdown" and self._phase is _STOPPED:
+                return True
+            buffer.seal(self._now)
+            if (
+                instead
+                and self._push is None
+                and not self._delivered(buffer.run.items)
+                and _asyncio("get_running_loop")
+            ):
+                text = "this would block the event loop that runs in this thread"
+                raise RuntimeError(f"{text}: use {instead} or a timeout")
+            self._close(what)
+            waiter.target = buffer.run.items if what == "flush" else _FOREVER
+        if self._delivered(waiter.target):
             return True
         if self._phase is _STOPPED:
-            return target == _FOREVER and not self._halted
+            return waiter.target == _FOREVER and not self._halted
         if over:
             return False
-        waiter.target = target
         self._stand(waiter, self._drainers)
         return None
 
@@ -1713,19 +1586,9 @@ class Dispatcher:
             t.batches,
             max(buffer.peak, charge - t.charge),
             len(self._line),
-            len(self._consumers) + len(self._called),
+            len(self._consumers),
             self._phase,
         )
-
-    @_section
-    def _check(self) -> None:
-        """Assert every invariant; for tests."""
-        self._buffer.check(not self._consumers)
-        assert not self._buffer.run.places or not (self._line or self._buffer.pressed), "I4"
-        stats = self._snapshot()
-        for suffix in ("", "_bytes"):
-            parts = [getattr(stats, name + suffix) for name in ("delivered", "in_flight", "buffered", "discarded")]
-            assert min(parts) >= 0 and getattr(stats, "accepted" + suffix) == sum(parts), "I5"
 
     # -- Push mode ---------------------------------------------------------------------------------------------------
 
@@ -1951,7 +1814,8 @@ def _at_exit() -> None:
     pulled = [d for d in _dispatchers() if d._push is None]
     started = [(d, d._push, begin + d._push[2]) for d in _dispatchers() if d._push is not None]
     for d, _, _ in started:
-        d._close()
+        d._asked.append("shutdown")
+        d._stats()
     for d, push, until in started:
         if d._thread is None:  # a forked child that could not start it, or had no reason to
             d._consume(push, until)

@@ -75,12 +75,51 @@ ENDS = each("end", ["shutdown", "ashutdown", "stop"])
 class inside:  # noqa: N801 - a namespace
     """All that the tests touch of tempo's inside."""
 
-    Buffer = tempo._Buffer
+    @staticmethod
+    def buffer(max_buffered: int, max_batch: int | None, max_items: int | None) -> tempo._Buffer:
+        """Return a buffer with an interval of one second."""
+        return tempo._Buffer(1.0, max_buffered, max_batch or tempo._NO_LIMIT, max_items or tempo._NO_LIMIT)
+
+    @classmethod
+    def check(cls, dispatcher: tempo.Dispatcher) -> None:
+        """Assert the invariants of tempo's theory of operation, by the numbers they have there."""
+        balanced(dispatcher)  # I5, in a section, which makes good what an exception has left
+        buffer, mutex = dispatcher._buffer, dispatcher._mutex
+        assert mutex
+        with mutex.lock:
+            cls.check_buffer(buffer, told=not dispatcher._consumers)
+            assert not buffer.run.places or not (dispatcher._line or buffer.pressed), "I4"
 
     @staticmethod
-    def check(d: tempo.Dispatcher) -> None:
-        """Assert every invariant."""
-        d._check()
+    def check_buffer(buffer: tempo._Buffer, told: bool = True) -> None:
+        """The same of a buffer alone. told: no consumer waits that nobody has called, so credit may cross batches."""
+        run, taken = buffer.run, buffer.taken
+        held, opened, pending = run.charge - taken.charge, run.charge - run.base, run.items - run.first
+        assert 0 <= held <= buffer.peak <= buffer.max_buffered, "I1"
+
+        # The packs follow one another, from before the first payload that is not taken to the last that is counted.
+        assert not buffer.dirty
+        first = buffer.packs[0] if buffer.packs else None
+        at, base = (first.start, first.base) if first else (run.items, run.charge)
+        ends = [0, taken.items]
+        assert at <= taken.items <= run.first <= run.items, "I2"
+        for pack in buffer.packs:
+            assert (pack.start, pack.base) == (at, base), "I2"
+            assert sum(map(len, pack.pieces)) == sum(pack.sizes), "I2"
+            ends += [at + end for end in pack.ends]
+            at += len(pack.sizes)
+            base += sum(max(1, size) for size in pack.sizes)
+        assert (at, base) == (run.items, run.charge), "I2"
+
+        # The open batch begins where another ends, is below its limit, and is due only if it has a payload.
+        assert run.first in ends, "I4"
+        assert (run.due == INF) == (not pending), "I4"
+        assert not pending or opened < (buffer.max_batch or INF), "I4"
+        if run.places:
+            covered = run.places * run.covers
+            assert run.places == run.granted and pending and held + covered <= buffer.max_buffered, "I3"
+            assert told or opened + covered < (buffer.max_batch or INF), "I4"
+            assert told or pending + run.places < (buffer.max_items or INF), "I4"
 
     @staticmethod
     def set_clock(clock: Callable[[], float]) -> None:
@@ -2222,7 +2261,7 @@ class BufferModel(Lists, RuleBasedStateMachine):
     @initialize(limits=BUFFERS)
     def begin(self, limits: tuple[int, int | None, int | None]) -> None:
         self.begin_with(limits)
-        self.buffer = inside.Buffer(1.0, *limits)
+        self.buffer = inside.buffer(*limits)
         self.now = 0.0
         self.total = 0
 
@@ -2243,7 +2282,7 @@ class BufferModel(Lists, RuleBasedStateMachine):
                     self.accept(item)
                 else:
                     self.buffer.seal(self.now)
-                    assert self.buffer.withdraw(run, item)
+                    assert run.withdraw(item)
 
     @rule(sizes=st.lists(SIZES, min_size=1, max_size=20))
     def admit(self, sizes: list[int]) -> None:
@@ -2286,7 +2325,7 @@ class BufferModel(Lists, RuleBasedStateMachine):
 
     @invariant()
     def it_holds_what_the_lists_hold(self) -> None:
-        self.buffer.check()
+        inside.check_buffer(self.buffer)
         assert self.buffer.accepted()[0] == self.total
 
 

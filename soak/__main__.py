@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Entry of ``python3 -m soak``: a table of commands, each a module that is imported when it is asked for.
-
-Such a module has ``add_parser(commands)``, which adds its options and sets ``main``, a function from the parsed options
-to the exit code.
-"""
+"""Entry of ``python3 -m soak``: a table of commands, each a module that is imported when it is asked for. Its
+``add_parser(commands)`` adds its options and sets ``main``, a function from the parsed options to the exit code."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ import errno
 import importlib
 import os
 import sys
-from typing import TextIO
 
 from soak.cli import OneLineParser, complain
 
@@ -52,33 +48,24 @@ def entry() -> int:
     try:
         code = main()
         sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         complain("interrupted")
-        code = 130
+        return 130
     except OSError as error:
-        if error.filename is None and error.errno in (errno.ENOSPC, errno.EPIPE, errno.EIO):
-            complain(f"cannot write to stdout: {error.strerror}")
-        else:
-            complain(f"{type(error).__name__}: {error}")
-        code = 1
-    return code
-
-
-def drop_what_finds_no_room(stream: TextIO | None) -> None:
-    """Empty a stream that is full: the interpreter would flush it again at its end, and exit with code 120."""
-    if stream is None:  # closed by whoever started this
-        return
-    try:
-        stream.flush()
-    except OSError:
-        with open(os.devnull, "wb") as null:
-            os.dup2(null.fileno(), stream.fileno())
+        full = error.filename is None and error.errno in (errno.ENOSPC, errno.EPIPE, errno.EIO)
+        complain(f"cannot write to stdout: {error.strerror}" if full else f"{type(error).__name__}: {error}")
+        return 1
 
 
 if __name__ == "__main__":
     try:
         exit_code = entry()
     finally:  # for SystemExit of argparse too
-        drop_what_finds_no_room(sys.stdout)
-        drop_what_finds_no_room(sys.stderr)
+        # Empty a stream that is full: the interpreter would flush it again at its end, and exit with code 120.
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            try:
+                stream.flush()
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(exit_code)

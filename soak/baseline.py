@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Recorded figures under ``soak/baselines/``: which of them a run may be compared with, and the ``baseline`` command.
 
-A file has ``ratio`` and ``ratio_spread``: what this harness reached in events/s over the calibration of
-the same run, and how far another run may be from that; likewise its peak heap and its drain.
+A file has ``ratio`` and ``ratio_spread``: what this harness reached in events/s over the calibration of the same run,
+and how far another run may be from that; likewise its peak heap and its drain.
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ EXAMPLE = """\
 examples:
   python3 -m soak baseline
   python3 -m soak baseline --runs 9 --duration 30s --producers 8 --name my-board
-
-exit code: 0 recorded, 1 a run failed or the file cannot be written, 2 a bad option, 130 interrupted
 """
 
 
@@ -66,22 +64,10 @@ def load(name: str, folder: Path = FOLDER) -> Baseline:
     try:
         one = Baseline(name, json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
         one.differences({}, {})
-        if one.expected("ratio") is None:
-            raise LookupError("there is no ratio")
+        float(one.content["ratio_spread"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise argparse.ArgumentTypeError(f"{name!r} holds no baseline: {type(error).__name__} {error}") from None
     return one
-
-
-def readable(folder: Path = FOLDER) -> list[Baseline]:
-    """Return all that can be read, by name; tell about the others."""
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            found.append(load(path.stem, folder))
-        except argparse.ArgumentTypeError as error:
-            say(f"baseline: {error}")
-    return found
 
 
 def name_of(text: str) -> str:
@@ -95,14 +81,19 @@ def choose(
     """Return the baseline that ``option`` (checked) selects, and what there is to say about it or about having none."""
     if option == "none":
         return None, "no baseline: none was asked for"
-    if option == "auto":
-        for one in readable(folder):
+    if option != "auto":
+        named = load(option, folder)
+        different = named.differences(config, environment)
+        return named, f"{option} differs in {', '.join(different)}" if different else ""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            one = load(path.stem, folder)
+        except argparse.ArgumentTypeError as error:
+            say(f"baseline: {error}")
+        else:
             if not one.differences(config, environment):
                 return one, ""
-        return None, "no baseline fits this machine, interpreter and these settings"
-    named = load(option, folder)
-    different = named.differences(config, environment)
-    return named, f"{option} differs in {', '.join(different)}" if different else ""
+    return None, "no baseline fits this machine, interpreter and these settings"
 
 
 # The command.

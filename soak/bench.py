@@ -36,9 +36,6 @@ examples:
   python3 -m soak bench --groups calls,soaks --rounds 3
   python3 -m soak bench --compare auto
   python3 -m soak bench --python python3.14t --groups threads
-
-exit code: 0 all was measured (a missed target is no failure), 1 a measurement went wrong, a file cannot be written, or
---compare found a ratio that is worse by more than its noise, 2 a bad option, or no pyperf
 """
 
 

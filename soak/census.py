@@ -8,86 +8,30 @@ counts then leave no room for a loss, and equal sums of CRC-32 mean equal conten
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
-from zlib import crc32
 
 import tempo
 from soak.config import Config
 from soak.drive import Outcome, drive
-from soak.payloads import IDENTITY_SIZE, Sent, events, identity_of
+from soak.load import Account, Load
+from soak.payloads import IDENTITY_SIZE, identity_of
 
 
-@dataclass
-class Account:
-    """One side's events: a producer's accepted ones, or those that one consumer received."""
-
-    events: int = 0
-    nbytes: int = 0
-    checksum: int = 0
-    refused: int = 0
-
-    def add(self, payload: bytes) -> None:
-        """Count one event."""
-        self.events += 1
-        self.nbytes += len(payload)
-        self.checksum += crc32(payload)
-
-
-def send(
-    config: Config,
-    source: Iterator[bytes],
-    sent: Sent,
-    dispatcher: tempo.Dispatcher,
-    halt: list[bool],
-    account: Account,
-    checked: bool = True,
-) -> None:
-    """Send what ``source`` yields until ``halt`` holds something. checked: account for each event, or only count."""
-    timeout = None if config.on_full == "block" else 0.0
-    while not halt and (payloads := list(islice(source, config.bulk))):
-        taken = len(payloads)
-        try:
-            if config.bulk == 1:
-                dispatcher.enqueue(payloads[0], timeout)
-            else:
-                dispatcher.enqueue_many(payloads, timeout)
-        except tempo.QueueFull as full:
-            taken = full.accepted if config.bulk > 1 else 0
-            account.refused += len(payloads) - taken
-            for payload in payloads[taken:]:
-                sent.take_back(payload)
-            time.sleep(0)  # let a consumer have the CPU
-        if checked:
-            for payload in payloads[:taken]:
-                account.add(payload)
-        else:
-            account.events += taken
-        del payloads  # before the next ones are made
-
-
-class Census:
-    """The work of the census pass. each: how many events a producer sends; None: until it is halted."""
+class Census(Load):
+    """The work of the census pass."""
 
     def __init__(self, config: Config, each: int | None = None) -> None:
-        self._config, self._each = config, each
+        super().__init__(config, each=each)
+        self._checked = True
         self.identities = config.payload_size is None or config.payload_size >= IDENTITY_SIZE
-        self.accepted = [Account() for _ in range(config.producers)]
         self.received = [Account() for _ in range(config.consumers)]
         self.out_of_order = [0] * config.consumers
         self.repeated = [0] * config.consumers
 
-    def produce(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
-        """Send as the load does, and account for each event that was accepted."""
-        sent = Sent(self._config.payload_size)
-        source = islice(events(self._config.payload_size, index, sent), self._each)
-        send(self._config, source, sent, dispatcher, halt, self.accepted[index])
-
     def consume(self, index: int, dispatcher: tempo.Dispatcher) -> None:
         """Take each batch apart. A batch at odds with itself is an AssertionError."""
         account = self.received[index]
-        last = [0] * self._config.producers
+        last = [0] * self.config.producers
         for batch in dispatcher:
             payloads = batch.tolist()
             if not 0 < len(payloads) == len(batch) or b"".join(payloads) != batch.data:
@@ -97,12 +41,12 @@ class Census:
             for payload in payloads:
                 account.add(payload)
                 if self.identities:
-                    producer, sequence = identity_of(payload, self._config.payload_size)
+                    producer, sequence = identity_of(payload, self.config.payload_size)
                     self.out_of_order[index] += sequence < last[producer]
                     self.repeated[index] += sequence == last[producer]
                     last[producer] = sequence
-            if self._config.consumer_delay:
-                time.sleep(self._config.consumer_delay)
+            if self.config.consumer_delay:
+                time.sleep(self.config.consumer_delay)
 
 
 @dataclass
@@ -136,7 +80,7 @@ def take(config: Config, seconds: float, each: int | None = None, every: float =
     outcome = drive(config, seconds, census, every=every)
 
     def sums(name: str) -> tuple[int, int]:
-        return sum(getattr(one, name) for one in census.accepted), sum(getattr(one, name) for one in census.received)
+        return sum(getattr(one, name) for one in census.accounts), sum(getattr(one, name) for one in census.received)
 
     (accepted, delivered), (sent, received), checksums = sums("events"), sums("nbytes"), sums("checksum")
     found = CensusResult(

@@ -16,9 +16,8 @@ KIB = 1024
 MIB = 1024 * KIB
 
 _SIZE_UNITS = {"": 1, "B": 1, "KiB": KIB, "MiB": MIB, "GiB": 1024 * MIB}
-_TIME_UNITS = {"ns": (1, 1e9), "us": (1, 1e6), "ms": (1, 1e3), "s": (1, 1), "m": (60, 1), "h": (3600, 1)}
-"""Factor and divisor: 10 / 1e6 is 1e-05, and 10 * 1e-6 is not."""
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)(|B|KiB|MiB|GiB)", re.ASCII)
+_TIME_UNITS = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
 _TIME_PART = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)(ns|us|ms|s|m|h)", re.ASCII)
 
 
@@ -30,15 +29,17 @@ class OneLineParser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def add_command(commands: Any, name: str, main: Callable[..., int], purpose: str, epilog: str) -> Any:
+EXIT = """
+exit code: 0 all is well (warnings included), 1 something failed, is worse than recorded, or cannot be written, 2 a bad
+option, or a tool is missing, 130 interrupted
+"""
+
+
+def add_command(commands: Any, name: str, main: Callable[..., int], purpose: str, examples: str) -> Any:
     """Add a command to the subparsers of ``python3 -m soak``; return its parser's ``add_argument``."""
-    parser = commands.add_parser(
-        name,
-        description=purpose,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    epilog = examples if "exit code:" in examples else examples + EXIT
+    style = argparse.RawDescriptionHelpFormatter
+    parser = commands.add_parser(name, description=purpose, epilog=epilog, formatter_class=style, allow_abbrev=False)
     parser.set_defaults(main=main, parser=parser)
     return parser.add_argument
 
@@ -55,12 +56,9 @@ def size(text: str, least: int = 1) -> int:
     match = _SIZE.fullmatch(text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size (such as 64, 64B, 320KiB, 2MiB, 1GiB)")
-    number, factor = match[1], _SIZE_UNITS[match[2]]
-    value = float(number) * factor if "." in number else int(number) * factor
-    if value != int(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of bytes")
-    if not least <= value <= sys.maxsize:
-        raise argparse.ArgumentTypeError(f"{text!r} is out of range: {least} byte to {sys.maxsize} bytes")
+    value = (float(match[1]) if "." in match[1] else int(match[1])) * _SIZE_UNITS[match[2]]
+    if value != int(value) or not least <= value <= sys.maxsize:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of bytes from {least} to {sys.maxsize}")
     return int(value)
 
 
@@ -78,11 +76,10 @@ def duration(text: str, zero: bool = False) -> float:
     parts = _TIME_PART.findall(text)
     if text != "0" and (not parts or "".join(number + unit for number, unit in parts) != text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a time with its unit (such as 10us, 10ms, 30s, 5m, 1h30m)")
-    seconds = sum(float(number) * _TIME_UNITS[unit][0] / _TIME_UNITS[unit][1] for number, unit in parts)
+    seconds = sum(float(number) * _TIME_UNITS[unit] for number, unit in parts) / 1e9
     if not (seconds > 0 or zero) or seconds > threading.TIMEOUT_MAX:
-        least = "0" if zero else "above 0"
-        raise argparse.ArgumentTypeError(f"{text!r} is out of range: {least} to {threading.TIMEOUT_MAX:.0f} s")
-    return float(seconds)
+        raise argparse.ArgumentTypeError(f"{text!r} is out of range: 0 to {threading.TIMEOUT_MAX:.0f} s")
+    return seconds
 
 
 def duration_or_zero(text: str) -> float:
@@ -91,11 +88,7 @@ def duration_or_zero(text: str) -> float:
 
 
 def count(most: int) -> Callable[[str], int]:
-    """Return the type of whole numbers from 1 to ``most``.
-
-    >>> count(9999)("32")
-    32
-    """
+    """Return the type of whole numbers from 1 to ``most``."""
 
     def parse(text: str) -> int:
         if not re.fullmatch("[0-9]{1,18}", text) or not 1 <= int(text) <= most:

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a run shows while it lasts, and its samples, a JSONL file that survives a crash.
-
-On a terminal, with rich, a live display; elsewhere a plain line on stderr every five seconds.
-"""
+"""What a run shows while it lasts, and its samples, a JSONL file that survives a crash."""
 
 from __future__ import annotations
 
@@ -20,8 +17,6 @@ from soak import environment
 from soak.cli import format_seconds, format_size, say
 from soak.config import Config
 
-SAMPLE_SECONDS = 1.0
-LINE_SECONDS = 5.0
 DISPLAYS = ("auto", "live", "plain", "none")
 
 
@@ -35,7 +30,7 @@ class Stream:
         self._file = FileIO(path, "x")
 
     def write(self, line: dict[str, object]) -> None:
-        """Append one line; keep an OSError in ``error`` instead of raising it, because the load goes on."""
+        """Append one line; keep an OSError in ``error``, because the load goes on."""
         if self.error is not None:
             return
         text = memoryview(json.dumps(line).encode() + b"\n")
@@ -56,39 +51,41 @@ class Monitor:
 
     def __init__(self, show: str, config: Config, stream: Stream | None, seconds: float, heap: int | None) -> None:
         """show: ``live`` (ImportError without rich), ``plain`` or ``none``; heap: the peak of the traced pass."""
-        self.every = max(0.01, min(SAMPLE_SECONDS, seconds / 20, 0.5 if show == "live" else SAMPLE_SECONDS))
-        self._line_every = min(LINE_SECONDS, seconds / 4) if show == "plain" else float("inf")
+        self.every = max(0.01, min(0.5 if show == "live" else 1.0, seconds / 20))
+        self._line_every = min(5.0, seconds / 4) if show == "plain" else float("inf")
         self._line_due = self._line_every
         self._config, self._stream, self._seconds, self._heap = config, stream, seconds, heap
         # (elapsed, delivered) at the last sample and at the last line: the rates are those in between.
         self._sampled = self._shown = (0.0, 0)
-        self._live: Any = contextlib.nullcontext()
-        self._is_live = show == "live"
-        if self._is_live:
+        self._live: Any = None
+        if show == "live":
             console = importlib.import_module("rich.console").Console(stderr=True)
             self._live = importlib.import_module("rich.live").Live(console=console, auto_refresh=False)
 
     def __enter__(self) -> Monitor:
-        self._live.__enter__()
+        if self._live is not None:
+            self._live.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Leave the last display where it is."""
-        with contextlib.suppress(OSError):
-            self._live.__exit__(*error)
+        if self._live is not None:
+            with contextlib.suppress(OSError):
+                self._live.__exit__(*error)
 
     def sample(self, elapsed: float, stats: tempo.Stats) -> None:
         """Take one snapshot, ``elapsed`` seconds after the load began."""
-        rss, now, share = environment.current_rss(), (elapsed, stats.delivered), self._share(stats)
+        rss, now = environment.current_rss(), (elapsed, stats.delivered)
+        share = stats.buffered_bytes / self._config.max_buffered_bytes
         rate, self._sampled = _rate(self._sampled, now), now
         names = ("accepted", "delivered", "rejected", "buffered", "buffered_bytes", "batches", "waiting_producers")
         figures = {name: getattr(stats, name) for name in names}
         head = {"type": "sample", "elapsed": round(elapsed, 6), "delivered_per_second": rate}
         if self._stream is not None:
             self._stream.write({**head, **figures, "buffered_share": share, "rss_bytes": rss})
-        if self._is_live:
+        if self._live is not None:
             with contextlib.suppress(OSError):  # a terminal that is gone: the load goes on
-                self._live.update(self._table(elapsed, stats, rss, rate), refresh=True)
+                self._live.update(self._table(elapsed, stats, rss, rate, share), refresh=True)
         elif elapsed >= self._line_due:
             self._line_due = max(self._line_due + self._line_every, elapsed)
             rate, self._shown = _rate(self._shown, now), now
@@ -97,14 +94,10 @@ class Monitor:
                 f"  buffer {share:4.0%}  refused {stats.rejected:,}  RSS {format_size(rss)}"
             )
 
-    def _share(self, stats: tempo.Stats) -> float:
-        return stats.buffered_bytes / self._config.max_buffered_bytes
-
-    def _table(self, elapsed: float, stats: tempo.Stats, rss: int | None, rate: float) -> Any:
+    def _table(self, elapsed: float, stats: tempo.Stats, rss: int | None, rate: float, share: float) -> Any:
         table = importlib.import_module("rich.table").Table.grid(padding=(0, 2))
         bar = importlib.import_module("rich.progress_bar").ProgressBar
-        share, left = self._share(stats), max(0.0, self._seconds - elapsed)
-        limit = format_size(self._config.max_buffered_bytes)
+        left, limit = max(0.0, self._seconds - elapsed), format_size(self._config.max_buffered_bytes)
         table.add_row("rate", f"[bold]{rate:,.0f}[/bold] events/s", "")
         table.add_row("delivered", f"{stats.delivered:,}", f"in {stats.batches:,} batches")
         table.add_row("buffer", f"{share:.0%} of {limit}", bar(total=1.0, completed=share, width=30))
@@ -114,16 +107,14 @@ class Monitor:
         return table
 
 
-def open_monitor(
-    display: str, config: Config, stream: Stream | None, seconds: float, heap: int | None = None
-) -> Monitor:
+def open_monitor(show: str, config: Config, stream: Stream | None, seconds: float, heap: int | None = None) -> Monitor:
     """Return the monitor that --display asks for; ``auto`` is live on a terminal. Without rich it is plain."""
-    if display == "live" or (display == "auto" and sys.stderr.isatty()):
+    if show == "live" or (show == "auto" and sys.stderr.isatty()):
         try:
             return Monitor("live", config, stream, seconds, heap)
         except ImportError:
             say("no live display: rich is not installed")
-    return Monitor("none" if display == "none" else "plain", config, stream, seconds, heap)
+    return Monitor("none" if show == "none" else "plain", config, stream, seconds, heap)
 
 
 def _rate(before: tuple[float, int], now: tuple[float, int]) -> float:

@@ -37,9 +37,7 @@ PROGRAM = "import sys; sys.path.insert(0, {!r}); from soak.benchmarks import {} 
 def add_parser(commands: Any) -> None:
     """Add this command to the subparsers of ``python3 -m soak``."""
     purpose = "Count instructions under valgrind's callgrind; fail when there are more than recorded."
-    epilog = "example: python3 -m soak instructions\n\nexit code: 0 not more than recorded (or nothing recorded for"
-    epilog += " this build), 1 more, valgrind failed, or the\nrecord cannot be written, 2 a bad option, or no valgrind"
-    add = cli.add_command(commands, "instructions", main, purpose, epilog)
+    add = cli.add_command(commands, "instructions", main, purpose, "example: python3 -m soak instructions\n")
     add("--record", choices=("yes", "no"), default="no", help="record the figures of this build (%(default)s)")
 
 

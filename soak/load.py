@@ -11,12 +11,12 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import islice
 from time import perf_counter, perf_counter_ns, sleep
 from typing import TYPE_CHECKING
 
 import tempo
-from soak.census import Account, send
 from soak.config import Config
 from soak.payloads import SEQUENCE, SESSION, TIME, Sent, events, probe_finder
 
@@ -29,39 +29,42 @@ LONG_ROUND = 0.1
 """Seconds after which a round is halved: with slow consumers ROUND events can take minutes."""
 
 
-class Latencies:
-    """Counts of times, each rounded down to three digits: memory is bounded, and every probe counts."""
-
-    def __init__(self) -> None:
-        self.most = 0
-        self._counts: Counter[int] = Counter()
+class Latencies(Counter[float]):
+    """Counts of times in nanoseconds, each rounded to three digits: memory is bounded, and every probe counts."""
 
     def add(self, nanoseconds: int) -> None:
         """Count one time (a negative one as 0: the clocks of two cores may differ by some ns)."""
-        nanoseconds = max(nanoseconds, 0)
-        unit = 10 ** max(0, len(str(nanoseconds)) - 3)
-        self._counts[nanoseconds // unit * unit] += 1
-        self.most = max(self.most, nanoseconds)
-
-    def merge(self, other: Latencies) -> None:
-        """Add all that ``other`` counted."""
-        self._counts.update(other._counts)
-        self.most = max(self.most, other.most)
+        self[float(f"{max(nanoseconds, 0):.3g}")] += 1
 
     def quantile(self, share: float) -> float | None:
         """Return the time in seconds that ``share`` of all did not exceed; None when nothing was counted."""
-        remaining = share * self._counts.total()
-        for nanoseconds in sorted(self._counts):
-            remaining -= self._counts[nanoseconds]
+        remaining = share * self.total()
+        for nanoseconds in sorted(self):
+            remaining -= self[nanoseconds]
             if remaining <= 0:
                 return nanoseconds / 1e9
         return None
 
     def as_json(self) -> dict[str, object]:
         """Return the quantiles in seconds, null where nothing was measured."""
-        samples = self._counts.total()
-        largest = self.most / 1e9 if samples else None
-        return {"p50": self.quantile(0.5), "p99": self.quantile(0.99), "max": largest, "samples": samples}
+        shares = {"p50": 0.5, "p99": 0.99, "max": 1.0}
+        return {**{name: self.quantile(share) for name, share in shares.items()}, "samples": self.total()}
+
+
+@dataclass
+class Account:
+    """One side's events: a producer's accepted ones, or those that one consumer received."""
+
+    events: int = 0
+    nbytes: int = 0
+    checksum: int = 0
+    refused: int = 0
+
+    def add(self, payload: bytes) -> None:
+        """Count one event."""
+        self.events += 1
+        self.nbytes += len(payload)
+        self.checksum += zlib.crc32(payload)
 
 
 class Taken:
@@ -100,9 +103,11 @@ class Load:
     With a place to put batches into, every event is accounted for, to be compared with what is read back from it.
     """
 
-    def __init__(self, config: Config, place: Place | None = None) -> None:
+    def __init__(self, config: Config, place: Place | None = None, each: int | None = None) -> None:
+        """each: how many events a producer sends; None: until it is halted."""
         self.config = config
-        self._place = place
+        self._place, self._each = place, each
+        self._checked = place is not None
         # A slot a producer, so that no two threads write to the same one.
         self.accepted = [0] * config.producers
         self.refused = [0] * config.producers
@@ -116,29 +121,20 @@ class Load:
         """Events that consumers received."""
         return sum(taken.events for taken in self.taken)
 
-    def latencies(self) -> Latencies:
-        """Return what all consumers' probes tell."""
-        merged = Latencies()
-        for taken in self.taken:
-            merged.merge(taken.latencies)
-        return merged
-
     def produce(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
         """Format and send until ``halt`` holds something. A thread that raises leaves its count a round behind."""
         sent = self.sent[index]
         source = events(self.config.payload_size, index, sent)
-        if self.config.on_full == "block" and self.config.bulk == 1 and self._place is None:
-            self._produce_blocking(index, source, dispatcher, halt)
+        if self.config.on_full == "block" and self.config.bulk == 1 and not self._checked:
+            self._send_fast(index, source, dispatcher, halt)
             return
         account = self.accounts[index]
         try:
-            send(self.config, source, sent, dispatcher, halt, account, checked=self._place is not None)
+            self._send(account, sent, islice(source, self._each), dispatcher, halt)
         finally:
             self.accepted[index], self.refused[index] = account.events, account.refused
 
-    def _produce_blocking(
-        self, index: int, source: Iterator[bytes], dispatcher: tempo.Dispatcher, halt: list[bool]
-    ) -> None:
+    def _send_fast(self, index: int, source: Iterator[bytes], dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
         enqueue, accepted = dispatcher.enqueue, self.accepted
         size, then = 1, perf_counter()
         while not halt:
@@ -148,6 +144,30 @@ class Load:
             now = perf_counter()
             size = max(1, size // 2) if now - then > LONG_ROUND else min(ROUND, size * 2)
             then = now
+
+    def _send(
+        self, account: Account, sent: Sent, source: Iterator[bytes], dispatcher: tempo.Dispatcher, halt: list[bool]
+    ) -> None:
+        bulk, timeout = self.config.bulk, None if self.config.on_full == "block" else 0.0
+        while not halt and (payloads := list(islice(source, bulk))):
+            taken = len(payloads)
+            try:
+                if bulk == 1:
+                    dispatcher.enqueue(payloads[0], timeout)
+                else:
+                    dispatcher.enqueue_many(payloads, timeout)
+            except tempo.QueueFull as full:
+                taken = full.accepted if bulk > 1 else 0
+                account.refused += len(payloads) - taken
+                for payload in payloads[taken:]:
+                    sent.take_back(payload)
+                sleep(0)  # let a consumer have the CPU
+            if self._checked:
+                for payload in payloads[:taken]:
+                    account.add(payload)
+            else:
+                account.events += taken
+            del payloads  # before the next ones are made
 
     def consume(self, index: int, dispatcher: tempo.Dispatcher) -> None:
         """Receive, count, look for probes, put into the place, rest."""

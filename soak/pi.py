@@ -33,7 +33,6 @@ examples:
   python3 -m soak pi run --duration 30s --producers 8
 
 What follows the command are its options; its results go to soak/out/pi unless --out says otherwise.
-exit code: that of the command, or 1 when there is no Pi and no emulation
 """
 
 

@@ -33,7 +33,6 @@ example:
   python3 -m soak report --run soak/out/soak-20261124-165922.json --html run.html --png run.png
 
 The page needs Jinja2, charts and the picture matplotlib; without that, the page has the figures alone.
-exit code: 0 written, 1 a file cannot be read or written or is no result, 2 a bad option, or no Jinja2
 """
 
 

@@ -20,7 +20,7 @@ from soak.cli import complain, format_seconds, format_size, say
 from soak.config import Config
 from soak.display import DISPLAYS, Stream, open_monitor
 from soak.drive import HURRY, Outcome, drive
-from soak.load import Load
+from soak.load import Latencies, Load
 from soak.payloads import PROBED_SIZE, STRIDE
 from soak.sinks import places, readback
 
@@ -34,8 +34,6 @@ examples:
 
 times take ns, us, ms, s, m, h; sizes B, KiB, MiB, GiB, or none of these for bytes
 Ctrl-C ends the load, drains and writes the result; a second one ends it without a result.
-exit code: 0 all is well (warnings included), 1 a verdict is "fail" or a file cannot be written, 2 a bad option,
-130 interrupted twice
 """
 
 
@@ -83,13 +81,10 @@ def main(options: argparse.Namespace) -> int:
 
 def configure(options: argparse.Namespace, place: Mapping[str, object]) -> tuple[Config, str]:
     """Return the settings: what the options say, then the file that --settings stands for; and a line about that."""
-    path: Path = options.settings
-    if str(path) == "auto":
-        path = options.out / settings.FILE
-        path = path if path.exists() else Path("none")
     tuned: dict[str, str] = {}
-    note = ""
-    if str(path) != "none":
+    note, left = "", options.out / settings.FILE
+    path: Path = left if options.settings == Path("auto") else options.settings
+    if path.exists() or path not in (left, Path("none")):
         try:
             tuned, note = settings.read_file(path, place)
         except ValueError as error:
@@ -107,8 +102,8 @@ def run(
 ) -> dict[str, Any]:
     """Run all passes and return the result, ready for JSON; place: of environment.describe, display: of DISPLAYS.
 
-    Under ``interrupts.kept()`` a first interrupt ends the pass that it comes in, cuts those after it short, and the
-    result is complete. Raises RuntimeError when the machine cannot run the threads.
+    A first interrupt ends the pass that it comes in, and cuts those after it short. Raises RuntimeError when the
+    machine cannot run the threads.
     """
     started = results.now()
     if stream is not None:
@@ -156,17 +151,14 @@ def run(
     ratio = figures["delivered_per_second"] / calibration if calibration else None
     compared, note = baseline.choose(baseline_option, asdict(config), place)
     bound, allowance = heap.bound(config), heap.allowance(config)
-    heap_known, drain_known, ratio_known = (
-        None if compared is None else compared.expected(key) for key in ("peak_heap_bytes", "drain_seconds", "ratio")
-    )
+    known = {key: compared.expected(key) if compared else None for key in baseline.LEAST}
     counts = {key: figures[key] for key in ("lost", "duplicated", "rejected")}
+    checked: dict[str, Any] = {"problems": problems, "on_full": config.on_full, "remarks": _remarks(config, counted)}
     findings = {
-        "correctness": verdict.judge_correctness(
-            problems=problems, **counts, on_full=config.on_full, remarks=_remarks(config, counted)
-        ),
-        "throughput": verdict.judge_throughput(figures["delivered_per_second"], ratio, ratio_known, note),
-        "memory": verdict.judge_memory(traced.peak, bound, allowance, heap_known),
-        "drain": verdict.judge_drain(figures["drain_seconds"], drain_known),
+        "correctness": verdict.judge_correctness(**counts, **checked),
+        "throughput": verdict.judge_throughput(figures["delivered_per_second"], ratio, known["ratio"], note),
+        "memory": verdict.judge_memory(traced.peak, bound, allowance, known["peak_heap_bytes"]),
+        "drain": verdict.judge_drain(figures["drain_seconds"], known["drain_seconds"]),
     }
     findings["overall"] = verdict.overall(findings)
     return {
@@ -197,9 +189,7 @@ def run(
     }
 
 
-def _figures(
-    config: Config, load: Load, outcome: Outcome, counted: census.CensusResult
-) -> tuple[dict[str, Any], list[str]]:
+def _figures(config: Config, load: Load, outcome: Outcome, counted: census.CensusResult) -> tuple[Any, list[str]]:
     """Return the load's figures, and what does not add up."""
     accepted, refused, delivered = sum(load.accepted), sum(load.refused), load.delivered
     nbytes = sum(taken.nbytes for taken in load.taken)
@@ -229,6 +219,9 @@ def _figures(
     if disordered := sum(taken.out_of_order for taken in load.taken):
         problems.append(f"{disordered} probes came out of order")
 
+    latencies = Latencies()
+    for taken in load.taken:
+        latencies.update(taken.latencies)
     mean = sum(load.accepted) / config.producers
     return {
         "delivered_per_second": delivered / outcome.seconds if outcome.seconds else 0.0,
@@ -243,7 +236,7 @@ def _figures(
         "load_seconds": outcome.load_seconds,
         "drain_seconds": outcome.drain_seconds,
         "shutdown_seconds": outcome.shutdown_seconds,
-        "latency_seconds": load.latencies().as_json(),
+        "latency_seconds": latencies.as_json(),
         "slowest_producer_share": min(load.accepted) / mean if mean else None,
         "stats": None if stats is None else stats._asdict(),
     }, problems

@@ -23,8 +23,6 @@ examples:
   python3 -m soak stress --producers 1000 --each 500 --payload 10KiB --max-buffered-bytes 1MiB
 
 Ctrl-C ends the sending, drains and writes the result; a second one ends it without a result.
-exit code: 0 every payload sent was delivered once and in order, 1 not so or a file cannot be written, 2 a bad option,
-130 interrupted twice
 """
 
 

@@ -47,15 +47,13 @@ examples:
   python3 -m soak tune --payload 10KiB --probe 2s
 
 On a terminal it asks for the payload size when none is given. `run` then takes its settings by itself.
-exit code: 0 there are settings (calibrated or provisional), 1 there are none or they cannot be written, 2 a bad option,
-130 interrupted
 """
 
 
 class Edge(NamedTuple):
-    """Where refusals begin. Bytes."""
+    """Where refusals begin."""
 
-    healthy: int | None  # the smallest buffer without refusals; None: there is none
+    healthy: int | None  # the smallest buffer without refusals, in bytes; None: there is none
     refusing: int | None  # the largest one with refusals below that; None: none refuses
 
 
@@ -147,8 +145,9 @@ def tune(first: Config, seconds: float, most: int, memory_known: bool) -> Found:
     def healthy(buffer: int) -> bool:
         """Send so many events a second from all producers together: is none refused?"""
         paced = replace(config, max_buffered_bytes=buffer, on_full="raise")
-        _, refused, problems = _probe(paced, seconds, Paced(paced, offered))
-        return not refused and not problems
+        load = Paced(paced, offered)
+        observe(paced, seconds, load)
+        return not any(load.refused)
 
     least = min(max(LEAST_BUFFER, 1 << (2 * config.largest_payload).bit_length()), most)
     edge = find_edge(healthy, least, most)
@@ -203,20 +202,15 @@ def find_edge(healthy: Callable[[int], bool], least: int, most: int) -> Edge:
     return Edge(sizes[high] if high < len(sizes) else None, sizes[high - 1] if high else None)
 
 
-def observe(config: Config, seconds: float) -> float:
-    """Load as much as possible; return the rate. Raises RuntimeError when it goes wrong."""
-    rate, _, problems = _probe(config, seconds, Load(config))
-    if problems:
-        raise RuntimeError(problems[0])
-    return rate
-
-
-def _probe(config: Config, seconds: float, load: Load) -> tuple[float, int, list[str]]:
-    """Return delivered events a second, refusals, problems."""
+def observe(config: Config, seconds: float, load: Load | None = None) -> float:
+    """Load as much as possible, or as ``load`` does; return the rate. Raises RuntimeError when it goes wrong."""
+    load = load or Load(config)
     outcome = drive(config, seconds, load)
     if outcome.interrupted:
         raise KeyboardInterrupt
-    return load.delivered / outcome.seconds, sum(load.refused), outcome.problems
+    if outcome.problems:
+        raise RuntimeError(outcome.problems[0])
+    return load.delivered / outcome.seconds
 
 
 class Paced(Load):
@@ -249,11 +243,11 @@ def show(found: Found, memory: object) -> list[str]:
     config, edge = found.config, found.edge
     per_second = found.rate * max(1, config.mean_payload)
     bound = heap.bound(config)
-    share = f", {100 * bound / memory:.2g} % of {format_size(memory)}" if isinstance(memory, int) else ""
+    share = f", {bound / memory:.2%} of {format_size(memory)}" if isinstance(memory, int) else ""
     begin = "" if edge.refusing is None else f"refusals with {format_size(edge.refusing)}, "
     begin += "with every buffer" if edge.healthy is None else f"none with {format_size(edge.healthy)}"
     limit = "none" if config.max_batch_bytes is None else format_size(config.max_batch_bytes)
-    helps = f"it brings {100 * (found.gain - 1):.0f} %" if found.gain > 1 else "one does not help"
+    helps = f"it brings {found.gain - 1:.0%}" if found.gain > 1 else "one does not help"
     return [
         f"{'PROVISIONAL' if found.provisional else 'CALIBRATED'}: max_buffered_bytes"
         f" {format_size(config.max_buffered_bytes)}, max_batch_bytes {limit},"

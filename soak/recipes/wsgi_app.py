@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""A WSGI application under gunicorn or uWSGI: each worker process batches what it is sent.
+"""A WSGI application under gunicorn or uWSGI: each worker process batches what it is sent, and drains at its exit.
 
-gunicorn, with ``--preload`` or without, needs no hook: a forked worker has a running, empty dispatcher, whose thread
-starts at its first ``enqueue``, and the worker's exit drains it. ``exit_timeout`` must be shorter than
-``--graceful-timeout`` (30 s), after which gunicorn kills. A gevent worker must not enqueue before it is patched, as in
-``post_fork``.
+gunicorn needs no hook. ``exit_timeout`` must be shorter than ``--graceful-timeout`` (30 s), after which gunicorn kills. A
+gevent worker must not enqueue before it is patched, as in ``post_fork``.
 
     gunicorn --preload --workers 4 wsgi_app:app
 

@@ -39,7 +39,6 @@ examples:
 
 Servers are those that are installed, or Debian's, fetched into .cache; they run on loopback in a temporary folder. What
 cannot be had is left out with a line. A full disk needs a mounted file system, and so root.
-exit code: 0 every accepted event was read back, 1 not so, or a result cannot be written, 2 a bad option
 """
 
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from zlib import crc32
 
-from soak.census import Account
 from soak.config import Config
 from soak.drive import describe
+from soak.load import Account
 from soak.payloads import FIRST_SEQUENCE, IDENTITY_SIZE, identity_of
 from soak.sinks.places import Place
 

@@ -24,8 +24,8 @@ import pytest
 
 from soak import payloads
 from soak.__main__ import main
-from soak.census import Account
 from soak.debian import SetupError
+from soak.load import Account
 from soak.recipes.file_sink import FileSink, rotated
 from soak.sinks import command, places, readback, receiver, servers
 from soak.tests.helpers import LIMIT, OnTerminal, Worker, batch_of, run_python, wait_until

@@ -24,8 +24,7 @@ from soak.cli import complain, say
 from soak.config import MACHINE_KEYS, Config
 
 FOLDER = Path(__file__).resolve().parent / "baselines"
-TOLERANCE = 1.5
-"""A later run may differ from the median by so many times the range of the recorded ones."""
+TOLERANCE = 1.5  # a later run may differ from the median by so many times the range of the recorded ones
 LEAST = {"ratio": 0.05, "peak_heap_bytes": 64 * 1024, "drain_seconds": 0.05}
 """What is compared, and how much a run may differ at least (the ratio: a share of it): a few do not show what a day
 brings."""
@@ -107,7 +106,6 @@ def new_name(text: str) -> str:
 
 
 def add_parser(commands: Any) -> None:
-    """Add this command to the subparsers of ``python3 -m soak``."""
     purpose = "Run the soak several times; record the medians and how far the runs differ."
     add = cli.add_command(commands, "baseline", main, purpose, EXAMPLE)
     add("--runs", type=cli.count(1000), default="5", metavar="N", help="how many (%(default)s)")

@@ -137,6 +137,24 @@ class inside:  # noqa: N801 - a namespace
         """Whether this thread has it."""
         return any(mutex.held() for mutex in tempo._MUTEXES.values())
 
+    @classmethod
+    def in_section(cls, do: Callable[[], object]) -> None:
+        """Do something in the middle of each thread's next section, as a signal handler or a finalizer may."""
+        done: set[int] = set()
+
+        def clock() -> float:
+            if cls.mine() and threading.get_ident() not in done:  # a section begins with a look at the clock
+                done.add(threading.get_ident())
+                do()
+            return time.monotonic()
+
+        cls.set_clock(clock)
+
+    @staticmethod
+    def waits(d: tempo.Dispatcher) -> bool:
+        """Whether a thread waits in a call of this dispatcher."""
+        return bool(d._waits)
+
 
 class Worker(threading.Thread):
     """A daemon thread, started at once; `result` joins it, and returns or raises what its work did."""
@@ -414,17 +432,15 @@ def program(source: str, *options: str, told: str = "", code: int = 0) -> list[s
 
 
 class Steps:
-    """A trace function that counts the bytecodes of tempo that its thread runs, and does something before the n-th.
+    """Calls something, and does another thing before the n-th bytecode of tempo that the call's thread runs.
 
     signals: count only those before which the interpreter looks for signals: at the beginning of a function, after a
     call, and where a loop jumps back. Only there can a KeyboardInterrupt come.
     """
 
-    def __init__(self, n: int, do: Callable[[], object], signals: bool = False) -> None:
-        if not CPYTHON or sys.version_info[:2] == (3, 12):
-            pytest.skip("PyPy has no events for bytecodes, and CPython 3.12 crashes with threads stopped there")
-        self.n, self.do, self.signals = n, do, signals
-        self.count = 0
+    def __init__(self, n: int, signals: bool) -> None:
+        self.n, self.signals, self.count = n, signals, 0
+        self.do: Callable[[], object] = print
         self._last: dict[FrameType, int] = {}  # the bytecode before, in each frame
 
     def __call__(self, frame: FrameType, event: str, _: object) -> Steps | None:
@@ -451,14 +467,25 @@ class Steps:
         begins_try = names[at].startswith("SETUP_")  # 3.10 does not look before such a bytecode
         return names[last].startswith("CALL") and handlers(last) == handlers(at) and not begins_try
 
-    def run(self, work: Callable[..., Any], *args: Any) -> Any:
-        """Call work with these arguments, traced."""
-        before = sys.gettrace()
+    def run(self, do: Callable[[], object], work: Callable[..., Any], *args: Any) -> Any:
+        self.do, before = do, sys.gettrace()
         sys.settrace(self)
         try:
             return work(*args)
         finally:
             sys.settrace(before)
+
+    @contextlib.contextmanager
+    def halt(self, work: Callable[..., Any], *args: Any) -> Iterator[Worker]:
+        """A thread that stands still before its n-th bytecode, or has ended, during the block."""
+        gate = Gate()
+        worker = Worker(self.run, gate, work, *args)
+        try:
+            wait_until(lambda: gate.entered.is_set() or not worker.is_alive())
+            yield worker
+        finally:
+            gate.go_on.set()
+            worker.join(LIMIT)
 
 
 @functools.cache
@@ -469,29 +496,16 @@ def bytecode(code: Any) -> tuple[dict[int, str], Callable[[int], list[int]]]:
     return names, lambda at: [entry.target for entry in table if entry.start <= at < entry.end]
 
 
-def each_step(scene: Callable[[Callable[..., Steps]], Steps], stride: int = 1) -> None:
-    """Play a scene with something done before its first bytecode, its second, and so on to its last.
-
-    The scene gets a maker of Steps that lacks only what to do, and returns what it made.
-    """
+def each_step(scene: Callable[[Steps], object], stride: int = 1, signals: bool = False) -> None:
+    """Play a scene with something done before a call's first bytecode, its second, and so on to its last."""
+    if not CPYTHON or sys.version_info[:2] == (3, 12):
+        pytest.skip("PyPy has no events for bytecodes, and CPython 3.12 crashes with threads stopped there")
     for n in itertools.count(1, stride):
-        if scene(functools.partial(Steps, n)).count < n:
+        steps = Steps(n, signals)
+        scene(steps)
+        if steps.count < n:
             assert n > stride, "nothing was traced"
             return
-
-
-@contextlib.contextmanager
-def halted(steps: Callable[..., Steps], work: Callable[..., Any], *args: Any) -> Iterator[tuple[Steps, Worker]]:
-    """A thread that stands still before one of its bytecodes, or has ended, during the block."""
-    gate = Gate()
-    trace = steps(gate)
-    worker = Worker(trace.run, work, *args)
-    try:
-        wait_until(lambda: gate.entered.is_set() or not worker.is_alive())
-        yield trace, worker
-    finally:
-        gate.go_on.set()
-        worker.join(LIMIT)
 
 
 # Dispatcher(*, interval, max_buffered_bytes, max_batch_bytes=None, max_batch_items=None)
@@ -2351,106 +2365,116 @@ OUTER: dict[str, Callable[[tempo.Dispatcher], Any]] = {
 }
 
 
+INSIDE: dict[str, tuple[Callable[[tempo.Dispatcher], Any], Any]] = {  # nested calls, and what they return or raise
+    "enqueue": (lambda d: d.enqueue(b"n" * 40, timeout=None), None),
+    "enqueue without room": (lambda d: d.enqueue(b"n" * 41, timeout=None), tempo.QueueFull),
+    "enqueue too large": (lambda d: d.enqueue(bytes(101)), tempo.PayloadTooLarge),
+    "enqueue_many": (lambda d: d.enqueue_many([b"n" * 20, bytearray(b"n" * 20)], timeout=None), 2),
+    "aenqueue": (lambda d: run_async(d.aenqueue(b"n" * 40)), RuntimeError),
+    "get": (lambda d: d.get(), queue.Empty),
+    "start": (lambda d: d.start(print), RuntimeError),
+    "flush": (lambda d: d.flush(), False),
+    "shutdown": (lambda d: d.shutdown(), None),
+    "stop": (lambda d: d.stop(), RuntimeError),
+    "stats": (lambda d: (d.stats().accepted, d.stats().buffered_bytes, d.stats().state), (2, 60, "running")),
+}
+
+
+@each("nested", INSIDE)
+def test_nested_call_in_a_section_never_waits(nested: str) -> None:
+    work, outcome = INSIDE[nested]
+    d = holding(b"a" * 30, b"a" * 30, max_buffered_bytes=100)
+    outcomes: list[Any] = []
+
+    def interrupting() -> None:
+        try:
+            outcomes.append(work(d))
+        except Exception as exc:
+            outcomes.append(type(exc))
+
+    inside.in_section(interrupting)
+    d.stats()
+    assert outcomes == [outcome]
+    assert d.stats().state == ("shutting_down" if nested == "shutdown" else "running")
+    assert not_due(d) if nested not in ("flush", "shutdown") else d.get(timeout=0)
+    came = b"".join(payloads(d.stop()))
+    assert came == b"a" * (60 if nested not in ("flush", "shutdown") else 0) + b"n" * (
+        40 if nested in ("enqueue", "enqueue_many") else 0
+    )
+
+
 @each("outer", OUTER)
-@each(("by", "limit"), [("signal", 5010), ("finalizer", tempo.MiB)])
-def test_nested_calls_at_each_bytecode_keep_their_order_the_bound_and_the_census(
-    outer: str, by: str, limit: int
-) -> None:
+@each("limit", [5010, tempo.MiB])
+def test_nested_calls_at_each_bytecode_keep_their_order_the_bound_and_the_census(outer: str, limit: int) -> None:
     big, little = b"B" * 5000, b"l"  # the big one cannot be accepted without the lock, the little ones may be equal
 
-    def scene(steps: Callable[..., Steps]) -> Steps:
+    def scene(steps: Steps) -> None:
+        def nested() -> None:
+            accepted.extend(p for p in (big, little, little) if refusal(d.enqueue, p, timeout=None) is None)
+            balanced(d)
+
         d = holding(b"a", b"b", b"c", max_buffered_bytes=limit, max_batch_bytes=6000)
         d.flush(0)
         d.enqueue(b"d")
         accepted: list[bytes] = []
         came: list[bytes] = []
-
-        def nested(*_: object) -> None:
-            accepted.extend(p for p in (big, little, little) if refusal(d.enqueue, p, timeout=None) is None)
-            balanced(d)
-
-        doomed = [Clock()]
-        watch = weakref.ref(doomed[0], nested) if by == "finalizer" else signal.signal(signal.SIGINT, nested)
-        trace = steps(doomed.clear if by == "finalizer" else lambda: signal.raise_signal(signal.SIGINT))
         with contextlib.suppress(tempo.Error):
-            result = trace.run(OUTER[outer], d)
+            result = steps.run(nested, OUTER[outer], d)
             came += payloads(result) if outer in ("get", "stop") else []
-        del watch
         inside.check(d)
         assert balanced(d).peak_buffered_bytes <= limit
-        assert limit == 5010 or outer == "stop" or trace.count < trace.n or len(accepted) == 3  # there is much room
+        assert limit == 5010 or outer == "stop" or steps.count < steps.n or len(accepted) == 3  # there is much room
         came += payloads(drained(d))
         assert [item for item in came if item in (big, little)] == accepted
         assert [item for item in came if item in (b"a", b"b", b"c", b"d")] == [b"a", b"b", b"c", b"d"]
         assert d.stats().accepted == len(came)
-        return trace
 
-    before = signal.getsignal(signal.SIGINT)
     each_step(scene, 3)
-    signal.signal(signal.SIGINT, before)
 
 
 @each("outer", ["enqueue", "stats", "flush"])
 def test_nested_enqueue_at_each_bytecode_reaches_a_task_that_waits(outer: str) -> None:
-    async def main() -> None:
-        for n in itertools.count(1):
-            d = make(max_batch_bytes=1)
+    def scene(steps: Steps) -> None:
+        async def main() -> None:
             task = asyncio.ensure_future(next_batch(d))
             await asyncio.sleep(0)
-            trace = Steps(n, lambda: d.enqueue(b"nested"))  # noqa: B023
-            trace.run(OUTER[outer], d)
-            if trace.count < n:
-                task.cancel()
-                return
-            await asyncio.wait_for(task, LIMIT)  # though nobody makes another call
+            steps.run(lambda: d.enqueue(b"nested"), OUTER[outer], d)
+            task.cancel() if steps.count < steps.n else await task  # though nobody makes another call
 
-    asyncio.run(main())
+        d = make(max_batch_bytes=1)
+        run_async(main())
+
+    each_step(scene)
 
 
 def test_nested_calls_of_two_dispatchers_in_each_others_sections_do_not_deadlock() -> None:
-    def scene(steps: Callable[..., Steps]) -> Steps:
-        one, two = make(), make()
-        both = threading.Barrier(2)
+    both = threading.Barrier(2)
 
-        def do(other: tempo.Dispatcher) -> None:
-            if inside.mine():
-                with contextlib.suppress(threading.BrokenBarrierError):
-                    both.wait(0.05)  # one lock for all: they never meet here
-                other.enqueue(b"nested")
-                other.stats()
+    def nested() -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.2)  # one lock for all: they never meet here
+        for d in pair:
+            d.enqueue(b"nested")
+            assert d.stats().accepted
 
-        traces = [steps(functools.partial(do, other)) for other in (two, one)]
-        workers = [Worker(trace.run, d.enqueue, b"a") for trace, d in zip(traces, (one, two), strict=True)]
-        for worker in workers:
-            worker.result()
-        return traces[0]
-
-    each_step(scene, 25)
+    pair = make(), make()
+    inside.in_section(nested)
+    for worker in [Worker(d.stats) for d in pair]:
+        worker.result()
+    assert [payloads(d.stop()) for d in pair] == [[b"nested"] * 2] * 2
 
 
 @contextlib.contextmanager
-def signal_when_parked(handler: Callable[[], object]) -> Iterator[None]:
-    """Interrupt the main thread by a signal once it stands still inside tempo."""
+def signal_in_a_wait(d: tempo.Dispatcher, handler: Callable[[], object]) -> Iterator[None]:
+    """Interrupt the main thread by a signal once it waits in tempo."""
     if not hasattr(signal, "pthread_kill"):
         pytest.skip("there are no signals to threads here")
-    main = threading.main_thread().ident or 0
-    places: list[Any] = []
-
-    def parked() -> bool:
-        frame: Any = sys._current_frames()[main]
-        places.append((id(frame), frame.f_lasti))
-        while frame is not None and frame.f_globals is not vars(tempo):
-            frame = frame.f_back
-        if frame is None:
-            places.clear()
-        return len(places) > 20 and len(set(places[-20:])) == 1
-
-    before = signal.signal(signal.SIGINT, lambda *_: handler())
 
     def send_one() -> None:
-        wait_until(parked)
-        signal.pthread_kill(main, signal.SIGINT)
+        wait_until(lambda: inside.waits(d))
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, lambda *_: handler())
     worker = Worker(send_one)
     try:
         yield
@@ -2468,11 +2492,10 @@ def test_nested_call_from_a_signal_does_not_wait_for_the_wait_that_it_interrupts
         if nested == "enqueue":
             outcomes.extend(refusal(d.enqueue, bytes(60), timeout=None) for _ in range(2))
         else:
-            with contextlib.suppress(RuntimeError):
-                getattr(d, nested)()
+            getattr(d, nested)()
             d.shutdown()
 
-    with signal_when_parked(handler), contextlib.suppress(tempo.Stopped):
+    with signal_in_a_wait(d, handler), contextlib.suppress(tempo.Stopped):
         outcomes.append(d.get(timeout=LIMIT).tolist())
     assert outcomes == ([None, tempo.QueueFull, [bytes(60)]] if nested == "enqueue" else [])
     assert d.stats().state == ("running" if nested == "enqueue" else "stopped")
@@ -2499,7 +2522,7 @@ WAITS: dict[str, tuple[list[bytes], Callable[[tempo.Dispatcher], object]]] = {
 def test_interrupt_of_a_wait_leaves_nothing_behind(wait: str) -> None:
     content, work = WAITS[wait]
     d = holding(*content, max_buffered_bytes=100)
-    with pytest.raises(KeyboardInterrupt), signal_when_parked(interrupt):
+    with pytest.raises(KeyboardInterrupt), signal_in_a_wait(d, interrupt):
         work(d)
     if wait == "shutdown":
         assert d.stats().state == "shutting_down"
@@ -2515,14 +2538,13 @@ def test_interrupt_of_a_wait_leaves_nothing_behind(wait: str) -> None:
 def test_interrupt_anywhere_in_a_call_loses_and_repeats_nothing(outer: str, limit: int) -> None:
     sent = [b"a" * 30, b"b" * 10, b"c" * 9, b"d" * (limit - 49)]
 
-    def scene(steps: Callable[..., Steps]) -> Steps:
+    def scene(steps: Steps) -> None:
         d = holding(*sent, max_buffered_bytes=limit, max_batch_bytes=limit // 2)
         blocked = [waiter(d, payload) for payload in (b"w1", b"w2")]
-        trace = steps(interrupt, signals=True)
         came: list[bytes] = []
         lost = False  # a batch on its way out
         try:
-            result = trace.run(OUTER[outer], d)
+            result = steps.run(interrupt, OUTER[outer], d)
             came += payloads(result) if outer in ("get", "stop") else []
         except (KeyboardInterrupt, tempo.QueueFull):
             lost = outer in ("get", "stop")
@@ -2536,99 +2558,81 @@ def test_interrupt_anywhere_in_a_call_loses_and_repeats_nothing(outer: str, limi
         extra, missing = Counter(came) - Counter(accepted), Counter(accepted) - Counter(came)
         assert set(extra) <= {b"o"} and extra[b"o"] <= 2  # the interrupted call may have been accepted
         assert s.accepted == len(came) + sum(missing.values()) and (lost or not missing)
-        return trace
 
-    each_step(scene)
+    each_step(scene, signals=True)
 
 
 @each("way", ["get", "async for"])
 def test_interrupt_anywhere_in_an_enqueue_owes_nobody_a_wake_up(way: str) -> None:
-    def scene(steps: Callable[..., Steps]) -> Steps:
+    def scene(steps: Steps) -> None:
         d = make(max_batch_bytes=1)
         waiting = taker(d, way)
-        trace = steps(interrupt, signals=True)
         with contextlib.suppress(KeyboardInterrupt):
-            trace.run(d.enqueue, b"a")
+            steps.run(interrupt, d.enqueue, b"a")
         if not d.stats().accepted:
             d.enqueue(b"a")
         assert waiting.result().tolist() == [b"a"]
-        return trace
 
-    each_step(scene)
+    each_step(scene, signals=True)
 
 
 # Behaviour: a thread stopped anywhere, while others go on
 
 
 @LIMITS
-@each("meanwhile", ["flush", "enqueue", "shutdown", "stop"])
-def test_enqueue_stopped_at_each_bytecode_is_accepted_once_or_refused(meanwhile: str, limit: int) -> None:
+@each("ends", [False, True], ids=["others enqueue the same", "others stop"])
+def test_enqueue_stopped_at_each_bytecode_is_accepted_once_or_refused(ends: bool, limit: int) -> None:
     same = b"the very same object"
 
-    def scene(steps: Callable[..., Steps]) -> Steps:
+    def scene(steps: Steps) -> None:
         d = holding(b"first", max_buffered_bytes=limit)
         came: list[bytes] = []
         others = 0
-        with halted(steps, d.enqueue, same) as (trace, worker):
-            if not inside.locked():
-                if meanwhile == "shutdown":
-                    with pytest.raises(tempo.DrainTimeout) as caught:
-                        d.shutdown(0)
-                    came += payloads(caught.value.undelivered)
-                elif meanwhile == "stop":
-                    came += payloads(d.stop())
-                else:
-                    others = 1 + (meanwhile == "enqueue")
-                    d.enqueue(same) if meanwhile == "enqueue" else None
-                    came += payloads(drained(d))
-                    d.enqueue(same)
+        with steps.halt(d.enqueue, same) as worker:
+            if ends and not inside.locked():
+                came += payloads(d.stop())
+            elif not inside.locked():
+                others = 2
+                d.enqueue(same)
+                came += payloads(drained(d))
+                d.enqueue(same)
         refused = refusal(worker.result)
         came += payloads(drained(d))
-        assert refused in ((None,) if others else (None, tempo.Stopped))
+        assert refused in ((None, tempo.Stopped) if ends else (None,))
         assert came == [b"first", *[same] * (others + (refused is None))]
         assert balanced(d).accepted == len(came)
         inside.check(d)
-        return trace
 
     each_step(scene)
 
 
 def test_flush_is_not_true_before_the_handler_has_returned_wherever_its_thread_stands() -> None:
-    def scene(steps: Callable[..., Steps]) -> Steps:
+    def scene(steps: Steps) -> None:
         d = holding(b"a", max_batch_bytes=1)
         done: list[bytes] = []
-        gate = Gate()
-        trace = steps(gate)
-        threading.settrace(trace)
+        gate = steps.do = Gate()
+        before: Any = threading.gettrace()
+        threading.settrace(steps)
         d.start(lambda batch: done.extend(batch.tolist()))
-        threading.settrace(typing.cast(Any, None))
+        threading.settrace(before)
         wait_until(lambda: done or gate.entered.is_set())
         assert inside.locked() or not d.flush(0) or done == [b"a"]
-        count = 0 if done else trace.count  # after that it only waits
+        count = 0 if done else steps.count  # after that it only waits
         gate.go_on.set()
         assert d.flush(LIMIT) and done == [b"a"]
         d.shutdown(LIMIT)
-        trace.count = count
-        return trace
+        steps.count = count
 
     each_step(scene, 3)
 
 
 def test_refusal_by_a_full_buffer_takes_no_lock() -> None:
-    in_section: list[int] = []
-
-    def scene(steps: Callable[..., Steps]) -> Steps:
-        d, other = full(SMALL), make()
-        assert refusal(d.enqueue, b"x") is tempo.QueueFull
-        with halted(steps, other.stats) as (trace, worker):
-            if inside.locked():
-                in_section.append(trace.n)
-                assert Worker(refusal, d.enqueue, b"x").result() is tempo.QueueFull
-        worker.result()
-        return trace
-
-    each_step(scene)
-    assert in_section
+    d, other = full(SMALL), make()
+    assert refusal(d.enqueue, b"x") is tempo.QueueFull
+    refusals: list[Any] = []
+    inside.in_section(lambda: refusals.append(Worker(refusal, d.enqueue, b"x").result()))
+    other.stats()
+    assert refusals == [tempo.QueueFull]
 
 
 # Behaviour: fork
@@ -2700,13 +2704,13 @@ def test_fork_without_hooks_keeps_all_that_the_child_appends_before_it_is_notice
     assert lines == ["True", "0", "True"]
 
 
-@each("outer", OUTER)
+@each("outer", ["enqueue", "get", "stop"])
 def test_fork_by_a_signal_handler_in_a_call_leaves_the_child_working_when_it_returns_there(outer: str) -> None:
-    if not hasattr(os, "fork"):
-        pytest.skip("there is no fork here")
+    if not hasattr(os, "fork") or sys.gettrace():
+        pytest.skip("there is no fork here, or a tracer (coverage) that does not like so many")
     parent = os.getpid()
 
-    def scene(steps: Callable[..., Steps]) -> Steps:
+    def scene(steps: Steps) -> None:
         statuses = {0}
 
         def fork() -> None:
@@ -2717,9 +2721,8 @@ def test_fork_by_a_signal_handler_in_a_call_leaves_the_child_working_when_it_ret
 
         d = holding(b"a", b"b", max_batch_items=2)
         try:
-            trace = steps(fork, signals=True)
             with contextlib.suppress(queue.Empty):
-                trace.run(OUTER[outer], d)
+                steps.run(fork, OUTER[outer], d)
             if os.getpid() != parent and outer != "stop":
                 d.enqueue(b"child")
                 assert b"child" in payloads(drained(d))
@@ -2728,9 +2731,8 @@ def test_fork_by_a_signal_handler_in_a_call_leaves_the_child_working_when_it_ret
             if os.getpid() != parent:
                 os._exit(sys.exc_info()[0] is not None)
         assert statuses == {0}
-        return trace
 
-    each_step(scene)
+    each_step(scene, signals=True)
 
 
 @each("started", [False, True])

@@ -1955,6 +1955,7 @@ class Model(Lists):
         batch_limits = {"max_batch_bytes": self.batch_limit, "max_batch_items": self.most}
         self.d = make(interval=1.0, max_buffered_bytes=self.limit, **batch_limits)
         self.line: list[tuple[bytes, Worker]] = []  # who waits for room
+        self.served: list[Worker] = []
         self.closers: list[Worker] = []
         self.born = 0.0  # when the open batch began
         self.refused = False  # a payload was refused while this batch was open: it may be due
@@ -1995,7 +1996,7 @@ class Model(Lists):
         while self.line and self.fits(self.line[0][0]):
             item, waiting = self.line.pop(0)
             self.accept(item)
-            assert waiting.result() in (None, 1)
+            self.served.append(waiting)  # it returns when it is its turn
 
     def due(self) -> bool:
         return bool(self.closed or (self.open and self.clock.now >= self.born + 1.0))
@@ -2131,6 +2132,7 @@ class Model(Lists):
     def teardown(self) -> None:
         if hasattr(self, "d"):
             self.d.stop()
+            assert {worker.result() for worker in self.served} <= {None, 1}
             assert {refusal(closer.result) for closer in self.closers} <= {None, tempo.Stopped, tempo.DrainTimeout}
 
 

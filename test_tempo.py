@@ -442,6 +442,7 @@ class Steps:
     def __init__(self, n: int, signals: bool) -> None:
         self.n, self.signals, self.count = n, signals, 0
         self.do: Callable[[], object] = print
+        self.before: Any = sys.gettrace()  # coverage's, or a debugger's
         self._last: dict[FrameType, int] = {}  # the bytecode before, in each frame
 
     def __call__(self, frame: FrameType, event: str, _: object) -> Steps | None:
@@ -452,7 +453,7 @@ class Steps:
         if event == "opcode" and (not self.signals or self._looks(frame)):
             self.count += 1
             if self.count == self.n:
-                sys.settrace(None)  # the rest need not be traced
+                sys.settrace(self.before)  # the rest need not be traced
                 self.do()
         elif event == "return":
             self._last.pop(frame, None)
@@ -469,12 +470,12 @@ class Steps:
         return names[last].startswith("CALL") and handlers(last) == handlers(at) and not begins_try
 
     def run(self, do: Callable[[], object], work: Callable[..., Any], *args: Any) -> Any:
-        self.do, before = do, sys.gettrace()
+        self.do = do
         sys.settrace(self)
         try:
             return work(*args)
         finally:
-            sys.settrace(before)
+            sys.settrace(self.before)
 
     @contextlib.contextmanager
     def halt(self, work: Callable[..., Any], *args: Any) -> Iterator[Worker]:
@@ -543,11 +544,17 @@ def test_dispatcher_refuses_a_bad_argument_by_name(name: str, value: Any, kind: 
     assert names(caught.value, name, value)
 
 
+class NoRepr:
+    def __repr__(self) -> str:
+        raise ZeroDivisionError
+
+
 @each(
     ("work", "message"),
     [
         (lambda: make(interval=0), f"interval must be > 0 and at most {threading.TIMEOUT_MAX} seconds, not 0"),
         (lambda: make(interval=-1), "interval must be >= 0 seconds, not -1"),
+        (lambda: make(interval=NoRepr()), "interval must be a number of seconds, not NoRepr"),
         (lambda: make(max_buffered_bytes=0), "max_buffered_bytes must be > 0 bytes, not 0"),
         (lambda: make().start(1), "handler must be callable, not 1"),  # type: ignore[arg-type]
         (lambda: make().get("x" * 73), f"timeout must be a number of seconds, not str: '{'x' * 73}'"),  # type: ignore[arg-type]
@@ -1128,40 +1135,84 @@ def test_handler_that_raises_fails_its_batch_is_reported_and_goes_on(
     assert where != "on_error that raises" or told.count("RuntimeError: raised by on_error") == 1
 
 
-def test_handler_and_get_lose_nothing_by_a_memory_error_in_the_taking(monkeypatch: pytest.MonkeyPatch) -> None:
+@each("at", ["Batch", "array"])
+def test_handler_and_callers_lose_nothing_by_a_memory_error(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def short_of_memory(*args: Any) -> Any:
-        monkeypatch.setattr(tempo, "Batch", batch_type)  # once
+        patch.undo()  # once
         raise MemoryError
 
-    batch_type, taken = tempo.Batch, []
-    d = holding(b"a", b"b", max_batch_bytes=1)
-    monkeypatch.setattr(tempo, "Batch", short_of_memory)
+    taken: list[bytes] = []
+    d = holding(*[b"a", b"b"] * (at == "Batch"), max_batch_bytes=1)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(tempo, at, short_of_memory)
     with pytest.raises(MemoryError):
-        d.get()
+        d.get(timeout=0) if at == "Batch" else d.enqueue_many([b"a", b"b"])
+    assert at == "Batch" or d.enqueue_many([b"a", b"b"]) == 2
+    inside.check(d)
     assert d.get().tolist() == [b"a"]
-    monkeypatch.setattr(tempo, "Batch", short_of_memory)
+    patch.setattr(tempo, "Batch", short_of_memory)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     d.start(lambda batch: taken.extend(batch.tolist()))
     d.shutdown(LIMIT)
     assert (taken, balanced(d).failed) == ([b"b"], 0)
 
 
-@pytest.mark.skipif(sys.version_info < (3, 13), reason="isolated sub-interpreters allow no daemon threads from 3.13 on")
-def test_start_in_an_isolated_sub_interpreter_names_pull_mode() -> None:
-    lines = program("""
-        import _interpreters
-        _interpreters.exec(_interpreters.create(), '''if True:
-            import tempo
-            d = tempo.Dispatcher(interval=60, max_buffered_bytes=100)
-            try:
+def test_handler_gets_its_batch_though_the_task_that_has_room_now_could_not_be_called(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def main() -> None:
+        def short_of_memory(*_: object) -> None:
+            del loop.call_soon_threadsafe  # once
+            raise MemoryError
+
+        loop = asyncio.get_running_loop()
+        task = asyncio.ensure_future(d.aenqueue(b"second"))
+        await until(lambda: d.stats().waiting_producers)
+        loop.call_soon_threadsafe = short_of_memory  # type: ignore[assignment]
+        d.start(lambda batch: taken.extend(batch.tolist()))
+        await task
+
+    taken: list[bytes] = []
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    d = full(SMALL)
+    run_async(main())
+    d.shutdown(LIMIT)
+    assert taken == [bytes(b"x" * SMALL), b"second"]
+
+
+@each("error", [RuntimeError("can't start new thread"), KeyboardInterrupt()], ids=repr)
+@each("at", ["__init__", "start"])
+def test_start_that_fails_changes_nothing_and_names_pull_mode(
+    at: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    received: list[bytes] = []
+    d = holding(b"a")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, at, fails)
+        for _ in range(2):
+            with pytest.raises(type(error), match="pull mode" if type(error) is RuntimeError else None):
                 d.start(print)
-            except RuntimeError as error:
-                print("pull mode" in str(error), flush=True)
-            d.enqueue(b"a")
-            print(d.stop()[0].tolist(), flush=True)
-        ''')
-    """)
-    assert lines == ["True", "[b'a']"]
+    d.start(lambda batch: received.extend(batch.tolist()))
+    d.shutdown(LIMIT)
+    assert received == [b"a"]
+
+
+def test_start_interrupted_after_its_thread_began_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    start, received = threading.Thread.start, []
+    d = holding(b"a")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            d.start(lambda batch: received.extend(batch.tolist()))
+    d.shutdown(LIMIT)
+    assert received == [b"a"]
 
 
 @each("result", [a_coroutine_function, lambda _: Awaitable()], ids=["coroutine", "awaitable"])
@@ -1347,6 +1398,7 @@ def test_shutdown_and_flush_in_the_body_of_a_loop_do_not_wait_for_themselves(asy
         async for batch in d:
             seen.extend(batch.tolist())
             await asyncio.sleep(0)  # the other task is in its body now
+            assert await d.aflush() is (len(seen) == 4)
             d.shutdown()
 
     async def main() -> None:
@@ -1465,8 +1517,11 @@ def test_with_in_a_coroutine_lets_a_task_of_its_own_loop_drain() -> None:
     assert run_async(main()) == [b"a", b"b"]
 
 
+@each("ended", ["in time", "by stop"])
 @each(("mode", "way"), [("pull", "with"), ("push", "with"), ("push", "async with")])
-def test_with_left_by_an_exception_shows_it_after_exit_timeout_at_most(mode: str, way: str, clock: Clock) -> None:
+def test_with_left_by_an_exception_shows_it_after_exit_timeout_at_most(
+    mode: str, way: str, ended: str, clock: Clock
+) -> None:
     gate = Gate()
     d = make(max_batch_bytes=1)
     d.start(gate, exit_timeout=0.5) if mode == "push" else None
@@ -1484,6 +1539,8 @@ def test_with_left_by_an_exception_shows_it_after_exit_timeout_at_most(mode: str
     leaver = Worker(run_async, aleave()) if way == "async with" else Worker(leave)
     wait_until(lambda: d.stats().state == "shutting_down" and (mode == "pull" or gate.entered.is_set()))
     assert leaver.is_alive()
+    if ended == "by stop":
+        d.stop()
     clock.now += 5.0
     with pytest.raises(KeyError):
         leaver.result()
@@ -1569,6 +1626,16 @@ def test_batch_is_an_immutable_sequence_of_read_only_views(name: str) -> None:
         for other in [*again, copy.copy(batch), copy.deepcopy(batch)]:
             assert type(other) is tempo.Batch
             assert (other.tolist(), other.data, other.data.readonly) == (items, batch.data, True)
+
+
+def test_batch_may_be_larger_than_4_gib() -> None:
+    try:
+        huge = bytes(1 << 32)  # its pages are never touched
+    except (MemoryError, OverflowError):
+        pytest.skip("there is no room for one here")
+    d = holding(huge, max_buffered_bytes=1 << 33, max_batch_bytes=1)
+    batch = d.get(timeout=0)
+    assert (batch.nbytes, len(batch), len(batch[0])) == (1 << 32, 1, 1 << 32)
 
 
 # Errors and constants
@@ -1732,16 +1799,15 @@ def sleeps(native_id: int | None) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
-@each("content", [[], [b"not due"]], ids=["empty", "not due"])
-def test_waiting_threads_look_up_once_a_second_at_most(content: list[bytes]) -> None:
-    d = make()
-    waiting = [taker(d), taker(d)]
-    d.enqueue_many(content)
+def test_waiting_threads_look_up_once_a_second_at_most() -> None:
+    empty, open_, no_room = make(), holding(b"not due"), full(SMALL)
+    waiting = [taker(empty), taker(empty), taker(open_), taker(open_), waiter(no_room, b"y")]
     before = [sleeps(worker.native_id) for worker in waiting]
-    time.sleep(0.6)  # the one real wait: that nothing happens has no event
-    assert all(sleeps(worker.native_id) - n <= 2 for worker, n in zip(waiting, before, strict=True))
-    d.stop()
-    assert [refusal(worker.result) for worker in waiting] == [tempo.Stopped] * 2
+    time.sleep(1.1)  # the one real wait: that nothing happens has no event
+    assert all(sleeps(worker.native_id) - n <= 3 for worker, n in zip(waiting, before, strict=True))
+    for d in (empty, open_, no_room):
+        d.stop()
+    assert [refusal(worker.result) for worker in waiting] == [tempo.Stopped] * 5
 
 
 # Behaviour: memory is truly bounded
@@ -2384,6 +2450,7 @@ WAITS: dict[str, tuple[list[bytes], Callable[[tempo.Dispatcher], object]]] = {
     "enqueue": ([bytes(100)], lambda d: d.enqueue(b"interrupted", timeout=None)),
     "enqueue_many": ([bytes(100)], lambda d: d.enqueue_many([b"interrupted"], timeout=None)),
     "get": ([], lambda d: d.get()),
+    "batches": ([], lambda d: next(d.batches())),
     "get as the timer": ([b"open"], lambda d: d.get()),
     "flush": ([b"flushed"], lambda d: d.flush()),
     "shutdown": ([b"drained"], lambda d: d.shutdown()),
@@ -2483,10 +2550,9 @@ def test_flush_is_not_true_before_the_handler_has_returned_wherever_its_thread_s
         d = holding(b"a", max_batch_bytes=1)
         done: list[bytes] = []
         gate = steps.do = Gate()
-        before: Any = threading.gettrace()
         threading.settrace(steps)
         d.start(lambda batch: done.extend(batch.tolist()))
-        threading.settrace(before)
+        threading.settrace(steps.before)
         wait_until(lambda: done or gate.entered.is_set())
         assert inside.locked() or not d.flush(0) or done == [b"a"]
         count = 0 if done else steps.count  # after that it only waits
@@ -2499,12 +2565,14 @@ def test_flush_is_not_true_before_the_handler_has_returned_wherever_its_thread_s
 
 
 def test_refusal_by_a_full_buffer_takes_no_lock() -> None:
-    d, other = full(SMALL), make()
+    def refused() -> None:
+        assert Worker(refusal, d.enqueue, b"x").result() is tempo.QueueFull
+        assert all(refusal(d.enqueue, b"x") for _ in range(1000))  # which it counts now and then, when it may
+
+    d = full(SMALL)
     assert refusal(d.enqueue, b"x") is tempo.QueueFull
-    refusals: list[Any] = []
-    inside.in_section(lambda: refusals.append(Worker(refusal, d.enqueue, b"x").result()))
-    other.stats()
-    assert refusals == [tempo.QueueFull]
+    inside.in_section(refused)
+    assert d.stats().rejected == 1002
 
 
 # Behaviour: fork
@@ -2576,35 +2644,37 @@ def test_fork_without_hooks_keeps_all_that_the_child_appends_before_it_is_notice
     assert lines == ["True", "0", "True"]
 
 
-@each("outer", ["enqueue", "get", "stop"])
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@each("outer", [*OUTER, "wait"])
 def test_fork_by_a_signal_handler_in_a_call_leaves_the_child_working_when_it_returns_there(outer: str) -> None:
-    if not hasattr(os, "fork") or sys.gettrace():
-        pytest.skip("there is no fork here, or a tracer (coverage) that does not like so many")
-    parent = os.getpid()
+    parent, status = os.getpid(), -1
 
-    def scene(steps: Steps) -> None:
-        statuses = {0}
+    def fork() -> None:
+        nonlocal status
+        if pid := os.fork():
+            status = os.waitpid(pid, 0)[1]
+        else:
+            signal.alarm(20)
+        d.enqueue(b"c") if outer == "wait" else None
 
-        def fork() -> None:
-            if pid := os.fork():
-                statuses.add(os.waitpid(pid, 0)[1])
-            else:
-                signal.alarm(20)
-
-        d = holding(b"a", b"b", max_batch_items=2)
-        try:
+    d = make(max_batch_bytes=1) if outer == "wait" else holding(b"a", b"b", max_batch_items=2)
+    try:
+        if outer == "wait":
+            with signal_in_a_wait(d, fork):
+                assert d.get(timeout=LIMIT).tolist() == [b"c"]
+                os._exit(0) if os.getpid() != parent else None
+        else:
+            inside.in_section(fork)
             with contextlib.suppress(queue.Empty):
-                steps.run(fork, OUTER[outer], d)
-            if os.getpid() != parent and outer != "stop":
-                d.enqueue(b"child")
-                assert b"child" in payloads(drained(d))
-                assert Worker(d.stats).result().state == "running"
-        finally:
-            if os.getpid() != parent:
-                os._exit(sys.exc_info()[0] is not None)
-        assert statuses == {0}
-
-    each_step(scene, signals=True)
+                OUTER[outer](d)
+        if os.getpid() != parent and outer != "stop":
+            d.enqueue(b"child")
+            assert b"child" in payloads(drained(d))
+            assert Worker(d.stats).result().state == "running"
+    finally:
+        if os.getpid() != parent:
+            os._exit(sys.exc_info()[0] is not None)
+    assert status == 0
 
 
 @each("started", [False, True])
@@ -2668,6 +2738,7 @@ def test_exit_tells_what_is_then_undelivered_in_one_line_and_drains_the_others()
     others = "e = make()\ne.start(lambda batch: say(batch.tolist()), exit_timeout=20)\ne.enqueue(b'x')"
     told = r"[^\n]*\b2 payloads[^\n]*\b6 bytes[^\n]*\n"
     assert program(HANGS.format("exit_timeout=0.1") + others, told=told) == ["[b'x']"]
+    assert program(HANGS.format("exit_timeout=0.1") + "sys.stderr = None") == []
 
 
 def test_exit_hands_what_is_then_undelivered_to_on_error_batch_by_batch() -> None:
@@ -2709,6 +2780,16 @@ def test_exit_runs_finalizers_that_never_wait() -> None:
             Finalizer(call)
     """)
     assert sorted(lines) == ["False", "None", "QueueFull"]  # in no order that is promised
+
+
+def test_exit_while_a_thread_that_never_runs_again_has_the_lock_waits_for_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    outcomes: list[Any] = []
+    monkeypatch.setattr(sys, "is_finalizing", lambda: True)
+    inside.in_section(lambda: outcomes.append(Worker(refusal, make().stats).result()))
+    make().stats()
+    assert outcomes == [tempo.Stopped]
 
 
 @each(("exit_timeout", "sent", "told"), [("INF", 30, ""), ("INF", 0, ""), ("0.1", 30, "[^\n]*payloads[^\n]*\n")])

@@ -79,6 +79,11 @@ class inside:  # noqa: N801 - a namespace
     def buffer(d: tempo.Dispatcher) -> tempo._Buffer:
         return d._buffer
 
+    @staticmethod
+    def withdraw(buffer: Any, run: Any, data: bytes) -> bool:
+        """Take a payload that was appended too late out of its run; False: it was accepted."""
+        return bool(run.withdraw(data) if hasattr(run, "withdraw") else buffer.withdraw(run, data))
+
     @classmethod
     def check(cls, dispatcher: tempo.Dispatcher) -> None:
         """Assert the invariants of tempo's theory of operation, by the numbers they have there."""
@@ -1196,6 +1201,9 @@ def test_start_that_fails_changes_nothing_and_names_pull_mode(
             with pytest.raises(type(error), match="pull mode" if type(error) is RuntimeError else None):
                 d.start(print)
     d.start(lambda batch: received.extend(batch.tolist()))
+    with monkeypatch.context() as patch, pytest.raises((type(error), RuntimeError)):
+        patch.setattr(threading.Thread, at, fails)
+        d.start(print)
     d.shutdown(LIMIT)
     assert received == [b"a"]
 
@@ -1389,10 +1397,12 @@ def test_shutdown_and_flush_in_the_body_of_a_loop_do_not_wait_for_themselves(asy
     seen: list[bytes] = []
 
     def in_a_thread() -> None:
+        idle = iter(d)
         for batch in d:
             seen.extend(batch.tolist() + payloads(itertools.islice(d, nested)))
             assert d.flush() is (len(seen) == 4)
             d.shutdown()  # the inner loop is over, the outer is not
+        assert list(idle) == []
 
     async def in_a_task() -> None:
         async for batch in d:
@@ -2230,8 +2240,10 @@ class BufferModel(Lists):
                 if len(run) <= places:
                     self.accept(item)
                 else:
+                    run.append(b"of another thread")
                     self.buffer.seal(self.now)
-                    assert run.pop() is item  # it is still there, so it was not counted
+                    assert inside.withdraw(self.buffer, run, item)
+                    assert not inside.withdraw(self.buffer, run, item)
 
     @rule(sizes=st.lists(SIZES, min_size=1, max_size=20), fails=st.booleans())
     def admit(self, sizes: list[int], fails: bool) -> None:
@@ -2381,7 +2393,26 @@ def test_nested_enqueue_at_each_bytecode_reaches_a_task_that_waits(outer: str) -
         d = make(max_batch_bytes=1)
         run_async(main())
 
-    each_step(scene)
+    each_step(scene, signals=True)
+
+
+def test_nested_enqueue_in_the_call_that_wakes_a_task_reaches_the_task_too() -> None:
+    async def main() -> list[bytes]:
+        def nested(*args: Any) -> Any:
+            loop.call_soon_threadsafe = wake  # type: ignore[method-assign]
+            d.enqueue(b"nested")
+            return wake(*args)
+
+        loop = asyncio.get_running_loop()
+        wake = loop.call_soon_threadsafe
+        tasks = [asyncio.ensure_future(next_batch(d)) for _ in range(2)]
+        await until(lambda: d.stats().waiting_consumers == 2)
+        loop.call_soon_threadsafe = nested  # type: ignore[assignment]
+        d.enqueue(b"a")
+        return payloads(await asyncio.gather(*tasks))
+
+    d = make(max_batch_bytes=1)
+    assert run_async(main()) == [b"a", b"nested"]
 
 
 def test_nested_calls_of_two_dispatchers_in_each_others_sections_do_not_deadlock() -> None:
@@ -2581,12 +2612,28 @@ def test_refusal_by_a_full_buffer_takes_no_lock() -> None:
 FORKS = each("fork", ["os.fork", "ctypes.PyDLL(None).fork"], ids=["with hooks", "without hooks"])
 
 
+# A lock like those of a library that replaces threading's: it cannot be made new after a fork.
+PLAIN_LOCK = """
+real = threading.RLock
+class Lock:
+    def __init__(self):
+        lock = real()
+        self.acquire, self.release, self._is_owned = lock.acquire, lock.release, lock._is_owned
+        self._release_save, self._acquire_restore = lock._release_save, lock._acquire_restore
+    def __enter__(self):
+        self.acquire()
+    def __exit__(self, *_):
+        self.release()
+threading.RLock = Lock
+"""
+
+
 @FORKS
-@each("stopped", [False, True])
+@each(("stopped", "lock"), [(False, ""), (True, ""), (False, PLAIN_LOCK)], ids=["running", "stopped", "plain lock"])
 def test_fork_gives_the_child_an_empty_running_dispatcher_and_the_parent_keeps_its_own(
-    fork: str, stopped: bool
+    fork: str, stopped: bool, lock: str
 ) -> None:
-    lines = program(f"""
+    source = f"""
         d = make(max_batch_bytes=64)
         d.enqueue_many([b"a", b"b"])
         d.stop() if {stopped} else d.flush(0)
@@ -2599,7 +2646,8 @@ def test_fork_gives_the_child_an_empty_running_dispatcher_and_the_parent_keeps_i
             d.shutdown()
             say(d.stats().state)
         say(in_child(child, {fork}), d.stats().state, [batch.tolist() for batch in d.stop()])
-    """)
+    """
+    lines = program(lock + textwrap.dedent(source))
     rest = "0 stopped []" if stopped else "0 running [[b'a', b'b']]"
     assert lines == ["0 0 0 running", "[b'c']", "stopped", rest]
 
@@ -2612,7 +2660,13 @@ def test_fork_brings_the_handlers_thread_back_at_the_childs_first_enqueue(fork: 
         d.start(lambda batch: say(batch.tolist(), threading.current_thread() is not threading.main_thread()))
         d.enqueue(b"parent")
         d.flush()
+        def init(*args, **kwargs):
+            threading.Thread.__init__ = real
+            d.enqueue(b"meanwhile")  # as another thread does, which is as early
+            real(*args, **kwargs)
         def child():
+            global real
+            real, threading.Thread.__init__ = threading.Thread.__init__, init
             d.{work}
             say(d.flush(timeout=10))
             d.shutdown(timeout=10)
@@ -2620,7 +2674,34 @@ def test_fork_brings_the_handlers_thread_back_at_the_childs_first_enqueue(fork: 
         d.enqueue(b"parent again")
         d.shutdown()
     """)
-    assert lines == ["[b'parent'] True", "[b'child'] True", "True", "0", "[b'parent again'] True"]
+    assert sorted(lines[1:3]) == ["[b'child'] True", "[b'meanwhile'] True"]
+    assert lines[:1] + lines[3:] == ["[b'parent'] True", "True", "0", "[b'parent again'] True"]
+
+
+def test_fork_in_the_handler_ends_the_childs_copy_of_its_thread_after_its_batch() -> None:
+    lines = program("""
+        threads, statuses = [], []
+        def handler(batch):
+            say(batch.tolist())
+            if batch[0] == b"parent":
+                pid = os.fork()
+                if pid:
+                    statuses.append(os.waitpid(pid, 0)[1])
+                else:
+                    signal.alarm(20)
+                    threads.append(threading.current_thread())
+                    d.enqueue(b"child")
+            elif threads:
+                while threads[0].is_alive():
+                    time.sleep(0.001)
+                os._exit(7)
+        d = make(max_batch_bytes=1)
+        d.start(handler)
+        d.enqueue(b"parent")
+        d.shutdown()
+        say([os.WEXITSTATUS(status) for status in statuses])
+    """)
+    assert lines == ["[b'parent']", "[b'child']", "[7]"]
 
 
 def test_fork_without_hooks_keeps_all_that_the_child_appends_before_it_is_noticed() -> None:

@@ -11,7 +11,6 @@ import array
 import asyncio
 import contextlib
 import copy
-import dis
 import doctest
 import functools
 import gc
@@ -441,53 +440,34 @@ def program(source: str, *options: str, told: str = "", code: int = 0) -> list[s
 
 
 class Steps:
-    """Calls something, and does another thing before the n-th bytecode of tempo that the call's thread runs.
+    """Calls something, and does another thing at the n-th place of tempo where the interpreter looks for signals.
 
-    signals: count only those before which the interpreter looks for signals: at the beginning of a function, after a
-    call, and where a loop jumps back. Only there can a KeyboardInterrupt come.
+    That is as a function begins, and after a C function was called. There a KeyboardInterrupt or a nested call may
+    come, or another thread goes on.
     """
 
-    def __init__(self, n: int, signals: bool) -> None:
-        self.n, self.signals, self.count = n, signals, 0
+    def __init__(self, n: int) -> None:
+        self.n, self.count = n, 0
         self.do: Callable[[], object] = print
-        self.before: Any = sys.gettrace()  # coverage's, or a debugger's
-        self._last: dict[FrameType, int] = {}  # the bytecode before, in each frame
 
-    def __call__(self, frame: FrameType, event: str, _: object) -> Steps | None:
-        if frame.f_globals is not vars(tempo):
-            return None
-        if event == "call":
-            frame.f_trace, frame.f_trace_opcodes, frame.f_trace_lines = self, True, False
-        if event == "opcode" and (not self.signals or self._looks(frame)):
+    def __call__(self, frame: FrameType, event: str, _: object) -> None:
+        if frame.f_globals is vars(tempo) and event in ("call", "c_return"):
             self.count += 1
             if self.count == self.n:
-                sys.settrace(self.before)  # the rest need not be traced
+                sys.setprofile(None)
                 self.do()
-        elif event == "return":
-            self._last.pop(frame, None)
-        return self
-
-    def _looks(self, frame: FrameType) -> bool:
-        """Whether the interpreter looks for signals here. What it raises after a call has that call's handler."""
-        names, handlers = bytecode(frame.f_code)
-        at = frame.f_lasti
-        last, self._last[frame] = self._last.get(frame), at
-        if last is None or names[at].startswith(("JUMP_BACKWARD", "JUMP_ABSOLUTE")):
-            return True
-        begins_try = names[at].startswith("SETUP_")  # 3.10 does not look before such a bytecode
-        return names[last].startswith("CALL") and handlers(last) == handlers(at) and not begins_try
 
     def run(self, do: Callable[[], object], work: Callable[..., Any], *args: Any) -> Any:
         self.do = do
-        sys.settrace(self)
+        sys.setprofile(self)
         try:
             return work(*args)
         finally:
-            sys.settrace(self.before)
+            sys.setprofile(None)
 
     @contextlib.contextmanager
     def halt(self, work: Callable[..., Any], *args: Any) -> Iterator[Worker]:
-        """A thread that stands still before its n-th bytecode, or has ended, during the block."""
+        """A thread that stands still at its n-th step, or has ended, during the block."""
         gate = Gate()
         worker = Worker(self.run, gate, work, *args)
         try:
@@ -498,23 +478,13 @@ class Steps:
             worker.join(LIMIT)
 
 
-@functools.cache
-def bytecode(code: Any) -> tuple[dict[int, str], Callable[[int], list[int]]]:
-    """The bytecodes' names, and by which handlers an exception at one is caught (before 3.11: not known)."""
-    table: list[Any] = getattr(dis, "_parse_exception_table", lambda _: [])(code)
-    names = {at: dis.opname[name] for at, name in enumerate(code.co_code)}
-    return names, lambda at: [entry.target for entry in table if entry.start <= at < entry.end]
-
-
-def each_step(scene: Callable[[Steps], object], stride: int = 1, signals: bool = False) -> None:
-    """Play a scene with something done before a call's first bytecode, its second, and so on to its last."""
-    if not CPYTHON or sys.version_info[:2] == (3, 12):
-        pytest.skip("PyPy has no events for bytecodes, and CPython 3.12 crashes with threads stopped there")
-    for n in itertools.count(1, stride):
-        steps = Steps(n, signals)
+def each_step(scene: Callable[[Steps], object]) -> None:
+    """Play a scene with something done at a call's first step, its second, and so on to its last."""
+    for n in itertools.count(1):
+        steps = Steps(n)
         scene(steps)
         if steps.count < n:
-            assert n > stride, "nothing was traced"
+            assert n > 1, "nothing was called"
             return
 
 
@@ -1194,7 +1164,8 @@ def test_start_that_fails_names_pull_mode_and_changes_nothing(
         start(thread) if at == "after start" else None
         raise error
 
-    start, handler, received = threading.Thread.start, lambda batch: received.extend(batch.tolist()), []
+    received: list[bytes] = []
+    start, handler = threading.Thread.start, lambda batch: received.extend(batch.tolist())
     pull_mode = "pull mode" if at != "after start" and type(error) is RuntimeError else None
     d = holding(b"a")
     monkeypatch.setattr(threading.Thread, at.rsplit(maxsplit=1)[-1], fails)
@@ -2332,7 +2303,7 @@ def test_nested_call_in_a_section_never_waits(nested: str) -> None:
 
 @each("outer", OUTER)
 @each("limit", [5010, tempo.MiB])
-def test_nested_calls_at_each_bytecode_keep_their_order_the_bound_and_the_census(outer: str, limit: int) -> None:
+def test_nested_calls_at_each_step_keep_their_order_the_bound_and_the_census(outer: str, limit: int) -> None:
     big, little = b"B" * 5000, b"l"  # the big one cannot be accepted without the lock, the little ones may be equal
 
     def scene(steps: Steps) -> None:
@@ -2356,11 +2327,11 @@ def test_nested_calls_at_each_bytecode_keep_their_order_the_bound_and_the_census
         assert [item for item in came if item in (b"a", b"b", b"c", b"d")] == [b"a", b"b", b"c", b"d"]
         assert d.stats().accepted == len(came)
 
-    each_step(scene, 3)
+    each_step(scene)
 
 
 @each("outer", ["enqueue", "stats", "flush"])
-def test_nested_enqueue_at_each_bytecode_reaches_a_task_that_waits(outer: str) -> None:
+def test_nested_enqueue_at_each_step_reaches_a_task_that_waits(outer: str) -> None:
     def scene(steps: Steps) -> None:
         async def main() -> None:
             task = asyncio.ensure_future(next_batch(d))
@@ -2371,7 +2342,7 @@ def test_nested_enqueue_at_each_bytecode_reaches_a_task_that_waits(outer: str) -
         d = make(max_batch_bytes=1)
         run_async(main())
 
-    each_step(scene, signals=True)
+    each_step(scene)
 
 
 def test_nested_enqueue_in_the_call_that_wakes_a_task_reaches_the_task_too() -> None:
@@ -2507,7 +2478,7 @@ def test_interrupt_anywhere_in_a_call_loses_and_repeats_nothing(outer: str, limi
         assert set(extra) <= {b"o"} and extra[b"o"] <= 2  # the interrupted call may have been accepted
         assert s.accepted == len(came) + sum(missing.values()) and (lost or not missing)
 
-    each_step(scene, signals=True)
+    each_step(scene)
 
 
 @each("way", ["get", "async for"])
@@ -2521,7 +2492,7 @@ def test_interrupt_anywhere_in_an_enqueue_owes_nobody_a_wake_up(way: str) -> Non
             d.enqueue(b"a")
         assert waiting.result().tolist() == [b"a"]
 
-    each_step(scene, signals=True)
+    each_step(scene)
 
 
 # Behaviour: a thread stopped anywhere, while others go on
@@ -2529,7 +2500,7 @@ def test_interrupt_anywhere_in_an_enqueue_owes_nobody_a_wake_up(way: str) -> Non
 
 @LIMITS
 @each("ends", [False, True], ids=["others enqueue the same", "others stop"])
-def test_enqueue_stopped_at_each_bytecode_is_accepted_once_or_refused(ends: bool, limit: int) -> None:
+def test_enqueue_stopped_at_each_step_is_accepted_once_or_refused(ends: bool, limit: int) -> None:
     same = b"the very same object"
 
     def scene(steps: Steps) -> None:
@@ -2559,9 +2530,9 @@ def test_flush_is_not_true_before_the_handler_has_returned_wherever_its_thread_s
         d = holding(b"a", max_batch_bytes=1)
         done: list[bytes] = []
         gate = steps.do = Gate()
-        threading.settrace(steps)
+        threading.setprofile(steps)
         d.start(lambda batch: done.extend(batch.tolist()))
-        threading.settrace(steps.before)
+        threading.setprofile(typing.cast(Any, None))
         wait_until(lambda: done or gate.entered.is_set())
         assert inside.locked() or not d.flush(0) or done == [b"a"]
         count = 0 if done else steps.count  # after that it only waits
@@ -2570,7 +2541,7 @@ def test_flush_is_not_true_before_the_handler_has_returned_wherever_its_thread_s
         d.shutdown(LIMIT)
         steps.count = count
 
-    each_step(scene, 3)
+    each_step(scene)
 
 
 def test_refusal_by_a_full_buffer_takes_no_lock() -> None:

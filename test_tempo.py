@@ -35,7 +35,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 import pytest
@@ -407,7 +407,7 @@ def works(d: tempo.Dispatcher) -> list[bytes]:
 
 
 PRELUDE = """
-import asyncio, ctypes, gc, os, signal, sys, threading, time, traceback
+import asyncio, ctypes, gc, os, signal, sys, threading, time, traceback, weakref
 import tempo
 
 def make(**kwargs):
@@ -455,18 +455,18 @@ def program(source: str, *options: str, told: str = "", code: int = 0) -> list[s
 
 
 class Steps:
-    """Calls something, and does another thing at the n-th place of tempo where the interpreter looks for signals.
+    """Calls something, and does another thing at the n-th place of a module where the interpreter looks for signals.
 
     That is as a function begins, and after a C function was called. There a KeyboardInterrupt or a nested call may
     come, or another thread goes on.
     """
 
-    def __init__(self, n: int) -> None:
-        self.n, self.count = n, 0
+    def __init__(self, n: int, *modules: ModuleType) -> None:
+        self.n, self.count, self.names = n, 0, [vars(module) for module in modules]
         self.do: Callable[[], object] = print
 
     def __call__(self, frame: FrameType, event: str, _: object) -> None:
-        if frame.f_globals is vars(tempo) and event in ("call", "c_return"):
+        if event in ("call", "c_return") and any(frame.f_globals is names for names in self.names):
             self.count += 1
             if self.count == self.n:
                 sys.setprofile(None)
@@ -493,10 +493,10 @@ class Steps:
             worker.join(LIMIT)
 
 
-def each_step(scene: Callable[[Steps], object]) -> None:
+def each_step(scene: Callable[[Steps], object], *also: ModuleType) -> None:
     """Play a scene with something done at a call's first step, its second, and so on to its last."""
     for n in itertools.count(1):
-        steps = Steps(n)
+        steps = Steps(n, tempo, *also)
         scene(steps)
         if steps.count < n:
             assert n > 1, "nothing was called"
@@ -2409,6 +2409,18 @@ def test_interrupt_of_a_wait_leaves_nothing_behind(wait: str) -> None:
         assert works(d) == content
 
 
+@each("wait", ["enqueue", "get", "flush"])
+def test_interrupt_anywhere_in_a_wait_that_times_out_leaves_nothing_behind(wait: str) -> None:
+    def scene(steps: Steps) -> None:
+        d = holding(bytes(99), max_buffered_bytes=100)
+        arguments = (b"no room",) if wait == "enqueue" else ()
+        with contextlib.suppress(KeyboardInterrupt, queue.Full, queue.Empty):
+            steps.run(interrupt, getattr(d, wait), *arguments, 1e-4)
+        assert works(d) == [bytes(99)]
+
+    each_step(scene, threading)
+
+
 @LIMITS
 @each("outer", OUTER)
 def test_interrupt_anywhere_in_a_call_loses_and_repeats_nothing(outer: str, limit: int) -> None:
@@ -2525,6 +2537,11 @@ def test_fork_gives_the_child_an_empty_dispatcher_and_the_parent_keeps_its_own(f
         d = make(max_batch_bytes=64)
         d.enqueue_many([b"a", b"b"])
         d.stop() if {stopped} else d.flush(0)
+        made = [make()]
+        def meanwhile(frame, *_):  # as another thread does, while the hook goes over all dispatchers
+            if frame.f_code is weakref.WeakSet.__iter__.__code__ and len(made) < 3:
+                made.append(make())
+        sys.setprofile(meanwhile)
         def child():
             s = d.stats()
             say(s.accepted, s.buffered, s.peak_buffered_bytes, s.state)

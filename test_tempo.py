@@ -2149,9 +2149,12 @@ class BufferModel(Lists):
         super().accept(item)
         self.total += 1
 
-    @rule(size=SIZES, count=st.integers(1, 100), late=st.booleans())
-    def append(self, size: int, count: int, late: bool) -> None:
-        """As enqueue does without the lock; late: it is stopped there, and sealed meanwhile."""
+    @rule(size=SIZES, count=st.integers(1, 100), told=st.booleans(), late=st.booleans())
+    def append(self, size: int, count: int, told: bool, late: bool) -> None:
+        """As enqueue does without the lock, while there is credit; late: it is stopped there, and sealed meanwhile."""
+        self.buffer.seal(self.now)
+        self.buffer.grant(self.now, told)
+        inside.check_buffer(self.buffer, told)
         for _ in range(count):
             item, run = self.payload(size), self.buffer.run
             if len(item) <= run.covers:
@@ -2187,11 +2190,6 @@ class BufferModel(Lists):
         if self.buffer.accept_nested(item):
             assert self.fits(item)
             self.accept(item)
-
-    @rule(told=st.booleans())
-    def grant(self, told: bool) -> None:
-        self.buffer.seal(self.now)
-        self.buffer.grant(self.now, told)
 
     @rule()
     def close(self) -> None:

@@ -1488,34 +1488,30 @@ class Dispatcher:
 
     # -- Life cycle's half -------------------------------------------------------------------------------------------
 
-    def _close(self, what: str) -> None:
-        """Lock held. Close the open batch, and for "shutdown" the dispatcher: it takes no more work."""
-        self._buffer.seal(self._now)  # first: with the credit gone, a nested call goes by the phase
-        self._buffer.cut()
+    def _close(self, what: str, instead: str = "") -> None:
+        """Lock held. Close the open batch, and for "shutdown" the dispatcher: it takes no more work.
+
+        instead: what to call where the wait would block, for ever, the event loop in which the consumers may be.
+        """
+        buffer = self._buffer
+        buffer.seal(self._now)  # first: with the credit gone, a nested call goes by the phase
+        if instead and self._push is None and not self._delivered(buffer.run.items) and _asyncio("get_running_loop"):
+            raise RuntimeError(f"this would block the event loop of this thread: use {instead} or a timeout")
+        buffer.cut()
         if what == "shutdown" and self._phase is _RUNNING:
             self._phase = _SHUTTING_DOWN
 
     def _drain(self, waiter: _Waiter, over: bool, what: str, buffer: _Buffer, instead: str = "") -> bool | None:
         """Lock held. Whether all that was accepted at the first look is delivered; None: wait.
 
-        what: "flush", or "shutdown", which takes no more. instead: what to call where the wait would block, for ever,
-        the event loop in which the consumers may be.
+        what, instead: as in `_close`.
         """
         if self._buffer is not buffer:  # forked meanwhile
             return True
         if waiter.target < 0:
             if what == "shutdown" and self._phase is _STOPPED:
                 return True
-            buffer.seal(self._now)
-            if (
-                instead
-                and self._push is None
-                and not self._delivered(buffer.run.items)
-                and _asyncio("get_running_loop")
-            ):
-                text = "this would block the event loop that runs in this thread"
-                raise RuntimeError(f"{text}: use {instead} or a timeout")
-            self._close(what)
+            self._close(what, instead)
             waiter.target = buffer.run.items if what == "flush" else _FOREVER
         if self._delivered(waiter.target):
             return True

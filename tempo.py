@@ -53,7 +53,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from io import BytesIO
 from itertools import accumulate, chain, repeat
 from operator import countOf
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, cast, overload
 
 if TYPE_CHECKING:
@@ -124,11 +123,11 @@ _monotonic: Callable[[], float] = functools.partial(time.monotonic)
 #   I3  An open run has room for `places` payloads of `covers` bytes, whatever happens.  A run is created open, by the
 #       store that makes it the current one; it is sealed once, and never opened again.
 #   I4  Credit (an open run) is given while the open batch has a payload: its first one takes the lock, notes the time
-#       and tells a consumer.  While a consumer waits that nobody has called, credit ends before the batch does.
-#       Otherwise it may go on, for as many payloads as come in an eighth of the interval at their pace of late; a batch
-#       that begins so counts its interval from when the credit was given: never later than from its first payload, and
-#       earlier by more than an eighth only if the payloads slow down while no consumer looks.  While a payload waits
-#       for room or was refused, no credit is given, and the open batch is due.
+#       and tells the consumers.  While a consumer waits, credit ends before the batch does.  Otherwise it may go on,
+#       for as many payloads as come in an eighth of the interval at their pace of late; a batch that begins so counts
+#       its interval from when the credit was given: never later than from its first payload, and earlier by more than
+#       an eighth only if the payloads slow down while no consumer looks.  While a payload waits for room or was
+#       refused, no credit is given, and the open batch is due.
 #   I5  accepted == delivered + in_flight + buffered + discarded, payloads and bytes.
 #
 # Without the lock.  A producer reads run.covers, appends, and reads run.places.  The section that seals stores
@@ -149,11 +148,11 @@ _monotonic: Callable[[], float] = functools.partial(time.monotonic)
 # Waiting.  Each waiter has a Condition of its own over the lock, or is a future of an event loop; it stands in a line,
 # and leaves it when it is woken.  A producer without room stands in `_line`; whoever makes room accepts its payload for
 # it, first come first served.  A thread then rests, for under a GIL all of them awake would keep the consumer from
-# running: one goes on for each eighth of the buffer that is taken, and all when a consumer is idle.  A consumer stands
-# in `_consumers`; the first thread is called, and before it one coroutine of each loop (which may not run), to a batch
-# or to be the timer of the open one; who was called calls the next when it has looked.  flush and shutdown stand in
-# `_drainers`.  No thread waits longer than _LOOK_UP without looking: a wake-up that a signal handler sends from the
-# waiting thread itself, between its last look and the wait, is lost.
+# running: one goes on for each eighth of the buffer that is taken, and all when a consumer is idle.  Consumers stand in
+# `_consumers`.  All are woken when a batch is due, and when one has begun that no waiting thread will time (a coroutine
+# is not trusted to: its loop may not run).  flush and shutdown stand in `_drainers`.  No thread waits longer than
+# _LOOK_UP without looking: a wake-up that a signal handler sends from the waiting thread itself, between its last look
+# and the wait, is lost.
 #
 # States.  running -> shutting_down -> stopped, or running -> stopped; never back.  The run is sealed before the phase
 # changes, and no credit is given after it.
@@ -324,14 +323,9 @@ class _Taken(NamedTuple):
 
     items: int = 0
     charge: int = 0
-    flight_first: int = -1  # number of the first payload that the handler has, or -1
-    flight_items: int = 0
-    flight_charge: int = 0
+    batches: int = 0
     discarded_items: int = 0
     discarded_charge: int = 0
-    failed_items: int = 0
-    failed_charge: int = 0
-    batches: int = 0
 
 
 class _Nested:
@@ -460,8 +454,10 @@ class _Buffer:
         self.pressed = False  # a payload was refused for lack of room since a batch was taken
         self.peak = 0
         self.pace = (0, 0.0, 0.0)  # payloads and time from which the pace is measured, and as it was measured last
-        self.flight: Batch | None = None  # what the handler has, or is about to get
-        self.undelivered: list[tuple[int, Batch]] = []  # discarded: number of the first payload, batch
+        self.failed = (0, 0)  # payloads, bytes: the handler raised
+        # Number of the first payload, batch. They count if that number is below taken.items.
+        self.flight: tuple[int, Batch, int] | None = None  # what the handler has, or is about to get; its bytes
+        self.undelivered: list[tuple[int, Batch]] = []  # discarded
         # Touched without the lock; why that is safe is told in Theory.
         self.run = _Run(0, 0, 0, 0, _FOREVER, 0)
         self.nested: list[_Nested] = []  # of calls that interrupted a section, which counts them
@@ -479,6 +475,13 @@ class _Buffer:
         counted = run.before[2] if run.before is not None else 0  # and not removed yet
         new = run[: run.granted] + [entry.data for entry in self.nested[counted:] if entry.accepted]
         return run.items + len(new), run.charge + sum([len(payload) or 1 for payload in new])
+
+    def in_flight(self) -> tuple[float, int, int]:
+        """Number of the first payload that the handler has (for ever, if none); payloads; bytes."""
+        if self.flight is None or self.flight[0] >= self.taken.items:
+            return _FOREVER, 0, 0
+        first, batch, charge = self.flight
+        return first, len(batch), charge
 
     def due(self) -> float:
         """When the front batch may be taken: -inf when it is closed, inf when there is none."""
@@ -671,16 +674,13 @@ class _Buffer:
         batch = pack.batch(begin, pack.ends[bisect_right(pack.ends, begin)])
         n = len(batch)
         charge = batch.nbytes + (batch._sizes.count(0) if pack.empties else 0)
-        after = taken._replace(items=taken.items + n, charge=taken.charge + charge)
+        after = taken._replace(items=taken.items + n, charge=taken.charge + charge, batches=taken.batches + 1)
+        if fate == "in_flight":
+            self.flight = (taken.items, batch, charge)
         if fate == "discarded":
             self.undelivered.append((taken.items, batch))
-            discarded = taken.discarded_charge + charge
-            after = after._replace(discarded_items=taken.discarded_items + n, discarded_charge=discarded)
-        else:
-            after = after._replace(batches=taken.batches + 1)
-        if fate == "in_flight":
-            self.flight = batch
-            after = after._replace(flight_first=taken.items, flight_items=n, flight_charge=charge)
+            items, charge = taken.discarded_items + n, taken.discarded_charge + charge
+            after = after._replace(discarded_items=items, discarded_charge=charge, batches=taken.batches)
         self.taken = after
         self.pressed = False
         self.repair()
@@ -692,12 +692,10 @@ class _Buffer:
 
     def land(self, failed: bool) -> None:
         """The handler has returned from its batch, or raised."""
-        self.flight = None
-        taken = self.taken
         if failed:
-            items, charge = taken.failed_items + taken.flight_items, taken.failed_charge + taken.flight_charge
-            taken = taken._replace(failed_items=items, failed_charge=charge)
-        self.taken = taken._replace(flight_first=-1, flight_items=0, flight_charge=0)
+            _, items, charge = self.in_flight()
+            self.failed = (self.failed[0] + items, self.failed[1] + charge)
+        self.flight = None
 
 
 class _Waiter:
@@ -740,15 +738,14 @@ class _AsyncWaiter(_Waiter):
 
     thread = False
 
-    def expect(self, future: Any) -> None:
-        self._future = weakref.ref(future)
+    future: Callable[[], Any]  # a weak reference
 
     def alive(self) -> bool:
-        future = self._future()
+        future = self.future()
         return future is not None and not future.get_loop().is_closed()
 
     def wake(self) -> None:
-        future = self._future()
+        future = self.future()
         if future is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 future.get_loop().call_soon_threadsafe(_resolve, future)
@@ -893,7 +890,7 @@ class Dispatcher:
         self._push: tuple[_Handler, _OnError | None, float] | None = None  # set once, under the lock
         self._loops: list[weakref.ref[_Batches]] = []  # each removed by the end of the iterator
         self._reset()
-        _DISPATCHERS.add(self)
+        _DISPATCHERS.append(weakref.ref(self, _DISPATCHERS.remove))
 
     def _reset(self) -> None:
         """Begin with nothing accepted; in a forked child too."""
@@ -908,7 +905,7 @@ class Dispatcher:
         self._turn = 0  # bytes taken up to which turns were given
         self._consumers: deque[_Waiter] = deque()
         self._drainers: deque[_Waiter] = deque()  # flush and shutdown
-        self._gone: list[_Waiter] = []  # coroutines that no longer wait
+        self._gone: list[_Waiter] = []  # who no longer waits, and may stand in a line
         self._rejected = (0, 0)  # payloads, bytes
         self._thread: threading.Thread | None = None  # the handler's
         # Touched without the lock; why that is safe is told in Theory.
@@ -1136,26 +1133,24 @@ class Dispatcher:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         """Shut down; left by an exception, wait for the drain for `exit_timeout` (5 s) at most."""
         if kind is None:
             self.shutdown()
         else:
-            with self._reporting():
-                self.shutdown(self._exit_timeout())
+            with self._reporting() as timeout:
+                self.shutdown(timeout)
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, kind: object, *_: object) -> None:
         """As `__exit__`, without blocking the event loop."""
         if kind is None:
             await self.ashutdown()
         else:
-            with self._reporting():
-                await self.ashutdown(self._exit_timeout())
+            with self._reporting() as timeout:
+                await self.ashutdown(timeout)
 
     def __reduce__(self) -> str:
         raise TypeError("a tempo.Dispatcher cannot be copied or pickled")
@@ -1206,7 +1201,8 @@ class Dispatcher:
     def _may_wait(self) -> bool:
         """Whether flush or shutdown may wait: not in the body of a loop over this dispatcher's batches, either."""
         loops = [reference() for reference in list(self._loops)]
-        return self._patient() and not any(loop is not None and loop.inside() for loop in loops)
+        inside = [loop for loop in loops if loop is not None and loop.inside()]
+        return self._patient() and not inside
 
     def _settle(self) -> None:
         """Lock held. Derive all that follows from what was accepted, taken and asked for.
@@ -1220,7 +1216,9 @@ class Dispatcher:
                 self._close(self._asked[0])
                 del self._asked[:1]
             while self._gone:
-                self._leave(self._gone[0])
+                for line in (self._line, self._resting, self._consumers, self._drainers):
+                    while self._gone[0] in line:
+                        line.remove(self._gone[0])
                 del self._gone[:1]
             if buffer.nested or buffer.dirty or buffer.run.before is not None:
                 buffer.seal(self._now)
@@ -1231,7 +1229,7 @@ class Dispatcher:
             if self._line:
                 self._serve()
             if self._phase is not _RUNNING:
-                if self._phase is _SHUTTING_DOWN and buffer.empty() and buffer.taken.flight_first < 0:
+                if self._phase is _SHUTTING_DOWN and buffer.empty() and not buffer.in_flight()[1]:
                     self._phase = _STOPPED
                 if self._announced is not self._phase:
                     for line in (self._line, self._resting, self._consumers, self._drainers):
@@ -1281,7 +1279,7 @@ class Dispatcher:
                 self._now = _monotonic()
         finally:
             if waiter.stood:
-                self._leave(waiter)
+                self._gone.append(waiter)
 
     async def _await(self, deadline: float, step: Callable[..., _T | None], *args: Any) -> _T:
         """As _block, for a coroutine: between taking a batch and returning it there is no await."""
@@ -1292,7 +1290,7 @@ class Dispatcher:
         try:
             while True:
                 future = loop.create_future()
-                waiter.expect(future)
+                waiter.future = weakref.ref(future)
                 result = self._look(waiter, deadline, step, *args)
                 if result is not None:
                     return result
@@ -1308,7 +1306,7 @@ class Dispatcher:
                 self._gone.append(waiter)
                 self._left = True
                 if not self._nested():  # else it was collected in a section
-                    self._look(waiter, 0.0, lambda waiter, over: waiter)
+                    self._stats()
 
     @_section
     def _look(self, waiter: _Waiter, deadline: float, step: Callable[..., _T | None], *args: Any) -> _T | None:
@@ -1321,18 +1319,12 @@ class Dispatcher:
             waiter.woken = False
             line.append(waiter)
 
-    def _leave(self, waiter: _Waiter) -> None:
-        """Lock held. Take a waiter out of every line; settling passes on what it was called for."""
-        for line in (self._line, self._resting, self._consumers, self._drainers):
-            while waiter in line:
-                line.remove(waiter)
-
     def _call(self) -> None:
         """Lock held. Wake the consumers when the front batch is due, or to time it if no thread of them does."""
         due, consumers = self._buffer.due(), self._consumers
         if due <= self._now or (due < _FOREVER and self._hurried()):
             _wake(consumers, len(consumers))
-        elif not any(waiter.thread and waiter.until <= due for waiter in consumers):
+        elif not [waiter for waiter in consumers if waiter.thread and waiter.until <= due]:
             for waiter in [waiter for waiter in consumers if waiter.until > due]:
                 waiter.wake()
                 consumers.remove(waiter)
@@ -1524,12 +1516,12 @@ class Dispatcher:
 
     def _delivered(self, target: float) -> bool:
         taken = self._buffer.taken
-        return taken.items >= target and not 0 <= taken.flight_first < target and not taken.discarded_items
+        return taken.items >= target and not taken.discarded_items and self._buffer.in_flight()[0] >= target
 
     def _give_up(self) -> None:
         """shutdown has not seen the drain: stop, and raise why, unless it is done after all."""
         if self._halt(True):
-            raise DrainTimeout(self._claim(), self._buffer.taken.flight_items)
+            raise DrainTimeout(self._claim(), self._buffer.in_flight()[1])
 
     @_section
     def _halt(self, giving_up: bool = False) -> bool:
@@ -1570,15 +1562,16 @@ class Dispatcher:
         buffer = self._buffer
         items, charge = buffer.accepted()
         t = buffer.taken
+        _, flight_items, flight_charge = buffer.in_flight()
         refused = list(self._refused)
         return Stats(
             *(items, charge),
-            *(t.items - t.flight_items - t.discarded_items, t.charge - t.flight_charge - t.discarded_charge),
-            *(t.flight_items, t.flight_charge),
+            *(t.items - flight_items - t.discarded_items, t.charge - flight_charge - t.discarded_charge),
+            *(flight_items, flight_charge),
             *(items - t.items, charge - t.charge),
             *(t.discarded_items, t.discarded_charge),
             *(self._rejected[0] + len(refused), self._rejected[1] + sum(refused)),
-            *(t.failed_items, t.failed_charge),
+            *buffer.failed,
             t.batches,
             max(buffer.peak, charge - t.charge),
             len(self._line),
@@ -1645,10 +1638,10 @@ class Dispatcher:
                     batch = self._block(until, self._take, "in_flight", failed)
                 except (MemoryError, RecursionError) as exc:
                     self._report(exc, None)
-                    if buffer.flight is None or not buffer.taken.flight_items:
+                    if buffer.flight is None or not buffer.in_flight()[1]:
                         time.sleep(0.1)
                         continue
-                    batch = buffer.flight  # taken; the error came after that
+                    batch = buffer.flight[1]  # taken; the error came after that
                 failed = self._handle(push[0], batch)
                 del batch  # it may not be kept while the next one is waited for
         except (Stopped, queue.Empty):
@@ -1684,14 +1677,11 @@ class Dispatcher:
             if on_error is not None:
                 self._report(again, None)
 
-    def _exit_timeout(self) -> float:
-        return self._push[2] if self._push is not None else _EXIT_TIMEOUT
-
     @contextlib.contextmanager
-    def _reporting(self) -> Iterator[None]:
-        """Where a shutdown must not raise: report what it leaves undelivered."""
+    def _reporting(self) -> Iterator[float]:
+        """Where a shutdown must not raise, give it its timeout, and report what it leaves undelivered."""
         try:
-            yield
+            yield self._push[2] if self._push is not None else _EXIT_TIMEOUT
         except DrainTimeout as exc:
             lost = exc.undelivered
             if self._push is not None and self._push[1] is not None:
@@ -1759,8 +1749,8 @@ def _limit(name: str, value: Any, unit: str = "bytes") -> int:
     return value
 
 
-# One hook each for fork and exit; the set keeps no dispatcher alive.
-_DISPATCHERS: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
+# One hook each for fork and exit; the list keeps no dispatcher alive.
+_DISPATCHERS: list[weakref.ref[Dispatcher]] = []
 _MUTEXES: dict[type, _Mutex] = {}  # by the type of lock
 _getpid = os.getpid
 _pid = _getpid()
@@ -1768,11 +1758,7 @@ _exiting = False  # from the exit hook on
 
 
 def _dispatchers() -> list[Dispatcher]:
-    while True:
-        try:
-            return list(_DISPATCHERS)
-        except RuntimeError:  # another thread made one meanwhile
-            continue
+    return [d for reference in list(_DISPATCHERS) if (d := reference()) is not None]
 
 
 def _after_fork(keep: bool = False) -> None:

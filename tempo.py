@@ -318,6 +318,14 @@ class Stats(NamedTuple):
     state: str  # "running", "shutting_down" or "stopped"
 
 
+class _Push(NamedTuple):
+    """What `start` was given."""
+
+    handler: _Handler
+    on_error: _OnError | None
+    exit_timeout: float
+
+
 class _Taken(NamedTuple):
     """What has left the buffer, replaced by one store (I5)."""
 
@@ -463,8 +471,6 @@ class _Buffer:
         self.nested: list[_Nested] = []  # of calls that interrupted a section, which counts them
         self.spare = _NO_LIMIT  # room that is left, while a payload waits for room or was refused
 
-    # -- What is there -----------------------------------------------------------------------------------------------
-
     def held(self) -> int:
         """Bytes that are counted and not taken."""
         return self.run.charge - self.taken.charge
@@ -489,8 +495,6 @@ class _Buffer:
 
     def empty(self) -> bool:
         return self.taken.items == self.run.items
-
-    # -- Admission ---------------------------------------------------------------------------------------------------
 
     def seal(self, now: float) -> None:
         """Withdraw the credit and count what the run accepted with it, then what nested calls accepted."""
@@ -575,8 +579,6 @@ class _Buffer:
             self.pace = (self.run.items, now, pace)
         return pace
 
-    # -- Packing -----------------------------------------------------------------------------------------------------
-
     def _commit(
         self,
         new: Sequence[bytes],
@@ -651,8 +653,6 @@ class _Buffer:
             packs.popleft()
         while self.undelivered and self.undelivered[-1][0] >= taken.items:
             self.undelivered.pop()
-
-    # -- Taking ------------------------------------------------------------------------------------------------------
 
     def cut(self) -> None:
         """After a seal: close the open batch, if it has a payload."""
@@ -887,7 +887,7 @@ class Dispatcher:
         max_batch = _NO_LIMIT if max_batch_bytes is None else _limit("max_batch_bytes", max_batch_bytes)
         max_items = _NO_LIMIT if max_batch_items is None else _limit("max_batch_items", max_batch_items, "payloads")
         self._new_buffer = functools.partial(_Buffer, seconds, self._max_buffered, max_batch, max_items)
-        self._push: tuple[_Handler, _OnError | None, float] | None = None  # set once, under the lock
+        self._push: _Push | None = None  # set once, under the lock
         self._loops: list[weakref.ref[_Batches]] = []  # each removed by the end of the iterator
         self._reset()
         _DISPATCHERS.append(weakref.ref(self, _DISPATCHERS.remove))
@@ -1055,7 +1055,7 @@ class Dispatcher:
             raise TypeError(f"handler must not be a coroutine function, which nothing awaits: {_show(handler)}")
         if on_error is not None and not callable(on_error):
             raise TypeError(f"on_error must be callable or None, not {_show(on_error)}")
-        self._start((handler, on_error, _seconds("exit_timeout", exit_timeout)))
+        self._start(_Push(handler, on_error, _seconds("exit_timeout", exit_timeout)))
 
     # -- Life cycle --------------------------------------------------------------------------------------------------
 
@@ -1581,22 +1581,24 @@ class Dispatcher:
 
     # -- Push mode ---------------------------------------------------------------------------------------------------
 
-    def _start(self, push: tuple[_Handler, _OnError | None, float]) -> None:
+    def _start(self, push: _Push) -> None:
         """Start the handler's thread: for the first time, or again in a forked child.
 
         Thread.start() waits for the new thread, and takes locks of its own: not with the lock held.
         """
-        name = getattr(push[0], "__qualname__", type(push[0]).__qualname__)
+        name = getattr(push.handler, "__qualname__", type(push.handler).__qualname__)
         first = self._push is None
         thread = None
         try:
             thread = threading.Thread(target=self._consume, args=(push,), name=f"tempo-{name}", daemon=True)
             error = self._adopt(thread, push)
-            if error is None and self._thread is thread:
+            if self._thread is thread:
                 thread.start()
         except BaseException as exc:
-            if thread is None or not thread.is_alive():  # else it has started, and the exception came after that
-                self._disown(thread, first)
+            if self._thread is thread and not (thread and thread.is_alive()):  # else the exception came after that
+                self._thread = None
+                if first:
+                    self._push = None
             if isinstance(exc, RuntimeError):  # too many threads, or a sub-interpreter that may have none
                 raise RuntimeError(f"no thread can be started ({exc}): use pull mode, `for batch in d`") from exc
             raise
@@ -1604,7 +1606,7 @@ class Dispatcher:
             raise error
 
     @_section
-    def _adopt(self, thread: threading.Thread, push: tuple[_Handler, _OnError | None, float]) -> RuntimeError | None:
+    def _adopt(self, thread: threading.Thread, push: _Push) -> RuntimeError | None:
         """Make thread the handler's, unless there is one; return why not, where that is an error."""
         if self._push is not push:
             if self._phase is not _RUNNING:
@@ -1615,20 +1617,13 @@ class Dispatcher:
             self._push, self._thread = push, thread
         return None
 
-    @_section
-    def _disown(self, thread: threading.Thread | None, first: bool) -> None:
-        if self._thread is thread:
-            self._thread = None
-            if first:
-                self._push = None
-
     def _ensure_thread(self) -> None:
         """In a forked child: start the handler's thread again. The payload is accepted either way."""
         if self._thread is None and self._push is not None and not self._nested():
             with contextlib.suppress(RuntimeError):  # no thread can be started: the exit drains
                 self._start(self._push)
 
-    def _consume(self, push: tuple[_Handler, _OnError | None, float], until: float = _FOREVER) -> None:
+    def _consume(self, push: _Push, until: float = _FOREVER) -> None:
         """Call the handler for each batch until the dispatcher stops, or a time; not in a child that it forks."""
         buffer, failed = self._buffer, False
         self._worker = threading.get_ident()
@@ -1642,7 +1637,7 @@ class Dispatcher:
                         time.sleep(0.1)
                         continue
                     batch = buffer.flight[1]  # taken; the error came after that
-                failed = self._handle(push[0], batch)
+                failed = self._handle(push.handler, batch)
                 del batch  # it may not be kept while the next one is waited for
         except (Stopped, queue.Empty):
             pass
@@ -1664,7 +1659,7 @@ class Dispatcher:
 
     def _report(self, exc: BaseException, batch: Batch | None) -> None:
         """Report an exception, and one in on_error, without raising."""
-        on_error = self._push[1] if self._push is not None and batch is not None else None
+        on_error = self._push.on_error if self._push is not None and batch is not None else None
         try:
             if on_error is not None:
                 on_error(exc, batch)  # type: ignore[arg-type]
@@ -1681,10 +1676,10 @@ class Dispatcher:
     def _reporting(self) -> Iterator[float]:
         """Where a shutdown must not raise, give it its timeout, and report what it leaves undelivered."""
         try:
-            yield self._push[2] if self._push is not None else _EXIT_TIMEOUT
+            yield self._push.exit_timeout if self._push is not None else _EXIT_TIMEOUT
         except DrainTimeout as exc:
             lost = exc.undelivered
-            if self._push is not None and self._push[1] is not None:
+            if self._push is not None and self._push.on_error is not None:
                 for batch in lost:
                     self._report(exc, batch)
             elif sys.stderr is not None:
@@ -1794,7 +1789,7 @@ def _at_exit() -> None:
     _exiting = True
     begin = _monotonic()
     pulled = [d for d in _dispatchers() if d._push is None]
-    started = [(d, d._push, begin + d._push[2]) for d in _dispatchers() if d._push is not None]
+    started = [(d, d._push, begin + d._push.exit_timeout) for d in _dispatchers() if d._push is not None]
     for d, _, _ in started:
         d._asked.append("shutdown")
         d._stats()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import tempo
 from soak.config import Config
-from soak.payloads import SEQUENCE, SESSION, TIME, Sent, events, probe_finder
+from soak.payloads import SEQUENCE, SESSION, TIME, Sent, events, find_probes
 
 if TYPE_CHECKING:
     from soak.sinks.places import Place
@@ -70,31 +70,25 @@ class Account:
 class Taken:
     """What one consumer received. Written by its thread alone."""
 
-    def __init__(self, producers: int, find: Callable[[memoryview], list[bytes]] | None) -> None:
+    def __init__(self, producers: int) -> None:
         self.events = self.nbytes = self.batches = 0
         self.probes = self.checksum = self.out_of_order = 0
         self.latencies = Latencies()
         self._last = [0] * producers
-        self._find = find
 
     def add(self, batch: tempo.Batch) -> None:
-        """Count a batch, and the probes in it."""
+        """Count a batch, and the probes in it: at one consumer, each producer's sequence must rise."""
         arrived = perf_counter_ns()
         self.batches += 1
         self.events += len(batch)
         self.nbytes += batch.nbytes
-        if self._find is not None:
-            for head in self._find(batch.data):
-                self._add_probe(head, arrived)
-
-    def _add_probe(self, head: bytes, arrived: int) -> None:
-        """Check that a probe came in order: at one consumer, each producer's sequence must rise."""
-        producer, sequence = int(head[SESSION]), int(head[SEQUENCE])
-        self.probes += 1
-        self.checksum += zlib.crc32(head)
-        self.out_of_order += sequence <= self._last[producer]
-        self._last[producer] = sequence
-        self.latencies.add(arrived - int(head[TIME]))
+        for head in find_probes(batch.data):
+            producer, sequence = int(head[SESSION]), int(head[SEQUENCE])
+            self.probes += 1
+            self.checksum += zlib.crc32(head)
+            self.out_of_order += sequence <= self._last[producer]
+            self._last[producer] = sequence
+            self.latencies.add(arrived - int(head[TIME]))
 
 
 class Load:
@@ -113,8 +107,7 @@ class Load:
         self.refused = [0] * config.producers
         self.sent = [Sent(config.payload_size) for _ in range(config.producers)]
         self.accounts = [Account() for _ in range(config.producers)]
-        find = probe_finder(config.payload_size)
-        self.taken = [Taken(config.producers, find) for _ in range(config.consumers)]
+        self.taken = [Taken(config.producers) for _ in range(config.consumers)]
 
     @property
     def delivered(self) -> int:

@@ -13,9 +13,9 @@ size below ``PROBED_SIZE`` have no room for a probe, and below ``IDENTITY_SIZE``
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from itertools import chain, count, cycle, islice, repeat
+from itertools import chain, cycle, islice, repeat
 from operator import mod
 from time import perf_counter_ns
 
@@ -112,11 +112,7 @@ def events(size: int | None, producer: int, sent: Sent) -> Iterator[bytes]:
     sent: counts the probes. An iterator, because taking the next event costs less than calling a function.
     """
     session = f"{producer:04d}"
-    if size is None:
-        return chain.from_iterable(_telemetry(session, sent))
-    if size >= PROBED_SIZE:
-        return _sized(session, size, sent)
-    return _small(session, size)
+    return chain.from_iterable(_telemetry(session, sent)) if size is None else _sized(session, size, sent)
 
 
 def _strides() -> Iterator[tuple[int, int]]:
@@ -141,21 +137,15 @@ def _telemetry(session: str, sent: Sent) -> Iterator[Iterable[bytes]]:
 
 
 def _sized(session: str, size: int, sent: Sent) -> Iterator[bytes]:
+    """Yield events; of small ones only the identity's last characters are left, down to none."""
     # No template here: % would look at each character of a large filler, where an f-string copies it at once.
-    filler = _filler(size - IDENTITY_SIZE)
-    probe_filler = _filler(size - PROBED_SIZE)
+    filler, probe_filler = _filler(size - IDENTITY_SIZE), _filler(size - PROBED_SIZE)
+    missing, probed = max(0, IDENTITY_SIZE - size), size >= PROBED_SIZE
     for first, last in _strides():
-        for sequence in range(first, last):
-            yield f"{session}-{sequence}{filler}".encode()
-        yield sent.add(f"{session}-{last}~{perf_counter_ns():019d}{probe_filler}".encode())
-
-
-def _small(session: str, size: int) -> Iterator[bytes]:
-    """Too small for a probe; below ``IDENTITY_SIZE`` only the identity's last characters are left, down to none."""
-    filler = _filler(size - IDENTITY_SIZE)
-    cut = max(0, IDENTITY_SIZE - size)
-    for sequence in count(FIRST_SEQUENCE):
-        yield f"{session}-{sequence}{filler}"[cut:].encode()
+        for sequence in range(first, last + (not probed)):
+            yield f"{session}-{sequence}{filler}"[missing:].encode()
+        if probed:
+            yield sent.add(f"{session}-{last}~{perf_counter_ns():019d}{probe_filler}".encode())
 
 
 @lru_cache(maxsize=4)
@@ -168,16 +158,9 @@ def _filler(size: int) -> str:
     return "".join(islice(cycle(text), max(0, size)))
 
 
-def probe_finder(size: int | None) -> Callable[[memoryview], list[bytes]] | None:
-    """Return what finds the heads (identity, mark, time) of all probes in a batch's data; None if there are none."""
-    if size is not None and size < PROBED_SIZE:
-        return None
-    return _search
-
-
-def _search(data: memoryview) -> list[bytes]:
-    """Search all of the data: some 10 GB/s, without a copy when it is a view of one whole bytes object, as usual."""
-    owner = data.obj
+def find_probes(data: memoryview) -> list[bytes]:
+    """Return the heads of all probes in a batch's data: some 10 GB/s."""
+    owner = data.obj  # usually one whole bytes object: no copy
     text = owner if type(owner) is bytes and len(owner) == data.nbytes else bytes(data)
     found = []
     at = text.find(MARK)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """A WSGI application under gunicorn or uWSGI: each worker process batches what it is sent, and drains at its exit.
 
-gunicorn needs no hook. ``exit_timeout`` must be shorter than ``--graceful-timeout`` (30 s), after which gunicorn kills. A
+gunicorn needs no hook. ``exit_timeout`` must be shorter than ``--graceful-timeout`` (30 s), after which it kills. A
 gevent worker must not enqueue before it is patched, as in ``post_fork``.
 
     gunicorn --preload --workers 4 wsgi_app:app

@@ -107,7 +107,6 @@ def new_name(text: str) -> str:
 
 
 def add_parser(commands: Any) -> None:
-    """Add this command to the subparsers of ``python3 -m soak``."""
     purpose = "Run the soak several times; record the medians and how far the runs differ."
     add = cli.add_command(commands, "baseline", main, purpose, EXAMPLE)
     add("--runs", type=cli.count(1000), default="5", metavar="N", help="how many (%(default)s)")

@@ -73,7 +73,6 @@ ROWS = (
 
 
 def add_parser(commands: Any) -> None:
-    """Add this command to the subparsers of ``python3 -m soak``."""
     purpose = "Measure tempo, queues, other batchers and the least that is possible, in one run (needs pyperf)."
     add = cli.add_command(commands, "bench", main, purpose, EXAMPLE)
     add("--rounds", type=cli.count(1000), default="5", metavar="N", help="worker processes a subject (%(default)s)")

@@ -71,18 +71,14 @@ def roomy(**limits: Any) -> tempo.Dispatcher:
 # Calls, on one thread.
 
 
-def timed(call: Callable[[bytes], object]) -> float:
-    """Return what calling it with each payload takes."""
-    started = perf_counter()
-    for payload in PAYLOADS:
-        call(payload)
-    return perf_counter() - started
-
-
-def timed_refusals(call: Callable[[bytes], object], refused: type[Exception]) -> float:
-    """Return what calling it with each payload takes, when each call must raise."""
+def timed(call: Callable[[bytes], object], refused: tuple[type[Exception], ...] = ()) -> float:
+    """Return what calling it with each payload takes; refused: what each call must raise."""
     count = 0
     started = perf_counter()
+    if not refused:
+        for payload in PAYLOADS:
+            call(payload)
+        return perf_counter() - started
     for payload in PAYLOADS:
         try:
             call(payload)
@@ -129,7 +125,7 @@ def refusal() -> float:
     """``enqueue`` into a full buffer: ``QueueFull`` each time."""
     dispatcher = roomy(max_buffered_bytes=SIZE)
     dispatcher.enqueue(PAYLOADS[0])
-    seconds = timed_refusals(dispatcher.enqueue, tempo.QueueFull)
+    seconds = timed(dispatcher.enqueue, (tempo.QueueFull,))
     dispatcher.stop()
     return seconds
 
@@ -139,7 +135,7 @@ def queue_full() -> float:
     """``queue.Queue.put_nowait`` into a full queue: ``queue.Full`` each time."""
     target: queue.Queue[bytes] = queue.Queue(1)
     target.put(PAYLOADS[0])
-    return timed_refusals(target.put_nowait, queue.Full)
+    return timed(target.put_nowait, (queue.Full,))
 
 
 def whole_way(put: Callable[[bytes], object], take: Callable[[], memoryview]) -> float:
@@ -366,59 +362,61 @@ def kafka() -> float:
 # From one coroutine to another, in one event loop.
 
 
-def in_loop(main: Callable[[], Any]) -> float:
-    """Return what running it takes; it returns how many bytes came."""
-    started = perf_counter()
-    received = asyncio.run(main())
-    seconds = perf_counter() - started
-    assert received == SLOW_COUNT * SIZE
-    return seconds
+def in_loop(produce: Callable[[], Any], consume: Callable[[], Any], prepare: Callable[[], Any] | None = None) -> float:
+    """Return what it takes until both have ended; ``consume`` returns how many bytes came."""
+
+    async def main() -> float:
+        if prepare is not None:
+            await prepare()
+        started = perf_counter()
+        _, received = await asyncio.gather(produce(), consume())
+        seconds = perf_counter() - started
+        assert received == SLOW_COUNT * SIZE
+        return seconds
+
+    return asyncio.run(main())
 
 
 @subject("coroutines", SLOW_COUNT)
 def coroutines() -> float:
     """tempo: ``aenqueue`` and ``async for``."""
+    dispatcher = roomy(interval=0.01, max_batch_bytes=BATCH)
 
-    async def main() -> int:
-        dispatcher = roomy(interval=0.01, max_batch_bytes=BATCH)
+    async def produce() -> None:
+        for payload in SOURCE[:SLOW_COUNT]:
+            await dispatcher.aenqueue(payload)
+        await dispatcher.ashutdown()
 
-        async def produce() -> None:
-            for payload in SOURCE[:SLOW_COUNT]:
-                await dispatcher.aenqueue(payload)
-            await dispatcher.ashutdown()
+    async def consume() -> int:
+        return sum([batch.data.nbytes async for batch in dispatcher])
 
-        producing = asyncio.create_task(produce())
-        received = sum([batch.data.nbytes async for batch in dispatcher])
-        await producing
-        return received
-
-    return in_loop(main)
+    return in_loop(produce, consume)
 
 
 @subject("coroutines", SLOW_COUNT, asyncio_queue="asyncio", janus="janus", culsans="culsans")
 def loop_queue(kind: str) -> float:
     """A batcher on a bounded ``asyncio.Queue``, or on one that threads can use as well (janus, culsans)."""
-    module = importlib.import_module(kind)
+    target: Any = None
 
-    async def main() -> int:
-        made = module.Queue(2 * MIB // SIZE)
-        target = made if kind == "asyncio" else made.async_q
-
-        async def produce() -> None:
-            for payload in SOURCE[:SLOW_COUNT]:
-                await target.put(payload)
-
-        producing = asyncio.create_task(produce())
+    async def consume() -> int:
         received = 0
         while received < SLOW_COUNT * SIZE:
             parts = [await target.get()]
             while not target.empty() and len(parts) < BATCH // SIZE:
                 parts.append(target.get_nowait())
             received += len(b"".join(parts))
-        await producing
         return received
 
-    return in_loop(main)
+    async def produce() -> None:
+        for payload in SOURCE[:SLOW_COUNT]:
+            await target.put(payload)
+
+    async def open_queue() -> None:  # these want a running loop
+        nonlocal target
+        made = importlib.import_module(kind).Queue(2 * MIB // SIZE)
+        target = made if kind == "asyncio" else made.async_q
+
+    return in_loop(produce, consume, open_queue)
 
 
 # The soak's load, and its producers without a dispatcher: seconds an event.

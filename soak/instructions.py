@@ -35,7 +35,6 @@ PROGRAM = "import sys; sys.path.insert(0, {!r}); from soak.benchmarks import {} 
 
 
 def add_parser(commands: Any) -> None:
-    """Add this command to the subparsers of ``python3 -m soak``."""
     purpose = "Count instructions under valgrind's callgrind; fail when there are more than recorded."
     add = cli.add_command(commands, "instructions", main, purpose, "example: python3 -m soak instructions\n")
     add("--record", choices=("yes", "no"), default="no", help="record the figures of this build (%(default)s)")

@@ -37,7 +37,6 @@ What follows the command are its options; its results go to soak/out/pi unless -
 
 
 def add_parser(commands: Any) -> None:
-    """Add this command to the subparsers of ``python3 -m soak``."""
     purpose = "Run a command here when this is a Raspberry Pi, otherwise under an emulated Cortex-A72."
     add = cli.add_command(commands, "pi", main, purpose, EXAMPLE)
     add("of", nargs="?", choices=("run", "tune", "stress", "baseline"), default="run", help="which (%(default)s)")

@@ -41,7 +41,6 @@ class ReportError(Exception):
 
 
 def add_parser(commands: Any) -> None:
-    """Add this command to the subparsers of ``python3 -m soak``."""
     purpose = "Make one HTML page, complete in itself, and one PNG picture of a result of `soak run`."
     add = cli.add_command(commands, "report", main, purpose, EXAMPLE)
     add("--run", type=cli.path, default=OUT / "latest.json", metavar="PATH", help="the result (%(default)s)")

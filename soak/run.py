@@ -38,7 +38,6 @@ Ctrl-C ends the load, drains and writes the result; a second one ends it without
 
 
 def add_parser(commands: Any) -> None:
-    """Add this command to the subparsers of ``python3 -m soak``."""
     purpose = "Put the dispatcher under sustained load and judge correctness, throughput, memory and drain."
     add = cli.add_command(commands, "run", main, purpose, EXAMPLE)
     add("--duration", type=cli.duration, default="5m", metavar="TIME", help="how long the load lasts (%(default)s)")

@@ -27,7 +27,6 @@ Ctrl-C ends the sending, drains and writes the result; a second one ends it with
 
 
 def add_parser(commands: Any) -> None:
-    """Add this command to the subparsers of ``python3 -m soak``."""
     purpose = "Let many producers send a fixed number of payloads each, and account for every one."
     add = cli.add_command(commands, "stress", main, purpose, EXAMPLE)
     each = cli.count(100_000_000)

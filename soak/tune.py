@@ -68,7 +68,6 @@ class Found(NamedTuple):
 
 
 def add_parser(commands: Any) -> None:
-    """Add this command to the subparsers of ``python3 -m soak``."""
     purpose = "Probe this machine, recommend limits, and write them where `run` finds them."
     add = cli.add_command(commands, "tune", main, purpose, EXAMPLE)
     settings.add_settings(add, "payload", "interval")

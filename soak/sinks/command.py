@@ -7,8 +7,8 @@ import argparse
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,6 @@ cannot be had is left out with a line. A full disk needs a mounted file system, 
 
 
 def add_parser(commands: Any) -> None:
-    """Add this command to the subparsers of ``python3 -m soak``."""
     purpose = "Load each sink's real server, inject faults under load, read everything back and compare."
     add = cli.add_command(commands, "sinks", main, purpose, EXAMPLE)
     add("--duration", type=cli.duration, default="10s", metavar="TIME", help="of each load (%(default)s)")
@@ -56,12 +55,12 @@ def add_parser(commands: Any) -> None:
 
 @dataclass
 class Row:
-    """One load on one sink."""
+    """One load on one sink, and what was seen meanwhile."""
 
     sink: str
     fault: str = "none"
     delivered_per_second: float = 0.0
-    ratio: float | None = None  # of the rate with no dispatcher
+    ratio: float = 0.0  # of the rate with no dispatcher
     accepted: int = 0
     read: dict[str, Any] = field(default_factory=dict)  # of readback.ReadBack
     stall_seconds: float = 0.0  # the longest time without a delivery
@@ -70,6 +69,74 @@ class Row:
     interrupted: bool = False
     problems: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._now = self._moved = 0.0
+        self._delivered = 0
+        self._healed: float | None = None  # when the fault ended
+
+    def sample(self, elapsed: float, stats: tempo.Stats) -> None:
+        """Take a look at the load: how long was nothing delivered, and when did it go on after the fault."""
+        self._now = elapsed
+        self.peak_buffered_bytes = stats.peak_buffered_bytes
+        if stats.delivered != self._delivered:
+            self._delivered, self._moved = stats.delivered, elapsed
+            if self._healed is not None and self.recovery_seconds is None:
+                self.recovery_seconds = max(0.0, elapsed - self._healed)
+        self.stall_seconds = max(self.stall_seconds, elapsed - self._moved)
+
+    def load(self, target: str, config: Config, harmed: servers.Server | None = None) -> Row:
+        """Load one sink, inject the fault meanwhile, read everything back."""
+        try:
+            place = places.open_sink(target)
+        except OSError as error:
+            self.problems.append(f"cannot be opened: {error}")
+            return self
+        load = Load(config, place)
+        with nullcontext() if harmed is None else self._injected(harmed, config.duration):
+            outcome = drive(config, config.duration, load, self.sample, EVERY)
+        self.problems += outcome.problems
+        self.interrupted = outcome.interrupted
+        self.accepted = sum(load.accepted)
+        self.delivered_per_second = load.delivered / outcome.seconds
+        if self.peak_buffered_bytes > config.max_buffered_bytes:
+            most = config.max_buffered_bytes
+            self.problems.append(f"{self.peak_buffered_bytes} bytes were buffered, more than {most}")
+        if place is not None:
+            found = readback.read_back(place, load.accounts, config)
+            self.problems += found.problems
+            self.read = vars(found)
+        return self
+
+    @contextmanager
+    def _injected(self, harmed: servers.Server, duration: float) -> Iterator[None]:
+        """Begin the fault when a quarter of the load is over, and end it after another, on its own thread."""
+        over = threading.Event()
+        lasts = min(FAULT_SECONDS, duration / 4)
+
+        def inject() -> None:
+            try:
+                if over.wait(duration / 4):
+                    return
+                harmed.harm(self.fault)
+                until = time.monotonic() + lasts
+                while (left := until - time.monotonic()) > 0 and not over.wait(min(left, lasts / 10)):
+                    if self.fault == "reset":
+                        harmed.harm(self.fault)
+                harmed.heal(self.fault)
+                self._healed = self._now
+            except Exception as error:
+                self.problems.append(f"the fault: {type(error).__name__}: {error}")
+
+        thread = threading.Thread(target=inject, name="fault", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join(servers.START + 30)
+            if self._healed is None:
+                self.problems.append("the load was over before the fault")
+
     def cells(self) -> dict[str, str]:
         """Return what it says, by the headings of the table."""
         read = self.read if self.read.get("read") else {}
@@ -77,7 +144,7 @@ class Row:
             "sink": self.sink,
             "fault": self.fault,
             "events/s": f"{self.delivered_per_second:,.0f}",
-            "of bare": "" if self.ratio is None else f"{self.ratio:.3f}",
+            "of bare": f"{self.ratio:.3f}",
             "accepted": f"{self.accepted:,}",
             "lost": str(read.get("lost", "")),
             "repeated": str(read.get("repeated", "")),
@@ -96,17 +163,12 @@ def main(options: argparse.Namespace) -> int:
         Path(folder).chmod(0o711)  # PostgreSQL's user passes through
         bare, interrupted = calibrate(config, config.pass_seconds(1.0, 3.0))
         say(f"calibration: {bare:,.0f} events/s with no dispatcher")
-        for name in options.only:
-            if interrupted:
-                break
-            with closing(_loads(name, options.faults, config, Path(folder), left_out)) as loads:
-                for row in loads:
-                    row.ratio = row.delivered_per_second / bare
-                    rows.append(row)
-                    say(", ".join([*(f"{head} {cell}" for head, cell in row.cells().items() if cell), *row.problems]))
-                    interrupted |= row.interrupted or interrupts.take()
-                    if interrupted:
-                        break
+        with closing(_loads(options, config, Path(folder), left_out)) as loads:
+            while not interrupted and (row := next(loads, None)) is not None:
+                row.ratio = row.delivered_per_second / bare
+                rows.append(row)
+                say(", ".join([*(f"{head} {cell}" for head, cell in row.cells().items() if cell), *row.problems]))
+                interrupted |= row.interrupted or interrupts.take()
         result = {
             "started": files.started,
             "interrupted": interrupted,
@@ -120,115 +182,39 @@ def main(options: argparse.Namespace) -> int:
     return 1 if not files.well or interrupted or not rows or any(row.problems for row in rows) else 0
 
 
-def _loads(name: str, faults: Sequence[str], config: Config, folder: Path, left_out: list[str]) -> Any:
-    """Yield the rows of one sink: without a fault, and with each."""
-    started = False
-    try:
-        kind = servers.KINDS[name]
-        with servers.Server(kind, folder / name, small="full" in faults) as server:
-            yield _load(Row(name), server.url(server.port), config)
-            started = True
-            for fault in (one for one in faults if one in kind.faults):
-                if fault == "full" and server.disk is None:
-                    left_out.append(f"{name}, full disk: no file system may be mounted here")
-                    continue
-                with ExitStack() as stack:
-                    harmed = server
-                    if fault == "reset":
-                        harmed = servers.Server(servers.RELAY, folder / f"{name}-relay", to=server.port)
-                        stack.enter_context(harmed)
-                    yield _load(Row(name, fault), server.url(harmed.port), config, harmed)
-    except (SetupError, ImportError, OSError) as error:
-        if started:
-            yield Row(name, "", problems=[f"{type(error).__name__}: {error}"])
-        else:
-            left_out.append(f"{name}: {error}")
-            say(f"sinks: {name} is left out: {error}")
-
-
-class Watch:
-    """Looks at the load now and then: how long nothing was delivered, and when it went on after the fault."""
-
-    def __init__(self) -> None:
-        self.stall = self.now = 0.0
-        self.recovered: float | None = None
-        self.ended: float | None = None  # when the fault ended
-        self._delivered = self._moved = 0.0
-
-    def sample(self, elapsed: float, stats: tempo.Stats) -> None:
-        """Take a look."""
-        self.now = elapsed
-        if stats.delivered != self._delivered:
-            self._delivered, self._moved = stats.delivered, elapsed
-            if self.ended is not None and self.recovered is None:
-                self.recovered = max(0.0, elapsed - self.ended)
-        self.stall = max(self.stall, elapsed - self._moved)
-
-
-def _load(row: Row, target: str, config: Config, harmed: servers.Server | None = None) -> Row:
-    """Load one sink, inject the fault meanwhile, read everything back."""
-    try:
-        place = places.open_sink(target)
-    except OSError as error:
-        row.problems.append(f"cannot be opened: {error}")
-        return row
-    load, watch = Load(config, place), Watch()
-    with nullcontext() if harmed is None else _injected(row, harmed, config.duration, watch):
-        outcome = drive(config, config.duration, load, watch.sample, EVERY)
-    row.problems += outcome.problems
-    row.interrupted = outcome.interrupted
-    row.accepted = sum(load.accepted)
-    row.delivered_per_second = load.delivered / outcome.seconds
-    row.stall_seconds, row.recovery_seconds = watch.stall, watch.recovered
-    if outcome.stats is not None:
-        row.peak_buffered_bytes = outcome.stats.peak_buffered_bytes
-    if row.peak_buffered_bytes > config.max_buffered_bytes:
-        row.problems.append(f"{row.peak_buffered_bytes} bytes were buffered, more than {config.max_buffered_bytes}")
-    if place is not None:
-        found = readback.read_back(place, load.accounts, config)
-        row.problems += found.problems
-        row.read = vars(found)
-    return row
-
-
-@contextmanager
-def _injected(row: Row, harmed: servers.Server, duration: float, watch: Watch) -> Iterator[None]:
-    """Begin the fault when a quarter of the load is over, and end it after another, on its own thread."""
-    over = threading.Event()
-    lasts = min(FAULT_SECONDS, duration / 4)
-
-    def inject() -> None:
+def _loads(
+    options: argparse.Namespace, config: Config, folder: Path, left_out: list[str]
+) -> Generator[Row, None, None]:
+    """Yield the rows of each sink: without a fault, and with each."""
+    for name in options.only:
+        started, kind = False, servers.KINDS[name]
         try:
-            if over.wait(duration / 4):
-                return
-            harmed.harm(row.fault)
-            until = time.monotonic() + lasts
-            while (left := until - time.monotonic()) > 0 and not over.wait(min(left, lasts / 10)):
-                if row.fault == "reset":
-                    harmed.harm(row.fault)
-            harmed.heal(row.fault)
-            watch.ended = watch.now
-        except Exception as error:
-            row.problems.append(f"the fault: {type(error).__name__}: {error}")
-
-    thread = threading.Thread(target=inject, name="fault", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join(servers.START + 30)
-        if watch.ended is None:
-            row.problems.append("the load was over before the fault")
+            with servers.Server(kind, folder / name, small="full" in options.faults) as server:
+                yield Row(name).load(server.url(server.port), config)
+                started = True
+                for fault in (one for one in options.faults if one in kind.faults):
+                    if fault == "full" and server.disk is None:
+                        left_out.append(f"{name}, full disk: no file system may be mounted here")
+                    elif fault == "reset":
+                        with servers.Server(servers.RELAY, folder / f"{name}-relay", to=server.port) as relay:
+                            yield Row(name, fault).load(server.url(relay.port), config, relay)
+                    else:
+                        yield Row(name, fault).load(server.url(server.port), config, server)
+        except (SetupError, ImportError, OSError) as error:
+            if started:
+                yield Row(name, "", problems=[f"{type(error).__name__}: {error}"])
+            else:
+                left_out.append(f"{name}: {error}")
+                say(f"sinks: {name} is left out: {error}")
 
 
 def _summary(rows: Sequence[Row], left_out: Sequence[str], interrupted: bool) -> list[str]:
     """Return a table in Markdown, and what else there is to say."""
     failed = [row for row in rows if row.problems]
     word = "FAIL" if failed or not rows else "INTERRUPTED" if interrupted else "PASS"
-    lines = [f"{word}: {len(rows) - len(failed)} of {len(rows)} loads well", ""]
     headings = list(Row("").cells())
     table = [headings, ["---"] * len(headings), *(list(row.cells().values()) for row in rows)]
+    lines = [f"{word}: {len(rows) - len(failed)} of {len(rows)} loads well", ""]
     lines += [f"| {' | '.join(cells)} |" for cells in table]
     lines += ["", *(f"left out: {text}" for text in left_out)]
     return lines + [f"{row.sink}, {row.fault}: {problem}" for row in failed for problem in row.problems]

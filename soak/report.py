@@ -59,23 +59,24 @@ def main(options: argparse.Namespace) -> int:
     except ReportError as error:
         complain(str(error))
         return 1
-    found, status = charts_of(report), report.status()
-    head = f"{status.upper()}: {note_of(report)}"
-    lines = [f"{name} {state}: {note}" for name, state, note in findings_of(report)]
-    lines += [origin_of(report), "", "   ".join(f"{name}: {value}" for name, value in tiles_of(report).items())]
+    words, found = words_of(report), charts_of(report)
+    head = f"{words['status'].upper()}: {words['note']}"
+    lines = [f"{name} {state}: {note}" for name, state, note in words["findings"]]
+    lines += [words["origin"], "", "   ".join(f"{name}: {value}" for name, value in words["tiles"].items())]
     files: list[tuple[Path, bytes]] = []
-    drawn: list[tuple[Chart, str, str]] = []
-    remarks = [f"Nothing over time: {report.unsampled}."] if report.unsampled else []
+    words["charts"] = []
     try:
-        drawn = [(chart, charts.svg(chart, charts.LIGHT), charts.svg(chart, charts.DARK)) for chart in found]
-        files.append((png_path, charts.png(head, status, lines, found)))
+        words["charts"] = [(one, charts.svg(one, charts.LIGHT), charts.svg(one, charts.DARK)) for one in found]
+        files.append((png_path, charts.png(head, words["status"], lines, found)))
     except ImportError:
         complain("no charts and no picture: matplotlib is not installed (make report installs it)")
-        remarks.append("Without charts: matplotlib was not installed where this page was made.")
+        words["remarks"].append("Without charts: matplotlib was not installed where this page was made.")
     try:
-        files.insert(0, (page_path, page(report, drawn, remarks).encode()))
+        template = importlib.import_module("jinja2").Environment(autoescape=True)
     except ImportError:
         options.parser.error("report needs Jinja2: `make report` installs it, or: pip install jinja2")
+    page = template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(words)
+    files.insert(0, (page_path, page.encode()))
     written = [str(path) for path, content in files if results.write(path, content)]
     print("\n".join([head, *lines, f"written       {', '.join(written) or 'nothing'}"]), flush=True)
     return 0 if len(written) == len(files) else 1
@@ -188,24 +189,29 @@ def plain(value: object) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
-def note_of(report: Report) -> str:
-    """Return what the verdict says."""
-    note = plain(report.get("verdict", "overall", "note"))
-    return f"{note} (interrupted)" if report.get("interrupted") else note
-
-
-def findings_of(report: Report) -> list[tuple[str, str, str]]:
-    """Return each part of the verdict: its name, its status, its note."""
-    parts = ("correctness", "throughput", "memory", "drain")
-    return [(name, report.status(name), plain(report.get("verdict", name, "note"))) for name in parts]
-
-
-def origin_of(report: Report) -> str:
-    """Return one line that says what ran where: a figure is nothing without it."""
+def words_of(report: Report) -> dict[str, Any]:
+    """Return what the page says, but for its charts."""
+    note = plain(report.get("verdict", "overall", "note")) + (" (interrupted)" if report.get("interrupted") else "")
+    names = ("correctness", "throughput", "memory", "drain")
+    # What ran where: a figure is nothing without it.
     place = {key: plain(report.get("environment", key)) for key in environment.LINE_KEYS}
     threads = ", ".join(f"{plain(report.get('config', name))} {name}" for name in ("producers", "consumers"))
     load = f"{format_seconds(report.number('load_seconds'))} of load, {threads}"
-    return f"{plain(report.get('started')).replace('T', ' ', 1)}, {load}; {environment.line(place)}"
+    problems = [plain(problem) for problem in report.get("problems") or ()]
+    more = [f"and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
+    return {
+        "status": report.status(),
+        "note": note,
+        "marks": MARKS,
+        "light": charts.LIGHT,
+        "dark": charts.DARK,
+        "origin": f"{plain(report.get('started')).replace('T', ' ', 1)}, {load}; {environment.line(place)}",
+        "findings": [(name, report.status(name), plain(report.get("verdict", name, "note"))) for name in names],
+        "problems": problems[:MOST_PROBLEMS] + more,
+        "tiles": tiles_of(report),
+        "remarks": [f"Nothing over time: {report.unsampled}."] if report.unsampled else [],
+        "tables": [(title, _rows(report.get(title.lower()))) for title in ("Config", "Environment")],
+    }
 
 
 def tiles_of(report: Report) -> dict[str, str]:
@@ -266,30 +272,6 @@ def charts_of(report: Report) -> list[Chart]:
         drawn = charts.bars(values, "bytes on the heap (MiB)", (bound / MIB, f"bound {format_size(bound)}"))
         found.append(Chart("Heap", caption, drawn))
     return found
-
-
-def page(report: Report, drawn: Sequence[tuple[Chart, str, str]], remarks: Sequence[str]) -> str:
-    """Return the page. Raises ImportError when there is no Jinja2."""
-    jinja2 = importlib.import_module("jinja2")
-    template = jinja2.Environment(autoescape=True, trim_blocks=False).from_string(TEMPLATE.read_text(encoding="utf-8"))
-    problems = [plain(problem) for problem in report.get("problems") or ()]
-    more = [f"and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
-    return str(
-        template.render(
-            status=report.status(),
-            note=note_of(report),
-            marks=MARKS,
-            light=charts.LIGHT,
-            dark=charts.DARK,
-            origin=origin_of(report),
-            findings=findings_of(report),
-            problems=problems[:MOST_PROBLEMS] + more,
-            tiles=tiles_of(report),
-            remarks=remarks,
-            charts=drawn,
-            tables=[(title, _rows(report.get(title.lower()))) for title in ("Config", "Environment")],
-        )
-    )
 
 
 def _rows(values: Mapping[str, object]) -> list[tuple[str, str]]:

@@ -51,18 +51,13 @@ class Files:
         self.started = now()
         self.stream: Stream | None = None
         self._out, self._path, self._kind = out, path, kind
-        self._stem = stem = f"{kind}-" + time.strftime("%Y%m%d-%H%M%S")
-        if kind != "soak":
-            return
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            attempt = 1
-            while (out / f"{self._stem}.jsonl").exists():
-                attempt += 1
-                self._stem = f"{stem}_{attempt}"
-            self.stream = Stream(out / f"{self._stem}.jsonl")
-        except OSError as error:
-            self._trouble(f"cannot write to --out {str(out)!r}", error)
+        self._stem = f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9 // 1000:06d}"
+        if kind == "soak":
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                self.stream = Stream(out / f"{self._stem}.jsonl")
+            except OSError as error:
+                self._trouble(f"cannot write to --out {str(out)!r}", error)
 
     def _trouble(self, what: str, error: OSError) -> None:
         self.well = False

@@ -24,8 +24,7 @@ from soak.cli import complain, say
 from soak.config import MACHINE_KEYS, Config
 
 FOLDER = Path(__file__).resolve().parent / "baselines"
-TOLERANCE = 1.5
-"""A later run may differ from the median by so many times the range of the recorded ones."""
+TOLERANCE = 1.5  # a later run may differ from the median by so many times the range of the recorded ones
 LEAST = {"ratio": 0.05, "peak_heap_bytes": 64 * 1024, "drain_seconds": 0.05}
 """What is compared, and how much a run may differ at least (the ratio: a share of it): a few do not show what a day
 brings."""

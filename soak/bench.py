@@ -25,8 +25,7 @@ FOLDER = baseline.FOLDER / "bench"
 OUT = environment.ROOT / "soak" / "out" / "bench.json"
 GROUPS = {"calls": 20, "large": 20, "threads": 3, "full": 10, "peers": 3, "coroutines": 3, "soaks": 3}
 """And the values of a round: more where they take milliseconds."""
-PATIENCE = 900.0
-"""Seconds after which a round of one group counts as hung."""
+PATIENCE = 900.0  # seconds after which a round of one group counts as hung
 FLOOR = 0.10
 """Two medians of one program on one machine may differ by that share; the spread tells only of a run's own minutes."""
 

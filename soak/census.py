@@ -8,7 +8,7 @@ counts then leave no room for a loss, and equal sums of CRC-32 mean equal conten
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import tempo
 from soak.config import Config
@@ -61,7 +61,7 @@ class CensusResult:
     checksum_equal: bool
     identities_checked: bool  # False for payloads too small to carry an identity: only counts and checksums speak
     seconds: float
-    problems: list[str] = field(default_factory=list)
+    problems: list[str]
 
     @property
     def lost(self) -> int:
@@ -78,26 +78,18 @@ def take(config: Config, seconds: float, each: int | None = None, every: float =
     """Run the census, into no sink, until the time is over or each producer has sent ``each`` (asked ``every`` s)."""
     census = Census(config, each)
     outcome = drive(config, seconds, census, every=every)
-
-    def sums(name: str) -> tuple[int, int]:
-        return sum(getattr(one, name) for one in census.accounts), sum(getattr(one, name) for one in census.received)
-
-    (accepted, delivered), (sent, received), checksums = sums("events"), sums("nbytes"), sums("checksum")
-    found = CensusResult(
-        accepted=accepted,
-        delivered=delivered,
-        refused=sums("refused")[0],
-        out_of_order=sum(census.out_of_order),
-        repeated=sum(census.repeated),
-        checksum_equal=checksums[0] == checksums[1],
-        identities_checked=census.identities,
-        seconds=outcome.load_seconds,
-        problems=list(outcome.problems),
+    sent, received = (
+        [sum(figures) for figures in zip(*(vars(account).values() for account in accounts))]
+        for accounts in (census.accounts, census.received)
     )
-    if sent != received:
-        found.problems.append(f"{sent} bytes accepted, {received} delivered")
-    if not found.checksum_equal:
-        found.problems.append("the checksums of what was accepted and what was delivered differ")
-    if found.out_of_order or found.repeated:
-        found.problems.append(f"{found.repeated} events repeated, {found.out_of_order} out of order")
-    return found, outcome
+    (accepted, sent_bytes, sent_sum, refused), (delivered, came_bytes, came_sum, _) = sent, received
+    disordered, repeated, problems = sum(census.out_of_order), sum(census.repeated), list(outcome.problems)
+    if sent_bytes != came_bytes:
+        problems.append(f"{sent_bytes} bytes accepted, {came_bytes} delivered")
+    if sent_sum != came_sum:
+        problems.append("the checksums of what was accepted and what was delivered differ")
+    if disordered or repeated:
+        problems.append(f"{repeated} events repeated, {disordered} out of order")
+    counts = (accepted, delivered, refused, disordered, repeated)
+    checks = (sent_sum == came_sum, census.identities)
+    return CensusResult(*counts, *checks, outcome.load_seconds, problems), outcome

@@ -23,10 +23,8 @@ NAMES = ("ink", "muted", "grid", "main", "limit", "page", "card", "pass", "warn"
 _LIGHT = "#1c2128 #57606b #d5dae0 #0072b2 #c04a00 #f3f5f7 #fefefe #00664e #7a5200 #a8321f #fffffe"
 _DARK = "#e8ebef #a3adb8 #3a424c #56b4e9 #ff9f5a #12161b #1b2128 #4fd1a5 #f0bd4a #ff9584 #12161a"
 LIGHT, DARK = (dict(zip(NAMES, colours.split())) for colours in (_LIGHT, _DARK))
-WIDTH, HEIGHT = 4.4, 2.5
-"""Inches of one chart, so that its letters have a readable size on a telephone."""
-MOST_POINTS = 200
-"""Points of one curve."""
+WIDTH, HEIGHT = 4.4, 2.5  # inches of one chart, so that its letters have a readable size on a telephone
+MOST_POINTS = 200  # points of one curve
 
 Point = tuple[float, float]
 Draw = Callable[[Any, Theme], None]

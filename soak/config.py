@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 from soak import cli, payloads
 
 TELEMETRY = "telemetry"
-FILE = "settings.json"
-"""In the folder of results."""
+FILE = "settings.json"  # in the folder of results
 SCHEMA = 1
 MACHINE_KEYS = ("machine", "cores", "interpreter")
 """What of an environment must be equal for settings and baselines to apply."""

@@ -15,10 +15,8 @@ import tempo
 from soak import interrupts
 from soak.config import Config
 
-PATIENCE = 60.0
-"""Seconds that a thread, a flush or a shutdown may take before it counts as hung."""
-HURRY = 0.1
-"""Seconds that a load lasts at least, even after an interrupt."""
+PATIENCE = 60.0  # seconds that a thread, a flush or a shutdown may take before it counts as hung
+HURRY = 0.1  # seconds that a load lasts at least, even after an interrupt
 
 
 class Crew:

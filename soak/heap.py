@@ -20,8 +20,7 @@ else:
 
 FIXED_ALLOWANCE, THREAD_ALLOWANCE = 64 * KIB, 8 * KIB
 """What the harness takes, and for a thread: its objects, frames, counters and event generator."""
-PAYLOAD_OVERHEAD = 64
-"""What a bytes or str object takes in addition to its text."""
+PAYLOAD_OVERHEAD = 64  # what a bytes or str object takes in addition to its text
 
 
 @dataclass

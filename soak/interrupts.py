@@ -16,8 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-GLANCE = 0.1
-"""Seconds after which a wait looks for an interrupt."""
+GLANCE = 0.1  # seconds after which a wait looks for an interrupt
 
 # Touched by the main thread alone: signal handlers run there, too.
 _seen = 0

@@ -23,10 +23,8 @@ from soak.payloads import SEQUENCE, SESSION, TIME, Sent, events, find_probes
 if TYPE_CHECKING:
     from soak.sinks.places import Place
 
-ROUND = 64
-"""The most events between two looks at ``halt``."""
-LONG_ROUND = 0.1
-"""Seconds after which a round is halved: with slow consumers ROUND events can take minutes."""
+ROUND = 64  # the most events between two looks at ``halt``
+LONG_ROUND = 0.1  # seconds after which a round is halved: with slow consumers ROUND events can take minutes
 
 
 class Latencies(Counter[float]):

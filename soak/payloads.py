@@ -48,16 +48,13 @@ PROBE = (
 # Twenty events: one page view, four form inputs, clicks, scrolls and heartbeats five each. 163 bytes on average.
 MIX = (*(PAGE, CLICK, SCROLL, HEARTBEAT), *(FORM, CLICK, SCROLL, HEARTBEAT) * 4)
 
-STRIDE = 1024
-"""A probe and the search for it cost several times what another event does."""
+STRIDE = 1024  # a probe and the search for it cost several times what another event does
 FIRST_STRIDE = 64
 FIGURES = tuple(range(256, 512)) * (STRIDE // 256)
 """Three digits an event: a coordinate, a time, a distance. Made once, so that each producer holds next to nothing."""
 MARK = b"~"
 FIRST_SEQUENCE = 1_000_000_000
-LARGEST = 398
-MEAN = 163
-"""Sizes in the telemetry mix."""
+LARGEST, MEAN = 398, 163  # bytes, in the telemetry mix
 
 # A probe's head: the identity (producer, dash, sequence), the mark, the time.
 SESSION = slice(0, 4)

@@ -24,8 +24,7 @@ from soak.load import Latencies, Load
 from soak.payloads import PROBED_SIZE, STRIDE
 from soak.sinks import places, readback
 
-SCHEMA = 1
-"""Raised when a key of the result changes its meaning."""
+SCHEMA = 1  # raised when a key of the result changes its meaning
 
 EXAMPLE = """\
 examples:

@@ -14,8 +14,7 @@ from soak.config import Config
 from soak.drive import Outcome
 
 PRODUCERS = "256"
-LOOK = 0.02
-"""Seconds between two looks at whether all is sent."""
+LOOK = 0.02  # seconds between two looks at whether all is sent
 
 EXAMPLE = """\
 examples:

@@ -9,11 +9,9 @@ from typing import NamedTuple
 from soak.cli import format_seconds, format_size
 
 PASS, WARN, FAIL = "pass", "warn", "fail"
-DRAIN_WARN, DRAIN_FAIL = 0.5, 5.0
-"""Seconds."""
+DRAIN_WARN, DRAIN_FAIL = 0.5, 5.0  # seconds
 
-Known = tuple[str, float, float] | None
-"""Of a baseline: its name, its figure, and how far from that a run may be."""
+Known = tuple[str, float, float] | None  # of a baseline: its name, its figure, and how far from that a run may be
 
 
 class Finding(NamedTuple):

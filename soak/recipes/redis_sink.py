@@ -24,8 +24,7 @@ TRANSIENT = (
     *(exceptions.ExecAbortError, exceptions.ClusterError, exceptions.AskError, exceptions.TryAgainError),
     exceptions.SlotNotCoveredError,
 )
-LASTING = (redis.AuthenticationError, exceptions.AuthorizationError)
-"""Connection errors that no other try mends."""
+LASTING = (redis.AuthenticationError, exceptions.AuthorizationError)  # connection errors that no other try mends
 PASSING = re.compile("(?:^|caused error: )(?:MISCONF|NOREPLICAS|CLUSTERDOWN|Redis Cluster cannot be connected)")
 """What redis-py has no class for; of a command in a pipeline it says that first."""
 

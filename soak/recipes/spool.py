@@ -31,10 +31,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import tempo
 
-RECORD_OVERHEAD = 16
-"""Bytes that a record counts in addition to its own: what SQLite takes for a row."""
-AT_ONCE = 256 * tempo.KiB
-"""How much of the file ``replay`` sends in one call, or one record, if that is larger."""
+RECORD_OVERHEAD = 16  # bytes that a record counts in addition to its own: what SQLite takes for a row
+AT_ONCE = 256 * tempo.KiB  # how much of the file ``replay`` sends in one call, or one record, if that is larger
 _APPLICATION = 0x74706F73  # SQLite's application_id: says that a file is a spool
 
 

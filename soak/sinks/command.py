@@ -27,10 +27,8 @@ from soak.sinks import places, readback, servers
 FAULTS = ("kill", "hang", "reset", "full", "refuse")
 """Killed and started again; stopped for a while; connections reset again and again; the disk full; and, of the http
 receiver alone, 503 for an answer."""
-FAULT_SECONDS = 3.0
-"""How long a fault lasts at most: a quarter of the load."""
-EVERY = 0.1
-"""Seconds from one look at stats() to the next."""
+FAULT_SECONDS = 3.0  # how long a fault lasts at most: a quarter of the load
+EVERY = 0.1  # seconds from one look at stats() to the next
 
 EXAMPLE = """\
 examples:
@@ -193,7 +191,7 @@ def _loads(
                 yield Row(name).load(server.url(server.port), config)
                 started = True
                 for fault in (one for one in options.faults if one in kind.faults):
-                    if fault == "full" and server.disk is None:
+                    if fault == "full" and not server.small:
                         left_out.append(f"{name}, full disk: no file system may be mounted here")
                     elif fault == "reset":
                         with servers.Server(servers.RELAY, folder / f"{name}-relay", to=server.port) as relay:

@@ -24,8 +24,7 @@ from soak import cli
 from soak.recipes.file_sink import FileSink, rotated
 
 AVAILABLE = "null, file:PATH, http://..., redis://..., postgresql://... or nats://..."
-READ = 1000
-"""Events of a server's answer when they are read back."""
+READ = 1000  # events of a server's answer when they are read back
 PATIENCE = 600.0
 """Seconds that a sink tries again: faults end before, and a soak that hangs is ended by its own patience."""
 

@@ -25,10 +25,8 @@ from soak.debian import SetupError, fetch
 
 CACHE = environment.ROOT / ".cache" / "servers"
 HOST = "127.0.0.1"
-START = 30.0
-"""Seconds that a server may take until it answers."""
-ROOM = "4g"
-"""What the small disk holds before it is full; it is memory, and takes what is used."""
+START = 30.0  # seconds that a server may take until it answers
+ROOM = "4g"  # what the small disk holds before it is full; it is memory, and takes what is used
 
 
 class Kind(NamedTuple):
@@ -76,8 +74,7 @@ KINDS = {
         forgives=False,
     ),
 }
-RELAY = Kind(command="-m soak.sinks.relay {port} {to}")
-"""Between a sink and its server; SIGUSR1 resets all connections."""
+RELAY = Kind(command="-m soak.sinks.relay {port} {to}")  # between a sink and its server; SIGUSR1 resets all connections
 
 
 def free_port() -> int:
@@ -105,30 +102,11 @@ def find(program: str, package: str) -> tuple[str, dict[str, str]]:
     raise SetupError(f"Debian's {package} has no {program}")
 
 
-class SmallDisk:
-    """A file system for a server's data that can be full. Mounting it takes root: SetupError otherwise."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._mount("-t", "tmpfs", "-o", f"size={ROOM}", "tmpfs", str(path))
-
-    def _mount(self, *arguments: str) -> None:
-        done = subprocess.run(["mount", *arguments], check=False, capture_output=True, text=True)
-        if done.returncode:
-            raise SetupError(f"no file system may be mounted here: {done.stderr.strip()}")
-
-    def fill(self) -> None:
-        """Let no byte more fit."""
-        for _ in range(50):  # it may grow between the two steps
-            usage = os.statvfs(self._path)
-            used = (usage.f_blocks - usage.f_bfree) * usage.f_frsize
-            with contextlib.suppress(SetupError):
-                return self._mount("-o", f"remount,size={max(used, usage.f_frsize)}", str(self._path))
-        raise SetupError(f"{self._path} cannot be made smaller")
-
-    def free(self) -> None:
-        """Let everything fit again."""
-        self._mount("-o", f"remount,size={ROOM}", str(self._path))
+def mount(path: Path, *options: str) -> None:
+    """Mount a small file system, or change it. Raises SetupError: it takes root."""
+    done = subprocess.run(["mount", *options, str(path)], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise SetupError(f"no file system may be mounted here: {done.stderr.strip()}")
 
 
 class Server:
@@ -142,10 +120,11 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
         self._log = folder / "log.txt"
         self.data.mkdir(parents=True)
-        self.disk: SmallDisk | None = None
+        self.small = False
         if small:
             with contextlib.suppress(SetupError, OSError):
-                self.disk = SmallDisk(self.data)
+                mount(self.data, "-t", "tmpfs", "-o", f"size={ROOM}", "tmpfs")
+                self.small = True
         if self._user is not None:
             for path in (self.folder, self.data):
                 shutil.chown(path, self._user)
@@ -201,15 +180,20 @@ class Server:
         """Begin a fault; ``reset`` comes again and again."""
         if fault == "kill":
             self.kill()
-        elif fault == "full" and self.disk is not None:
-            self.disk.fill()
+        elif fault == "full":
+            for _ in range(50):  # it may grow between the two steps
+                usage = os.statvfs(self.data)
+                used = (usage.f_blocks - usage.f_bfree) * usage.f_frsize
+                with contextlib.suppress(SetupError):
+                    return mount(self.data, "-o", f"remount,size={max(used, usage.f_frsize)}")
+            raise SetupError(f"{self.data} cannot be made smaller")
         else:
             self.signal(signal.SIGSTOP if fault == "hang" else signal.SIGUSR1)
 
     def heal(self, fault: str) -> None:
         """End a fault. Raises SetupError when the server does not come back."""
-        if fault == "full" and self.disk is not None:
-            self.disk.free()
+        if fault == "full":
+            mount(self.data, "-o", f"remount,size={ROOM}")
             if not self.kind.forgives:
                 self.kill()
         if fault in ("kill", "full") and not self.alive():
@@ -229,7 +213,7 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
-        if self.disk is not None:
+        if self.small:
             subprocess.run(["umount", "-l", str(self.data)], check=False, stderr=subprocess.DEVNULL)
 
 

@@ -14,15 +14,13 @@ import tempo
 
 
 class FileSink:
-    """Appends each batch, an event a line (NDJSON, when each payload is a JSON text); a newline within a payload
-    becomes a space.
+    """Appends each batch, an event a line; a newline within a payload becomes a space. Any thread may call it.
 
     While the disk is full, the write is tried again for ``patience`` seconds; then what there is of the batch is taken
-    out of the file again and OSError raised: the file has whole batches only, and none twice, unless the process is
-    killed in the middle of a write. With ``fsync`` a batch is on the disk when ``deliver`` returns.
+    out of the file again and OSError raised. With ``fsync`` a batch is on the disk when ``deliver`` returns.
 
     A batch that would take the file over ``rotate_bytes`` begins a new one; the old one is renamed to PATH.000001 and
-    so on. Of these the oldest beyond ``keep`` are deleted. Any thread may call it.
+    so on. Of these the oldest beyond ``keep`` are deleted.
     """
 
     def __init__(

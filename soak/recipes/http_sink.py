@@ -13,12 +13,11 @@ import tempo
 
 
 class HttpSink:
-    """Posts each batch as NDJSON (an event a line, so without newlines) over a connection that is kept open.
+    """Posts each batch as NDJSON (an event a line, so without newlines). Any thread may call it.
 
     At least once: after a timeout, a lost connection, or an answer that may pass, it posts the batch again, with
-    backoff (urllib3's Retry, which heeds Retry-After); the server may have taken it before. Each batch has an
-    ``Idempotency-Key``, the same in each try, by which a server can drop repeats. Another answer than 2xx, or ``tries``
-    used up, raises. Any thread may call it.
+    backoff (urllib3's Retry, which heeds Retry-After). Each batch has an ``Idempotency-Key``, the same in each try, by
+    which a server can drop repeats. Another answer than 2xx, or ``tries`` used up, raises.
     """
 
     def __init__(

@@ -14,11 +14,10 @@ import tempo
 
 
 class BatchHandler(logging.Handler):
-    """Formats each record when it is logged: later its arguments may have changed. Without room it is dropped, and
-    counted in ``dispatcher.stats().rejected``.
+    """Formats each record when it is logged; without room it is dropped, and counted in ``stats().rejected``.
 
-    What ``send`` itself logs is left out: it would come back for ever. ``logging.shutdown()`` holds this handler's
-    lock while it calls flush() and close(), so sending may not need that lock: hence a filter, which runs before it.
+    What ``send`` itself logs is left out: it would come back for ever. A filter does that, since it runs without the
+    handler's lock, which ``logging.shutdown()`` holds while it calls flush() and close().
     """
 
     def __init__(self, send: Callable[[tempo.Batch], object], *, timeout: float = 5.0, **limits: Any) -> None:

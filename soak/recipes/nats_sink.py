@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Batches into a stream of NATS JetStream, from asyncio. Needs nats-py and tenacity.
+"""Batches into a stream of NATS JetStream, from asyncio: ``async for batch in d: await sink.deliver(batch)``.
 
-async for batch in dispatcher:
-    await sink.deliver(batch)
+Needs nats-py and tenacity.
 """
 
 from __future__ import annotations
@@ -29,9 +28,8 @@ class NatsSink:
     """Publishes each event to a subject, a batch without waiting in between, and then awaits all acknowledgements.
 
     Once and in order, within the stream's duplicate window (two minutes by default): after ``timeout`` seconds without
-    all acknowledgements, or a lost connection, it makes a new connection and publishes the rest again, under the same
-    ``Nats-Msg-Id``, and the server drops what it has already. A batch that is given up after ``patience`` seconds, and
-    that the caller delivers again, can come twice. For one event loop; one batch at a time.
+    all of them it makes a new connection and publishes the rest again, under the same ``Nats-Msg-Id``. A batch given up
+    after ``patience`` seconds, and delivered again, can come twice. For one event loop; one batch at a time.
     """
 
     def __init__(

@@ -22,14 +22,11 @@ RAISE = """INSERT INTO {sources} AS s (source, number) VALUES (%s, %s)
 
 
 class PostgresSink:
-    """Copies each batch into a table (COPY), in a transaction, an event a row.
+    """Copies each batch into a table (COPY), in a transaction, an event a row. Any thread may call it.
 
     Once: the transaction also raises the sink's number in a second table, TABLE_sources, and a batch that is tried
-    again after its connection was lost is left out when its number is there already. A batch that is given up after
-    ``patience`` seconds, and that the caller delivers again, can come twice.
-
-    The column ``event`` may be text, json or jsonb: payloads must be UTF-8 without NUL (and JSON for the latter two);
-    with one that is not, the batch as a whole raises. Any thread may call it; one batch at a time.
+    again is left out when its number is there already. A batch given up after ``patience`` seconds, and delivered
+    again, can come twice. Payloads must be UTF-8 without NUL; with one that is not, the whole batch raises.
     """
 
     def __init__(self, conninfo: str, table: str = "tempo_events", *, patience: float = 60.0) -> None:

@@ -37,14 +37,11 @@ def is_transient(error: BaseException) -> bool:
 
 
 class RedisSink:
-    """Appends each event to a stream (XADD), a batch in one pipeline, in one transaction.
+    """Appends each event to a stream (XADD), a batch in one transaction. Any thread may call it.
 
-    Once: the transaction also sets a key of the sink's to the batch's number, and a batch that is tried again after a
-    lost connection or a timeout looks there first (WATCH). With ``appendonly yes`` what was acknowledged outlives the
-    server's process. A batch that is given up after ``patience`` seconds, and that the caller delivers again, can come
-    twice.
-
-    The stream is trimmed to about ``maxlen`` events; None keeps all. Any thread may call it; one batch at a time.
+    Once: the transaction also sets a key of the sink's to the batch's number, and a batch that is tried again looks
+    there first (WATCH). A batch given up after ``patience`` seconds, and delivered again, can come twice. The stream is
+    trimmed to about ``maxlen`` events; None keeps all.
     """
 
     def __init__(

@@ -16,9 +16,8 @@
         for batch in exc.undelivered:       # likewise what stop() returns
             spool.put(batch)
 
-The contract is **at least once**: what the file has taken leaves it when ``send`` has returned. A killed process loses
-nothing of it, and the next one may send the last records again. What is only in the dispatcher's memory is lost with
-the process. What goes through the file comes later than what the dispatcher accepts meanwhile.
+**At least once**: what the file has taken leaves it when ``send`` has returned; after a kill the last records may be
+sent again. What is only in the dispatcher's memory is lost with the process. What goes through the file comes later.
 """
 
 from __future__ import annotations
@@ -53,8 +52,7 @@ class Spool:
     process at a time has the file; a forked child opens its own.
 
     max_bytes: of records, each counted with RECORD_OVERHEAD more. SQLite's log comes in addition, some MiB.
-    synchronous: "NORMAL": what was taken survives the end of the process, but the last records may be missing after a
-        loss of power. "FULL": they survive that too; each call waits for the disk.
+    synchronous: "FULL": what was taken survives a loss of power, too; each call waits for the disk.
 
     Raises: ValueError: a bad argument. SpoolError: the file cannot be opened, is no spool, or is in use.
 
@@ -131,10 +129,7 @@ class Spool:
         return len(owned)
 
     def enqueue(self, dispatcher: tempo.Dispatcher, payload: bytes, timeout: float | None = 0.0) -> bool:
-        """Give a record to the dispatcher, or take it into the file when that is full or closed; True: the dispatcher.
-
-        Raises: PayloadTooLarge, and what `put` raises.
-        """
+        """Do as `enqueue_many`; return whether the dispatcher accepted the record."""
         return self.enqueue_many(dispatcher, [payload], timeout) == 1
 
     def enqueue_many(self, dispatcher: tempo.Dispatcher, payloads: Iterable[bytes], timeout: float | None = 0.0) -> int:

@@ -24,7 +24,6 @@ _LIGHT = "#1c2128 #57606b #d5dae0 #0072b2 #c04a00 #f3f5f7 #fefefe #00664e #7a520
 _DARK = "#e8ebef #a3adb8 #3a424c #56b4e9 #ff9f5a #12161b #1b2128 #4fd1a5 #f0bd4a #ff9584 #12161a"
 LIGHT, DARK = (dict(zip(NAMES, colours.split())) for colours in (_LIGHT, _DARK))
 WIDTH, HEIGHT = 4.4, 2.5  # inches of one chart, so that its letters have a readable size on a telephone
-MOST_POINTS = 200  # points of one curve
 
 Point = tuple[float, float]
 Draw = Callable[[Any, Theme], None]
@@ -38,33 +37,13 @@ class Chart(NamedTuple):
     draw: Draw
 
 
-class Drawn(NamedTuple):
-    """One point of a curve: some samples in a row. The mean is drawn, with a band from the least to the most."""
-
-    time: float
-    low: float
-    mean: float
-    high: float
-
-
-def downsample(points: Sequence[Point]) -> list[Drawn]:
-    """Return at most MOST_POINTS points that keep every extreme."""
-    each = max(1, math.ceil(len(points) / MOST_POINTS))
-    drawn = []
-    for start in range(0, len(points), each):
-        times, values = zip(*points[start : start + each])
-        drawn.append(Drawn(sum(times) / len(times), min(values), sum(values) / len(values), max(values)))
-    return drawn
-
-
 def curve(points: Sequence[Point], label: str, limit: tuple[float, str] | None = None) -> Draw:
     """Return what draws a figure over the time of the load (seconds), from 0 up, and its limit (value, words)."""
 
     def draw(axes: Any, theme: Theme) -> None:
-        times, low, mean, high = zip(*downsample(points))
-        axes.fill_between(times, low, high, color=theme["main"], alpha=0.25, linewidth=0)
-        axes.plot(times, mean, color=theme["main"], linewidth=1.6)
-        top = max([*high, limit[0] if limit else 0.0])
+        times, values = zip(*points)
+        axes.plot(times, values, color=theme["main"], linewidth=1.6)
+        top = max([*values, limit[0] if limit else 0.0])
         axes.set(ylim=(0, top * 1.06 or 1), xlim=(0, times[-1] or 1), ylabel=label)
         axes.set_xlabel("time since the load began (s)")
         axes.yaxis.set_major_formatter("{x:,.10g}")

@@ -10,7 +10,6 @@ import argparse
 import importlib
 import itertools
 import json
-import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -131,15 +130,14 @@ def read(path: Path) -> Report:
     if result.get("schema") != run.SCHEMA:
         raise ReportError(f"{str(path)!r} has schema {result.get('schema')!r}; this reads {run.SCHEMA}")
     name = Path(str(result.get("samples"))).name
-    why = "its samples cannot be read"
-    for folder in (path.parent, OUT):  # a result may stand elsewhere (--json) than its samples (--out)
-        try:
-            with open(folder / name, encoding="utf-8", errors="replace") as lines:
-                samples = sorted(read_samples(lines, result.get("started")), key=lambda sample: sample["elapsed"])
-            return Report(result, samples, "" if samples else f"{name!r} holds no samples of this run")
-        except OSError as error:
-            why = f"its samples, {name!r}, cannot be read: {error.strerror or error}"
-    return Report(result, [], why)
+    # A result may stand elsewhere (--json) than its samples (--out).
+    folder = path.parent if (path.parent / name).exists() else OUT
+    try:
+        with open(folder / name, encoding="utf-8", errors="replace") as lines:
+            samples = sorted(read_samples(lines, result.get("started")), key=lambda sample: sample["elapsed"])
+    except OSError as error:
+        return Report(result, [], f"its samples, {name!r}, cannot be read: {error.strerror or error}")
+    return Report(result, samples, "" if samples else f"{name!r} holds no samples of this run")
 
 
 def read_samples(lines: Iterable[str], started: object) -> Iterator[dict[str, float]]:
@@ -237,9 +235,7 @@ def charts_of(report: Report) -> list[Chart]:
         title: str, caption: str, what: str, points: list[Point], limit: tuple[float, str] | None = None
     ) -> None:
         if any(value for _, value in points):
-            each = math.ceil(len(points) / charts.MOST_POINTS)
-            how = "each drawn" if each == 1 else f"drawn {each} by {each}: their mean, and a band from least to most"
-            found.append(Chart(title, f"{caption} {len(points):,} points, {how}.", charts.curve(points, what, limit)))
+            found.append(Chart(title, f"{caption} {len(points):,} samples.", charts.curve(points, what, limit)))
 
     bare, limit = figure("calibration"), figure("config", "max_buffered_bytes")
     caption = "The load pass. Dashed: what the same producers reach when they only format the events (the calibration)."

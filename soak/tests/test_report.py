@@ -71,7 +71,7 @@ def test_a_report_is_one_page_that_begins_with_the_verdict_and_needs_nothing_els
     images = re.findall('(?:href|src|srcset)="([^"]*)"', "".join(tags))
     assert len(images) == 12 and all(image.startswith("data:image/svg+xml;base64,") for image in images)
     assert not re.search("<script|<link|https?:|@import", text) and len(text) < 500 * 1024
-    assert "300 points, drawn 2 by 2" in text
+    assert "300 samples" in text
     assert (tmp_path / "made" / "report.png").read_bytes() == b"picture"
 
 
@@ -143,17 +143,6 @@ def test_an_error_of_the_report_is_one_line(
         assert main(["report", "--run", "result.json", "--out", "made", *options.split()]) == code
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
-
-
-def test_downsampling_keeps_every_extreme_and_the_mean() -> None:
-    points = [(float(second), 1.0) for second in range(86_400)]
-    points[777], points[80_000] = (777.0, 9.0), (80_000.0, -3.0)
-    drawn = charts.downsample(points)
-    assert len(drawn) == 200
-    assert (max(point.high for point in drawn), min(point.low for point in drawn)) == (9.0, -3.0)
-    assert sum(point.mean for point in drawn) / 200 == pytest.approx(sum(value for _, value in points) / 86_400)
-    assert charts.downsample(points[:200])[777 % 200] == (177.0, 1.0, 1.0, 1.0)
-    assert charts.downsample([]) == []
 
 
 def test_the_sample_after_the_end_makes_no_rate_of_its_own() -> None:

@@ -2310,7 +2310,9 @@ def test_interrupt_anywhere_in_a_wait_that_times_out_leaves_nothing_behind(wait:
         arguments = (b"no room",) if wait == "enqueue" else ()
         with contextlib.suppress(KeyboardInterrupt, queue.Full, queue.Empty):
             steps.run(interrupt, getattr(d, wait), *arguments, 1e-4)
-        assert works(d) == [bytes(99)]
+        came = payloads([*drained(d), *drained(d)])
+        assert came in ([bytes(99)], [bytes(99), b"no room"])  # the interrupted call may have been accepted
+        assert works(d) == []
 
     each_step(scene, threading)
 

@@ -1027,7 +1027,7 @@ def test_handler_that_raises_fails_its_batch_is_reported_and_goes_on(error: Any,
         patch.setattr(threading, "excepthook", hook)
         d.start(handler, on_error=on_error if "on_error" in where else None)
         d.enqueue_many([b"bad", b"good"])
-        d.shutdown()
+        d.shutdown(LIMIT)
     s = balanced(d)
     assert (s.failed, s.failed_bytes, s.delivered, s.in_flight) == (1, 3, 2, 0)
     assert errors == ([(error, [b"bad"])] if "on_error" in where else [])
@@ -2080,7 +2080,7 @@ class BufferModel(Lists):
         self.buffer.seal(self.now)
         if fits and fails:
             with pytest.raises(OverflowError):
-                self.buffer.accept([*items, b""], [*sizes, -1], sum(map(charge, items)), self.now)
+                self.buffer.accept([*items, b""], [*sizes, 1 << 70], sum(map(charge, items)), self.now)
             self.buffer.seal(self.now)
             return
         assert self.buffer.accept(items, sizes, sum(map(charge, items)), self.now) is fits

@@ -727,7 +727,7 @@ def test_enqueue_many_that_raises_says_how_many_it_took(error: Any, at: int) -> 
 
 @ENDS
 @LIMITS
-def test_enqueue_many_waits_as_often_as_it_must_and_is_told_by_the_end_what_was_taken(limit: int, end: str) -> None:
+def test_enqueue_many_waits_as_often_as_it_must_and_is_released_by_the_end(limit: int, end: str) -> None:
     d = make(max_buffered_bytes=limit, max_batch_bytes=limit // 2)
     sent = [numbered(i, limit // 4) for i in range(40)]
     producer = Worker(d.enqueue_many, sent, timeout=None)
@@ -736,7 +736,7 @@ def test_enqueue_many_waits_as_often_as_it_must_and_is_told_by_the_end_what_was_
         received += d.get(timeout=LIMIT).tolist()
     wait_until(lambda: d.stats().waiting_producers)
     closer = closing(d, end)
-
+    assert d.stats().waiting_producers == 0  # nobody has to look by himself
     error = raised(producer.result)
     received += payloads(closer.result() if end == "stop" else d)
     closer.result()

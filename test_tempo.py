@@ -2401,9 +2401,12 @@ FORKS = each("fork", ["os.fork", "ctypes.PyDLL(None).fork"], ids=["with hooks", 
 
 
 @FORKS
-@each("stopped", [False, True])
-def test_fork_gives_the_child_an_empty_dispatcher_and_the_parent_keeps_its_own(fork: str, stopped: bool) -> None:
+@each(("stopped", "lock"), [(False, "threading.RLock"), (True, "threading.RLock"), (False, "Lock")])
+def test_fork_gives_the_child_an_empty_dispatcher_of_its_own(fork: str, stopped: bool, lock: str) -> None:
     lines = program(f"""
+        class Lock(threading._PyRLock):
+            _at_fork_reinit = property()  # a library's lock may have none
+        threading.RLock = {lock}
         d = make(max_batch_bytes=64)
         d.enqueue_many([b"a", b"b"])
         d.stop() if {stopped} else d.flush(0)

@@ -75,8 +75,8 @@ import json, sys
 total = json.load(sys.stdin)["totals"]
 lines = 100 * total["covered_lines"] / total["num_statements"]
 branches = 100 * total["covered_branches"] / max(1, total["num_branches"])
-print(f"covered: lines {lines:.1f}% (90% needed), branches {branches:.1f}% (80% needed)")
-sys.exit(lines < 90 or branches < 80)
+print(f"covered: lines {lines:.1f}% (97% needed), branches {branches:.1f}% (95% needed)")
+sys.exit(lines < 97 or branches < 95)
 endef
 export COVERED
 

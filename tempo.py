@@ -53,7 +53,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from io import BytesIO
 from itertools import accumulate, chain, repeat
 from operator import countOf
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, cast, overload
 
 if TYPE_CHECKING:
@@ -124,11 +123,11 @@ _monotonic: Callable[[], float] = functools.partial(time.monotonic)
 #   I3  An open run has room for `places` payloads of `covers` bytes, whatever happens.  A run is created open, by the
 #       store that makes it the current one; it is sealed once, and never opened again.
 #   I4  Credit (an open run) is given while the open batch has a payload: its first one takes the lock, notes the time
-#       and tells a consumer.  While a consumer waits that nobody has called, credit ends before the batch does.
-#       Otherwise it may go on, for as many payloads as come in an eighth of the interval at their pace of late; a batch
-#       that begins so counts its interval from when the credit was given: never later than from its first payload, and
-#       earlier by more than an eighth only if the payloads slow down while no consumer looks.  While a payload waits
-#       for room or was refused, no credit is given, and the open batch is due.
+#       and tells the consumers.  While a consumer waits, credit ends before the batch does.  Otherwise it may go on,
+#       for as many payloads as come in an eighth of the interval at their pace of late; a batch that begins so counts
+#       its interval from when the credit was given: never later than from its first payload, and earlier by more than
+#       an eighth only if the payloads slow down while no consumer looks.  While a payload waits for room or was
+#       refused, no credit is given, and the open batch is due.
 #   I5  accepted == delivered + in_flight + buffered + discarded, payloads and bytes.
 #
 # Without the lock.  A producer reads run.covers, appends, and reads run.places.  The section that seals stores
@@ -149,11 +148,11 @@ _monotonic: Callable[[], float] = functools.partial(time.monotonic)
 # Waiting.  Each waiter has a Condition of its own over the lock, or is a future of an event loop; it stands in a line,
 # and leaves it when it is woken.  A producer without room stands in `_line`; whoever makes room accepts its payload for
 # it, first come first served.  A thread then rests, for under a GIL all of them awake would keep the consumer from
-# running: one goes on for each eighth of the buffer that is taken, and all when a consumer is idle.  A consumer stands
-# in `_consumers`; the first thread is called, and before it one coroutine of each loop (which may not run), to a batch
-# or to be the timer of the open one; who was called calls the next when it has looked.  flush and shutdown stand in
-# `_drainers`.  No thread waits longer than _LOOK_UP without looking: a wake-up that a signal handler sends from the
-# waiting thread itself, between its last look and the wait, is lost.
+# running: one goes on for each eighth of the buffer that is taken, and all when a consumer is idle.  Consumers stand in
+# `_consumers`.  All are woken when a batch is due, and when one has begun that no waiting thread will time (a coroutine
+# is not trusted to: its loop may not run).  flush and shutdown stand in `_drainers`.  No thread waits longer than
+# _LOOK_UP without looking: a wake-up that a signal handler sends from the waiting thread itself, between its last look
+# and the wait, is lost.
 #
 # States.  running -> shutting_down -> stopped, or running -> stopped; never back.  The run is sealed before the phase
 # changes, and no credit is given after it.
@@ -319,19 +318,22 @@ class Stats(NamedTuple):
     state: str  # "running", "shutting_down" or "stopped"
 
 
+class _Push(NamedTuple):
+    """What `start` was given."""
+
+    handler: _Handler
+    on_error: _OnError | None
+    exit_timeout: float
+
+
 class _Taken(NamedTuple):
     """What has left the buffer, replaced by one store (I5)."""
 
     items: int = 0
     charge: int = 0
-    flight_first: int = -1  # number of the first payload that the handler has, or -1
-    flight_items: int = 0
-    flight_charge: int = 0
+    batches: int = 0
     discarded_items: int = 0
     discarded_charge: int = 0
-    failed_items: int = 0
-    failed_charge: int = 0
-    batches: int = 0
 
 
 class _Nested:
@@ -460,14 +462,14 @@ class _Buffer:
         self.pressed = False  # a payload was refused for lack of room since a batch was taken
         self.peak = 0
         self.pace = (0, 0.0, 0.0)  # payloads and time from which the pace is measured, and as it was measured last
-        self.flight: Batch | None = None  # what the handler has, or is about to get
-        self.undelivered: list[tuple[int, Batch]] = []  # discarded: number of the first payload, batch
+        self.failed = (0, 0)  # payloads, bytes: the handler raised
+        # Number of the first payload, batch. They count if that number is below taken.items.
+        self.flight: tuple[int, Batch, int] | None = None  # what the handler has, or is about to get; its bytes
+        self.undelivered: list[tuple[int, Batch]] = []  # discarded
         # Touched without the lock; why that is safe is told in Theory.
         self.run = _Run(0, 0, 0, 0, _FOREVER, 0)
         self.nested: list[_Nested] = []  # of calls that interrupted a section, which counts them
         self.spare = _NO_LIMIT  # room that is left, while a payload waits for room or was refused
-
-    # -- What is there -----------------------------------------------------------------------------------------------
 
     def held(self) -> int:
         """Bytes that are counted and not taken."""
@@ -480,14 +482,19 @@ class _Buffer:
         new = run[: run.granted] + [entry.data for entry in self.nested[counted:] if entry.accepted]
         return run.items + len(new), run.charge + sum([len(payload) or 1 for payload in new])
 
+    def in_flight(self) -> tuple[float, int, int]:
+        """Number of the first payload that the handler has (for ever, if none); payloads; bytes."""
+        if self.flight is None or self.flight[0] >= self.taken.items:
+            return _FOREVER, 0, 0
+        first, batch, charge = self.flight
+        return first, len(batch), charge
+
     def due(self) -> float:
         """When the front batch may be taken: -inf when it is closed, inf when there is none."""
         return -_FOREVER if self.taken.items < self.run.first else self.run.due
 
     def empty(self) -> bool:
         return self.taken.items == self.run.items
-
-    # -- Admission ---------------------------------------------------------------------------------------------------
 
     def seal(self, now: float) -> None:
         """Withdraw the credit and count what the run accepted with it, then what nested calls accepted."""
@@ -572,8 +579,6 @@ class _Buffer:
             self.pace = (self.run.items, now, pace)
         return pace
 
-    # -- Packing -----------------------------------------------------------------------------------------------------
-
     def _commit(
         self,
         new: Sequence[bytes],
@@ -649,8 +654,6 @@ class _Buffer:
         while self.undelivered and self.undelivered[-1][0] >= taken.items:
             self.undelivered.pop()
 
-    # -- Taking ------------------------------------------------------------------------------------------------------
-
     def cut(self) -> None:
         """After a seal: close the open batch, if it has a payload."""
         run = self.run
@@ -671,16 +674,13 @@ class _Buffer:
         batch = pack.batch(begin, pack.ends[bisect_right(pack.ends, begin)])
         n = len(batch)
         charge = batch.nbytes + (batch._sizes.count(0) if pack.empties else 0)
-        after = taken._replace(items=taken.items + n, charge=taken.charge + charge)
+        after = taken._replace(items=taken.items + n, charge=taken.charge + charge, batches=taken.batches + 1)
+        if fate == "in_flight":
+            self.flight = (taken.items, batch, charge)
         if fate == "discarded":
             self.undelivered.append((taken.items, batch))
-            discarded = taken.discarded_charge + charge
-            after = after._replace(discarded_items=taken.discarded_items + n, discarded_charge=discarded)
-        else:
-            after = after._replace(batches=taken.batches + 1)
-        if fate == "in_flight":
-            self.flight = batch
-            after = after._replace(flight_first=taken.items, flight_items=n, flight_charge=charge)
+            items, charge = taken.discarded_items + n, taken.discarded_charge + charge
+            after = after._replace(discarded_items=items, discarded_charge=charge, batches=taken.batches)
         self.taken = after
         self.pressed = False
         self.repair()
@@ -692,12 +692,10 @@ class _Buffer:
 
     def land(self, failed: bool) -> None:
         """The handler has returned from its batch, or raised."""
-        self.flight = None
-        taken = self.taken
         if failed:
-            items, charge = taken.failed_items + taken.flight_items, taken.failed_charge + taken.flight_charge
-            taken = taken._replace(failed_items=items, failed_charge=charge)
-        self.taken = taken._replace(flight_first=-1, flight_items=0, flight_charge=0)
+            _, items, charge = self.in_flight()
+            self.failed = (self.failed[0] + items, self.failed[1] + charge)
+        self.flight = None
 
 
 class _Waiter:
@@ -740,15 +738,14 @@ class _AsyncWaiter(_Waiter):
 
     thread = False
 
-    def expect(self, future: Any) -> None:
-        self._future = weakref.ref(future)
+    future: Callable[[], Any]  # a weak reference
 
     def alive(self) -> bool:
-        future = self._future()
+        future = self.future()
         return future is not None and not future.get_loop().is_closed()
 
     def wake(self) -> None:
-        future = self._future()
+        future = self.future()
         if future is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 future.get_loop().call_soon_threadsafe(_resolve, future)
@@ -890,10 +887,10 @@ class Dispatcher:
         max_batch = _NO_LIMIT if max_batch_bytes is None else _limit("max_batch_bytes", max_batch_bytes)
         max_items = _NO_LIMIT if max_batch_items is None else _limit("max_batch_items", max_batch_items, "payloads")
         self._new_buffer = functools.partial(_Buffer, seconds, self._max_buffered, max_batch, max_items)
-        self._push: tuple[_Handler, _OnError | None, float] | None = None  # set once, under the lock
+        self._push: _Push | None = None  # set once, under the lock
         self._loops: list[weakref.ref[_Batches]] = []  # each removed by the end of the iterator
         self._reset()
-        _DISPATCHERS.add(self)
+        _DISPATCHERS.append(weakref.ref(self, _DISPATCHERS.remove))
 
     def _reset(self) -> None:
         """Begin with nothing accepted; in a forked child too."""
@@ -908,7 +905,7 @@ class Dispatcher:
         self._turn = 0  # bytes taken up to which turns were given
         self._consumers: deque[_Waiter] = deque()
         self._drainers: deque[_Waiter] = deque()  # flush and shutdown
-        self._gone: list[_Waiter] = []  # coroutines that no longer wait
+        self._gone: list[_Waiter] = []  # who no longer waits, and may stand in a line
         self._rejected = (0, 0)  # payloads, bytes
         self._thread: threading.Thread | None = None  # the handler's
         # Touched without the lock; why that is safe is told in Theory.
@@ -1058,7 +1055,7 @@ class Dispatcher:
             raise TypeError(f"handler must not be a coroutine function, which nothing awaits: {_show(handler)}")
         if on_error is not None and not callable(on_error):
             raise TypeError(f"on_error must be callable or None, not {_show(on_error)}")
-        self._start((handler, on_error, _seconds("exit_timeout", exit_timeout)))
+        self._start(_Push(handler, on_error, _seconds("exit_timeout", exit_timeout)))
 
     # -- Life cycle --------------------------------------------------------------------------------------------------
 
@@ -1136,26 +1133,24 @@ class Dispatcher:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         """Shut down; left by an exception, wait for the drain for `exit_timeout` (5 s) at most."""
         if kind is None:
             self.shutdown()
         else:
-            with self._reporting():
-                self.shutdown(self._exit_timeout())
+            with self._reporting() as timeout:
+                self.shutdown(timeout)
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, kind: object, *_: object) -> None:
         """As `__exit__`, without blocking the event loop."""
         if kind is None:
             await self.ashutdown()
         else:
-            with self._reporting():
-                await self.ashutdown(self._exit_timeout())
+            with self._reporting() as timeout:
+                await self.ashutdown(timeout)
 
     def __reduce__(self) -> str:
         raise TypeError("a tempo.Dispatcher cannot be copied or pickled")
@@ -1206,7 +1201,8 @@ class Dispatcher:
     def _may_wait(self) -> bool:
         """Whether flush or shutdown may wait: not in the body of a loop over this dispatcher's batches, either."""
         loops = [reference() for reference in list(self._loops)]
-        return self._patient() and not any(loop is not None and loop.inside() for loop in loops)
+        inside = [loop for loop in loops if loop is not None and loop.inside()]
+        return self._patient() and not inside
 
     def _settle(self) -> None:
         """Lock held. Derive all that follows from what was accepted, taken and asked for.
@@ -1220,7 +1216,9 @@ class Dispatcher:
                 self._close(self._asked[0])
                 del self._asked[:1]
             while self._gone:
-                self._leave(self._gone[0])
+                for line in (self._line, self._resting, self._consumers, self._drainers):
+                    while self._gone[0] in line:
+                        line.remove(self._gone[0])
                 del self._gone[:1]
             if buffer.nested or buffer.dirty or buffer.run.before is not None:
                 buffer.seal(self._now)
@@ -1231,7 +1229,7 @@ class Dispatcher:
             if self._line:
                 self._serve()
             if self._phase is not _RUNNING:
-                if self._phase is _SHUTTING_DOWN and buffer.empty() and buffer.taken.flight_first < 0:
+                if self._phase is _SHUTTING_DOWN and buffer.empty() and not buffer.in_flight()[1]:
                     self._phase = _STOPPED
                 if self._announced is not self._phase:
                     for line in (self._line, self._resting, self._consumers, self._drainers):
@@ -1281,7 +1279,7 @@ class Dispatcher:
                 self._now = _monotonic()
         finally:
             if waiter.stood:
-                self._leave(waiter)
+                self._gone.append(waiter)
 
     async def _await(self, deadline: float, step: Callable[..., _T | None], *args: Any) -> _T:
         """As _block, for a coroutine: between taking a batch and returning it there is no await."""
@@ -1292,7 +1290,7 @@ class Dispatcher:
         try:
             while True:
                 future = loop.create_future()
-                waiter.expect(future)
+                waiter.future = weakref.ref(future)
                 result = self._look(waiter, deadline, step, *args)
                 if result is not None:
                     return result
@@ -1308,7 +1306,7 @@ class Dispatcher:
                 self._gone.append(waiter)
                 self._left = True
                 if not self._nested():  # else it was collected in a section
-                    self._look(waiter, 0.0, lambda waiter, over: waiter)
+                    self._stats()
 
     @_section
     def _look(self, waiter: _Waiter, deadline: float, step: Callable[..., _T | None], *args: Any) -> _T | None:
@@ -1321,18 +1319,12 @@ class Dispatcher:
             waiter.woken = False
             line.append(waiter)
 
-    def _leave(self, waiter: _Waiter) -> None:
-        """Lock held. Take a waiter out of every line; settling passes on what it was called for."""
-        for line in (self._line, self._resting, self._consumers, self._drainers):
-            while waiter in line:
-                line.remove(waiter)
-
     def _call(self) -> None:
         """Lock held. Wake the consumers when the front batch is due, or to time it if no thread of them does."""
         due, consumers = self._buffer.due(), self._consumers
         if due <= self._now or (due < _FOREVER and self._hurried()):
             _wake(consumers, len(consumers))
-        elif not any(waiter.thread and waiter.until <= due for waiter in consumers):
+        elif not [waiter for waiter in consumers if waiter.thread and waiter.until <= due]:
             for waiter in [waiter for waiter in consumers if waiter.until > due]:
                 waiter.wake()
                 consumers.remove(waiter)
@@ -1488,34 +1480,30 @@ class Dispatcher:
 
     # -- Life cycle's half -------------------------------------------------------------------------------------------
 
-    def _close(self, what: str) -> None:
-        """Lock held. Close the open batch, and for "shutdown" the dispatcher: it takes no more work."""
-        self._buffer.seal(self._now)  # first: with the credit gone, a nested call goes by the phase
-        self._buffer.cut()
+    def _close(self, what: str, instead: str = "") -> None:
+        """Lock held. Close the open batch, and for "shutdown" the dispatcher: it takes no more work.
+
+        instead: what to call where the wait would block, for ever, the event loop in which the consumers may be.
+        """
+        buffer = self._buffer
+        buffer.seal(self._now)  # first: with the credit gone, a nested call goes by the phase
+        if instead and self._push is None and not self._delivered(buffer.run.items) and _asyncio("get_running_loop"):
+            raise RuntimeError(f"this would block the event loop of this thread: use {instead} or a timeout")
+        buffer.cut()
         if what == "shutdown" and self._phase is _RUNNING:
             self._phase = _SHUTTING_DOWN
 
     def _drain(self, waiter: _Waiter, over: bool, what: str, buffer: _Buffer, instead: str = "") -> bool | None:
         """Lock held. Whether all that was accepted at the first look is delivered; None: wait.
 
-        what: "flush", or "shutdown", which takes no more. instead: what to call where the wait would block, for ever,
-        the event loop in which the consumers may be.
+        what, instead: as in `_close`.
         """
         if self._buffer is not buffer:  # forked meanwhile
             return True
         if waiter.target < 0:
             if what == "shutdown" and self._phase is _STOPPED:
                 return True
-            buffer.seal(self._now)
-            if (
-                instead
-                and self._push is None
-                and not self._delivered(buffer.run.items)
-                and _asyncio("get_running_loop")
-            ):
-                text = "this would block the event loop that runs in this thread"
-                raise RuntimeError(f"{text}: use {instead} or a timeout")
-            self._close(what)
+            self._close(what, instead)
             waiter.target = buffer.run.items if what == "flush" else _FOREVER
         if self._delivered(waiter.target):
             return True
@@ -1528,12 +1516,12 @@ class Dispatcher:
 
     def _delivered(self, target: float) -> bool:
         taken = self._buffer.taken
-        return taken.items >= target and not 0 <= taken.flight_first < target and not taken.discarded_items
+        return taken.items >= target and not taken.discarded_items and self._buffer.in_flight()[0] >= target
 
     def _give_up(self) -> None:
         """shutdown has not seen the drain: stop, and raise why, unless it is done after all."""
         if self._halt(True):
-            raise DrainTimeout(self._claim(), self._buffer.taken.flight_items)
+            raise DrainTimeout(self._claim(), self._buffer.in_flight()[1])
 
     @_section
     def _halt(self, giving_up: bool = False) -> bool:
@@ -1574,15 +1562,16 @@ class Dispatcher:
         buffer = self._buffer
         items, charge = buffer.accepted()
         t = buffer.taken
+        _, flight_items, flight_charge = buffer.in_flight()
         refused = list(self._refused)
         return Stats(
             *(items, charge),
-            *(t.items - t.flight_items - t.discarded_items, t.charge - t.flight_charge - t.discarded_charge),
-            *(t.flight_items, t.flight_charge),
+            *(t.items - flight_items - t.discarded_items, t.charge - flight_charge - t.discarded_charge),
+            *(flight_items, flight_charge),
             *(items - t.items, charge - t.charge),
             *(t.discarded_items, t.discarded_charge),
             *(self._rejected[0] + len(refused), self._rejected[1] + sum(refused)),
-            *(t.failed_items, t.failed_charge),
+            *buffer.failed,
             t.batches,
             max(buffer.peak, charge - t.charge),
             len(self._line),
@@ -1592,22 +1581,24 @@ class Dispatcher:
 
     # -- Push mode ---------------------------------------------------------------------------------------------------
 
-    def _start(self, push: tuple[_Handler, _OnError | None, float]) -> None:
+    def _start(self, push: _Push) -> None:
         """Start the handler's thread: for the first time, or again in a forked child.
 
         Thread.start() waits for the new thread, and takes locks of its own: not with the lock held.
         """
-        name = getattr(push[0], "__qualname__", type(push[0]).__qualname__)
+        name = getattr(push.handler, "__qualname__", type(push.handler).__qualname__)
         first = self._push is None
         thread = None
         try:
             thread = threading.Thread(target=self._consume, args=(push,), name=f"tempo-{name}", daemon=True)
             error = self._adopt(thread, push)
-            if error is None and self._thread is thread:
+            if self._thread is thread:
                 thread.start()
         except BaseException as exc:
-            if thread is None or not thread.is_alive():  # else it has started, and the exception came after that
-                self._disown(thread, first)
+            if self._thread is thread and not (thread and thread.is_alive()):  # else the exception came after that
+                self._thread = None
+                if first:
+                    self._push = None
             if isinstance(exc, RuntimeError):  # too many threads, or a sub-interpreter that may have none
                 raise RuntimeError(f"no thread can be started ({exc}): use pull mode, `for batch in d`") from exc
             raise
@@ -1615,7 +1606,7 @@ class Dispatcher:
             raise error
 
     @_section
-    def _adopt(self, thread: threading.Thread, push: tuple[_Handler, _OnError | None, float]) -> RuntimeError | None:
+    def _adopt(self, thread: threading.Thread, push: _Push) -> RuntimeError | None:
         """Make thread the handler's, unless there is one; return why not, where that is an error."""
         if self._push is not push:
             if self._phase is not _RUNNING:
@@ -1626,20 +1617,13 @@ class Dispatcher:
             self._push, self._thread = push, thread
         return None
 
-    @_section
-    def _disown(self, thread: threading.Thread | None, first: bool) -> None:
-        if self._thread is thread:
-            self._thread = None
-            if first:
-                self._push = None
-
     def _ensure_thread(self) -> None:
         """In a forked child: start the handler's thread again. The payload is accepted either way."""
         if self._thread is None and self._push is not None and not self._nested():
             with contextlib.suppress(RuntimeError):  # no thread can be started: the exit drains
                 self._start(self._push)
 
-    def _consume(self, push: tuple[_Handler, _OnError | None, float], until: float = _FOREVER) -> None:
+    def _consume(self, push: _Push, until: float = _FOREVER) -> None:
         """Call the handler for each batch until the dispatcher stops, or a time; not in a child that it forks."""
         buffer, failed = self._buffer, False
         self._worker = threading.get_ident()
@@ -1649,11 +1633,11 @@ class Dispatcher:
                     batch = self._block(until, self._take, "in_flight", failed)
                 except (MemoryError, RecursionError) as exc:
                     self._report(exc, None)
-                    if buffer.flight is None or not buffer.taken.flight_items:
+                    if buffer.flight is None or not buffer.in_flight()[1]:
                         time.sleep(0.1)
                         continue
-                    batch = buffer.flight  # taken; the error came after that
-                failed = self._handle(push[0], batch)
+                    batch = buffer.flight[1]  # taken; the error came after that
+                failed = self._handle(push.handler, batch)
                 del batch  # it may not be kept while the next one is waited for
         except (Stopped, queue.Empty):
             pass
@@ -1675,7 +1659,7 @@ class Dispatcher:
 
     def _report(self, exc: BaseException, batch: Batch | None) -> None:
         """Report an exception, and one in on_error, without raising."""
-        on_error = self._push[1] if self._push is not None and batch is not None else None
+        on_error = self._push.on_error if self._push is not None and batch is not None else None
         try:
             if on_error is not None:
                 on_error(exc, batch)  # type: ignore[arg-type]
@@ -1688,17 +1672,14 @@ class Dispatcher:
             if on_error is not None:
                 self._report(again, None)
 
-    def _exit_timeout(self) -> float:
-        return self._push[2] if self._push is not None else _EXIT_TIMEOUT
-
     @contextlib.contextmanager
-    def _reporting(self) -> Iterator[None]:
-        """Where a shutdown must not raise: report what it leaves undelivered."""
+    def _reporting(self) -> Iterator[float]:
+        """Where a shutdown must not raise, give it its timeout, and report what it leaves undelivered."""
         try:
-            yield
+            yield self._push.exit_timeout if self._push is not None else _EXIT_TIMEOUT
         except DrainTimeout as exc:
             lost = exc.undelivered
-            if self._push is not None and self._push[1] is not None:
+            if self._push is not None and self._push.on_error is not None:
                 for batch in lost:
                     self._report(exc, batch)
             elif sys.stderr is not None:
@@ -1763,8 +1744,8 @@ def _limit(name: str, value: Any, unit: str = "bytes") -> int:
     return value
 
 
-# One hook each for fork and exit; the set keeps no dispatcher alive.
-_DISPATCHERS: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
+# One hook each for fork and exit; the list keeps no dispatcher alive.
+_DISPATCHERS: list[weakref.ref[Dispatcher]] = []
 _MUTEXES: dict[type, _Mutex] = {}  # by the type of lock
 _getpid = os.getpid
 _pid = _getpid()
@@ -1772,11 +1753,7 @@ _exiting = False  # from the exit hook on
 
 
 def _dispatchers() -> list[Dispatcher]:
-    while True:
-        try:
-            return list(_DISPATCHERS)
-        except RuntimeError:  # another thread made one meanwhile
-            continue
+    return [d for reference in list(_DISPATCHERS) if (d := reference()) is not None]
 
 
 def _after_fork(keep: bool = False) -> None:
@@ -1812,7 +1789,7 @@ def _at_exit() -> None:
     _exiting = True
     begin = _monotonic()
     pulled = [d for d in _dispatchers() if d._push is None]
-    started = [(d, d._push, begin + d._push[2]) for d in _dispatchers() if d._push is not None]
+    started = [(d, d._push, begin + d._push.exit_timeout) for d in _dispatchers() if d._push is not None]
     for d, _, _ in started:
         d._asked.append("shutdown")
         d._stats()

@@ -20,7 +20,6 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -31,7 +30,6 @@ from soak.config import Config, config_from
 from soak.drive import PATIENCE, drive, join
 from soak.load import Load
 from soak.payloads import MEAN as SIZE
-from soak.payloads import events
 
 CHUNK = 512
 LARGE = 10 * KIB
@@ -163,21 +161,6 @@ def queue_way(kind: Callable[[], Any]) -> float:
     """The whole way through a queue: put, get, join."""
     target = kind()
     return whole_way(target.put, lambda: memoryview(b"".join([target.get() for _ in range(CHUNK)])))
-
-
-def one_thread() -> float:
-    """Events of a load formatted, enqueued, taken in batches, and searched for probes (for ``instructions``)."""
-    load, dispatcher = Load(soak_config(producers=1)), roomy()
-    taken, sent = load.taken[0], load.sent[0]
-    started = perf_counter()
-    for payload in islice(events(None, 0, sent), CALLS):
-        dispatcher.enqueue(payload)
-    dispatcher.flush(0)
-    while dispatcher.stats().buffered:
-        taken.add(dispatcher.get())
-    seconds = perf_counter() - started
-    assert (taken.events, taken.probes) == (CALLS, sent.probes)
-    return seconds
 
 
 @subject("large", len(BLOCKS))

@@ -56,19 +56,17 @@ def curve(points: Sequence[Point], label: str, limit: tuple[float, str] | None =
 
 
 def bars(values: Mapping[str, float], label: str, limit: tuple[float, str] | None = None) -> Draw:
-    """Return what draws a few bars, and a limit (value, words); without one the axis is logarithmic."""
+    """Return what draws a few bars with their values, and a limit (value, words)."""
 
     def draw(axes: Any, theme: Theme) -> None:
-        axes.barh(list(values), list(values.values()), 0.55, color=theme["main"])
-        axes.set(xlabel=label)
+        drawn = axes.barh(list(values), list(values.values()), 0.55, color=theme["main"])
+        axes.bar_label(drawn, fmt="%.3g", padding=3, color=theme["ink"])
+        axes.set(xlim=(0, 1.15 * max(limit[0] if limit else 0, *values.values())), xlabel=label)
         axes.invert_yaxis()
         axes.grid(False, axis="y")
-        if limit is None:
-            axes.set(xscale="log")
-            return
-        axes.set(xlim=(0, 1.12 * max(limit[0], *values.values())))
-        axes.axvline(limit[0], color=theme["limit"], linewidth=1.4, linestyle="--")
-        _word(axes, limit[1], theme)
+        if limit is not None:
+            axes.axvline(limit[0], color=theme["limit"], linewidth=1.4, linestyle="--")
+            _word(axes, limit[1], theme)
 
     return draw
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,19 +40,12 @@ class Option(NamedTuple):
     help: str
 
 
-threads = cli.count(9999)  # an identity has four digits for its producer
+def option(default: str, parse: Callable[[str], Any], metavar: str, text: str) -> Any:
+    """Return a field of a Config that has an option."""
+    return field(default=parse(default), metadata={"option": Option(default, parse, metavar, text)})
 
-OPTIONS: Mapping[str, Option] = {
-    "producers": Option("32", threads, "N", "producer threads"),
-    "consumers": Option("1", threads, "N", "consumer threads"),
-    "payload": Option(TELEMETRY, payload, f"{TELEMETRY}|SIZE", "web events of 163 bytes on average, or of one size"),
-    "interval": Option("10ms", cli.duration, "TIME", "how long an event waits for its batch at most"),
-    "max_batch_bytes": Option("320KiB", cli.size_or_none, "SIZE|none", "at which a batch closes"),
-    "max_buffered_bytes": Option("2MiB", cli.size, "SIZE", "the buffer's limit"),
-    "consumer_delay": Option("10us", cli.duration_or_zero, "TIME", "how long a consumer sleeps after each batch"),
-    "on_full": Option("block", on_full, "block|raise", "whether producers wait for room or drop what is refused"),
-    "bulk": Option("1", cli.count(1_000_000), "N", "events in one call; 1: enqueue, more: enqueue_many"),
-}
+
+threads = cli.count(9999)  # an identity has four digits for its producer
 
 
 @dataclass(frozen=True)
@@ -60,16 +53,16 @@ class Config:
     """One run's settings, checked. Times in seconds, sizes in bytes."""
 
     duration: float  # of the load itself; the other passes derive their length from it
-    producers: int
-    consumers: int
-    payload: str | int
-    interval: float
-    max_batch_bytes: int | None
-    max_buffered_bytes: int
-    consumer_delay: float
-    on_full: str
-    bulk: int
     sink: str
+    producers: int = option("32", threads, "N", "producer threads")
+    consumers: int = option("1", threads, "N", "consumer threads")
+    payload: str | int = option(TELEMETRY, payload, f"{TELEMETRY}|SIZE", "web events of 163 bytes, or of one size")
+    interval: float = option("10ms", cli.duration, "TIME", "how long an event waits for its batch at most")
+    max_batch_bytes: int | None = option("320KiB", cli.size_or_none, "SIZE|none", "at which a batch closes")
+    max_buffered_bytes: int = option("2MiB", cli.size, "SIZE", "the buffer's limit")
+    consumer_delay: float = option("10us", cli.duration_or_zero, "TIME", "how long a consumer sleeps after each batch")
+    on_full: str = option("block", on_full, "block|raise", "whether producers wait for room or drop what is refused")
+    bulk: int = option("1", cli.count(1_000_000), "N", "events in one call; 1: enqueue, more: enqueue_many")
 
     @property
     def payload_size(self) -> int | None:
@@ -103,6 +96,9 @@ class Config:
         return min(max(self.duration / 10, least), most)
 
 
+OPTIONS: Mapping[str, Option] = {one.name: one.metadata["option"] for one in fields(Config) if one.metadata}
+
+
 def add_settings(add: Callable[..., object], *names: str, **usual: str) -> None:
     """Add the options of these names, or all; usual: defaults other than those of OPTIONS."""
     for name in names or OPTIONS:
@@ -119,7 +115,7 @@ def add_outputs(add: Callable[..., object]) -> None:
 
 def config_from(options: argparse.Namespace, duration: float, sink: str = "null", **usual: str) -> Config:
     """Return what the options say, then ``usual``, then the defaults; a payload above the buffer is a bad option."""
-    values = {name: option.parse(usual.get(name, option.default)) for name, option in OPTIONS.items()}
+    values = {name: OPTIONS[name].parse(text) for name, text in usual.items()}
     values |= {name: value for name, value in vars(options).items() if name in OPTIONS}
     config = Config(duration=duration, sink=sink, **values)
     if config.largest_payload > config.max_buffered_bytes:

@@ -55,8 +55,7 @@ class Monitor:
         self._line_every = min(5.0, seconds / 4) if show == "plain" else float("inf")
         self._line_due = self._line_every
         self._config, self._stream, self._seconds, self._heap = config, stream, seconds, heap
-        # (elapsed, delivered) at the last sample and at the last line: the rates are those in between.
-        self._sampled = self._shown = (0.0, 0)
+        self._sampled = (0.0, 0)  # (elapsed, delivered) at the last sample: the rate is that since then
         self._live: Any = None
         if show == "live":
             console = importlib.import_module("rich.console").Console(stderr=True)
@@ -75,9 +74,11 @@ class Monitor:
 
     def sample(self, elapsed: float, stats: tempo.Stats) -> None:
         """Take one snapshot, ``elapsed`` seconds after the load began."""
-        rss, now = environment.current_rss(), (elapsed, stats.delivered)
+        rss = environment.current_rss()
         share = stats.buffered_bytes / self._config.max_buffered_bytes
-        rate, self._sampled = _rate(self._sampled, now), now
+        seconds = elapsed - self._sampled[0]
+        rate = round((stats.delivered - self._sampled[1]) / seconds, 1) if seconds > 0 else 0.0
+        self._sampled = (elapsed, stats.delivered)
         names = ("accepted", "delivered", "rejected", "buffered", "buffered_bytes", "batches", "waiting_producers")
         figures = {name: getattr(stats, name) for name in names}
         head = {"type": "sample", "elapsed": round(elapsed, 6), "delivered_per_second": rate}
@@ -88,7 +89,6 @@ class Monitor:
                 self._live.update(self._table(elapsed, stats, rss, rate, share), refresh=True)
         elif elapsed >= self._line_due:
             self._line_due = max(self._line_due + self._line_every, elapsed)
-            rate, self._shown = _rate(self._shown, now), now
             say(
                 f"[{elapsed:7.1f} s] {rate:>11,.0f}/s  accepted {stats.accepted:,}  delivered {stats.delivered:,}"
                 f"  buffer {share:4.0%}  refused {stats.rejected:,}  RSS {format_size(rss)}"
@@ -115,8 +115,3 @@ def open_monitor(show: str, config: Config, stream: Stream | None, seconds: floa
         except ImportError:
             say("no live display: rich is not installed")
     return Monitor("none" if show == "none" else "plain", config, stream, seconds, heap)
-
-
-def _rate(before: tuple[float, int], now: tuple[float, int]) -> float:
-    seconds = now[0] - before[0]
-    return round((now[1] - before[1]) / seconds, 1) if seconds > 0 else 0.0

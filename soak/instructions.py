@@ -27,7 +27,7 @@ from soak.cli import complain
 FILE = baseline.FOLDER / "bench" / "instructions.json"
 TOLERANCE = 0.02  # a figure may exceed the recorded one by that much: valgrind and the C library have a part in it, too
 FEWER, MORE = 8, 40  # times that the payloads of ``soak.benchmarks`` go through; the fewer also warm up
-SUBJECTS = ("enqueue", "enqueue_many", "way", "large", "queue_put", "one_thread")
+SUBJECTS = ("enqueue", "enqueue_many", "way", "large", "queue_put")
 """Of ``soak.benchmarks``. queue_put is the control: it changes with the interpreter alone."""
 PROGRAM = "import sys; sys.path.insert(0, {!r}); from soak.benchmarks import {} as work\nfor _ in range({}): work()"
 

@@ -249,7 +249,7 @@ def charts_of(report: Report) -> list[Chart]:
     times = {name: seconds * 1e3 for name in ("p50", "p99", "max") if (seconds := figure("latency_seconds", name))}
     if times:
         caption = f"From enqueue to a consumer's hands, {count(figure('latency_seconds', 'samples'))} probes."
-        found.append(Chart("Latency", caption, charts.bars(times, "ms (logarithmic)")))
+        found.append(Chart("Latency", caption, charts.bars(times, "latency (ms)")))
 
     caption = f"Of the whole process, as the system counts it; at most {format_size(figure('peak_rss_bytes'))}."
     over_time("Resident memory", caption, "RSS (MiB)", levels(samples, "rss_bytes", MIB))

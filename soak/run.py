@@ -80,9 +80,9 @@ def main(options: argparse.Namespace) -> int:
 def configure(options: argparse.Namespace, place: Mapping[str, object]) -> tuple[Config, str]:
     """Return the settings: what the options say, then the file that --settings stands for; and a line about that."""
     tuned: dict[str, str] = {}
-    note, left = "", options.out / settings.FILE
-    path: Path = left if options.settings == Path("auto") else options.settings
-    if path.exists() or path not in (left, Path("none")):
+    note, auto = "", options.settings == Path("auto")
+    path: Path = options.out / settings.FILE if auto else options.settings
+    if path.exists() if auto else path != Path("none"):
         try:
             tuned, note = settings.read_file(path, place)
         except ValueError as error:

@@ -23,7 +23,10 @@ import tempo
 
 
 class Delivery:
-    """A handler and its ``on_error``. What another try cannot mend (not in ``transient``) is not tried again."""
+    """A handler, ``deliver``, which raises what its last try raised, and its ``on_error``, ``give_up``.
+
+    What another try cannot mend (not in ``transient``) is not tried again.
+    """
 
     def __init__(
         self,
@@ -39,7 +42,7 @@ class Delivery:
         self._dead_letter, self._quiet = dead_letter, quiet
         self._printed, self._unprinted = -quiet, 0
         closing = threading.Event()
-        self.close = closing.set  # what is then not delivered at the first try is given up
+        self.close = closing.set  # ends the waits: what is then not delivered at the first try is given up
         self.deliver = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(transient),
             wait=tenacity.wait_random_exponential(multiplier=0.1, max=longest_pause),

@@ -16,8 +16,9 @@
         for batch in exc.undelivered:       # likewise what stop() returns
             spool.put(batch)
 
-**At least once**: what the file has taken leaves it when ``send`` has returned; after a kill the last records may be
-sent again. What is only in the dispatcher's memory is lost with the process. What goes through the file comes later.
+**At least once**: what the file has taken leaves it when ``send`` returned. The last records may be sent again after
+a kill, and a batch whose handler then fails in ``replay``. What is only in the dispatcher's memory is lost with the
+process. What goes through the file comes later. Call ``replay`` at the start, too, and when nothing else is sent.
 """
 
 from __future__ import annotations

@@ -13,24 +13,25 @@ import signal
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import FileIO
 
 
-class Receiver(ThreadingHTTPServer):
-    """Its state."""
+class Handler(BaseHTTPRequestHandler):
+    """One connection; what all have in common is the class's."""
 
-    daemon_threads = True
-    request_queue_size = 64
+    protocol_version = "HTTP/1.1"
+    file: FileIO
+    lock = threading.Lock()
+    refusing = False
 
-    def __init__(self, port: int, path: str) -> None:
-        drop_torn(path)
-        self.file = open(path, "ab", buffering=0)  # noqa: SIM115
-        self.lock = threading.Lock()
-        self.refusing = False
-        super().__init__(("127.0.0.1", port), Handler)
-        signal.signal(signal.SIGUSR1, self._turn)
-
-    def _turn(self, *_: object) -> None:
-        self.refusing = not self.refusing
+    def do_POST(self) -> None:
+        """Store the body."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        self.send_response(503 if self.refusing else self.store(body))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def store(self, body: bytes) -> int:
         """Append; return the answer: with nothing of it in the file when the disk is full."""
@@ -44,6 +45,14 @@ class Receiver(ThreadingHTTPServer):
                 return 507
         return 204
 
+    def log_message(self, *_: object) -> None:
+        """Print nothing."""
+
+
+def turn(*_: object) -> None:
+    """Refuse from now on, or no longer."""
+    Handler.refusing = not Handler.refusing
+
 
 def drop_torn(path: str) -> None:
     """Remove the line without an end that a killed receiver has left."""
@@ -54,24 +63,9 @@ def drop_torn(path: str) -> None:
             file.truncate(end)
 
 
-class Handler(BaseHTTPRequestHandler):
-    """One connection."""
-
-    protocol_version = "HTTP/1.1"
-    server: Receiver
-
-    def do_POST(self) -> None:
-        """Store the body."""
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.headers.get("Content-Encoding") == "gzip":
-            body = gzip.decompress(body)
-        self.send_response(503 if self.server.refusing else self.server.store(body))
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        """Print nothing."""
-
-
 if __name__ == "__main__":
-    Receiver(int(sys.argv[1]), sys.argv[2]).serve_forever()
+    drop_torn(sys.argv[2])
+    Handler.file = FileIO(sys.argv[2], "ab")
+    signal.signal(signal.SIGUSR1, turn)
+    ThreadingHTTPServer.request_queue_size = 64
+    ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()

@@ -487,7 +487,7 @@ from soak import pi
 
 os.close(os.open(os.ttyname(0), os.O_RDWR))  # the first of a session is the one that its keys are for
 # It takes longer to end than subprocess.run() would wait until it kills.
-ends = "trap 'sleep 0.5; echo ended well; exit 7' INT TERM; echo now: emulated; while :; do sleep 0.1; done"
+ends = "trap 'sleep 0.5; echo ended well; exit 7' INT TERM; sleep 0.3; echo now: emulated; while :; do sleep 0.1; done"
 sys.exit(pi.run(["sh", "-c", ends], dict(os.environ)))
 """
 

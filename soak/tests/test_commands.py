@@ -76,8 +76,8 @@ def test_a_run_loses_nothing_and_says_what_the_contract_asks_for(tmp_path: Path)
 OTHER_SETTINGS = [
     "--on-full raise --max-buffered-bytes 64KiB",
     "--bulk 50 --consumers 3",
-    "--payload 0 --max-batch-bytes none",
-    "--payload 10KiB --on-full raise --bulk 20 --max-buffered-bytes 300KiB",
+    pytest.param("--payload 0 --max-batch-bytes none", marks=pytest.mark.slow),
+    pytest.param("--payload 10KiB --on-full raise --bulk 20 --max-buffered-bytes 300KiB", marks=pytest.mark.slow),
 ]
 
 
@@ -244,7 +244,7 @@ def test_a_stream_that_is_full_does_not_change_what_a_command_comes_to(
     for options, code in codes.items():
         with FULL.open("w") as streams[full]:
             done = subprocess.run(
-                [*command, *options.split()], cwd=ROOT, env=variables, text=True, check=False, **streams
+                [*command, *options.split()], cwd=ROOT, env=variables, text=True, timeout=60, check=False, **streams
             )
         assert done.returncode == code
     assert full == "stderr" or done.stderr.splitlines()[1:] == ["soak: cannot write to stdout: No space left on device"]
@@ -312,12 +312,14 @@ PHASES = {
     "load": LIVE,
     "flush1": "now: flush0",
 }
-SLOW = [pytest.param(phase, signal.SIGINT, marks=pytest.mark.slow) for phase in ("measure", "take", "load")]
+SLOW = [
+    pytest.param(phase, signal.SIGINT, marks=pytest.mark.slow) for phase in ("calibrate", "measure", "take", "load")
+]
 
 
 @pytest.mark.parametrize(
     ("phase", "number"),
-    [("calibrate", signal.SIGINT), ("load", signal.SIGTERM), ("flush1", signal.SIGINT), *SLOW],
+    [("load", signal.SIGTERM), ("flush1", signal.SIGINT), *SLOW],
 )
 def test_ctrl_c_in_each_part_of_a_run_ends_the_load_and_keeps_the_result(
     phase: str, number: int, tmp_path: Path

@@ -209,7 +209,9 @@ short_passes = pytest.mark.usefixtures("short_passes")
 
 
 @short_passes
-@pytest.mark.parametrize("options", ["", "--bulk 50", "--on-full raise --max-buffered-bytes 64KiB"])
+@pytest.mark.parametrize(
+    "options", ["--bulk 50", pytest.param("--on-full raise --max-buffered-bytes 64KiB", marks=pytest.mark.slow)]
+)
 def test_a_run_into_files_reads_every_event_back(options: str, tmp_path: Path) -> None:
     code, result = soak(tmp_path, "--sink", f"file:{tmp_path / 'events'}#rotate=100KiB", *options.split())
     assert code == 0, result["problems"]

@@ -284,7 +284,7 @@ def test_the_sigterm_recipe_delivers_all_through_a_second_sigterm() -> None:
 LIMITS = {name: getattr(record_limits, name) for name in ("KINESIS", "CLOUDWATCH", "SQS", "UDP")}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.sampled_from(sorted(LIMITS)), st.randoms(use_true_random=False))
 def test_requests_are_within_every_limit_of_the_service(name: str, dice: random.Random) -> None:
     limits = LIMITS[name]

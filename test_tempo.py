@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+# ruff: noqa: B023 - functions that are made in a loop are called in the same turn of it
 """The specification of tempo.py: a section for each row of its contract, then one for each behaviour.
 
 A test's name starts with its subject, so that `pytest -k flush` selects what is about flush. Nothing sleeps to wait: a
@@ -475,24 +476,12 @@ class Steps:
         finally:
             sys.setprofile(None)
 
-    @contextlib.contextmanager
-    def halt(self, work: Callable[..., Any], *args: Any) -> Iterator[Worker]:
-        """A thread that stands still at its n-th step, or has ended, during the block."""
-        gate = Gate()
-        worker = Worker(self.run, gate, work, *args)
-        try:
-            wait_until(lambda: gate.entered.is_set() or not worker.is_alive())
-            yield worker
-        finally:
-            gate.go_on.set()
-            worker.join(LIMIT)
 
-
-def each_step(scene: Callable[[Steps], object], *also: ModuleType) -> None:
-    """Play a scene with something done at a call's first step, its second, and so on to its last."""
+def each_step(*also: ModuleType) -> Iterator[Steps]:
+    """Yield what does something at a call's first step, then what does it at the second, and so on to the last."""
     for n in itertools.count(1):
         steps = Steps(n, tempo, *also)
-        scene(steps)
+        yield steps
         if steps.count < n:
             assert n > 1, "nothing was called"
             return
@@ -737,7 +726,7 @@ def test_enqueue_many_has_one_deadline_for_all(clock: Clock) -> None:
     d = make(max_buffered_bytes=1)
     producer = Worker(d.enqueue_many, [b"1", b"2", b"3", b"4", b"5"], timeout=1.0)
     for accepted in (1, 2, 3):
-        wait_until(lambda: (d.stats().accepted, d.stats().waiting_producers) == (accepted, 1))  # noqa: B023
+        wait_until(lambda: (d.stats().accepted, d.stats().waiting_producers) == (accepted, 1))
         clock.now += 0.45
         if accepted < 3:
             d.get(timeout=0)
@@ -2146,8 +2135,8 @@ def test_nested_call_in_a_section_never_waits(nested: str) -> None:
 @each("limit", [5010, tempo.MiB])
 def test_nested_calls_at_each_step_keep_their_order_the_bound_and_the_census(outer: str, limit: int) -> None:
     big, little = b"B" * 5000, b"l"  # the big one cannot be accepted without the lock, the little ones may be equal
+    for steps in each_step():
 
-    def scene(steps: Steps) -> None:
         def nested() -> None:
             accepted.extend(p for p in (big, little, little) if refusal(d.enqueue, p, timeout=None) is None)
             balanced(d)
@@ -2168,12 +2157,11 @@ def test_nested_calls_at_each_step_keep_their_order_the_bound_and_the_census(out
         assert [item for item in came if item in (b"a", b"b", b"c", b"d")] == [b"a", b"b", b"c", b"d"]
         assert d.stats().accepted == len(came)
 
-    each_step(scene)
-
 
 @each("outer", ["enqueue", "stats", "flush"])
 def test_nested_enqueue_at_each_step_reaches_a_task_that_waits(outer: str) -> None:
-    def scene(steps: Steps) -> None:
+    for steps in each_step():
+
         async def main() -> None:
             task = asyncio.ensure_future(next_batch(d))
             await asyncio.sleep(0)
@@ -2182,8 +2170,6 @@ def test_nested_enqueue_at_each_step_reaches_a_task_that_waits(outer: str) -> No
 
         d = make(max_batch_bytes=1)
         run_async(main())
-
-    each_step(scene)
 
 
 def test_nested_calls_of_two_dispatchers_in_each_others_sections_do_not_deadlock() -> None:
@@ -2276,7 +2262,7 @@ def test_interrupt_of_a_wait_leaves_nothing_behind(wait: str) -> None:
 
 @each("wait", ["enqueue", "get", "flush"])
 def test_interrupt_anywhere_in_a_wait_that_times_out_leaves_nothing_behind(wait: str) -> None:
-    def scene(steps: Steps) -> None:
+    for steps in each_step(threading):
         d = holding(bytes(99), max_buffered_bytes=100)
         arguments = (b"no room",) if wait == "enqueue" else ()
         with contextlib.suppress(KeyboardInterrupt, queue.Full, queue.Empty):
@@ -2285,15 +2271,12 @@ def test_interrupt_anywhere_in_a_wait_that_times_out_leaves_nothing_behind(wait:
         assert came in ([bytes(99)], [bytes(99), b"no room"])  # the interrupted call may have been accepted
         assert works(d) == []
 
-    each_step(scene, threading)
-
 
 @LIMITS
 @each("outer", OUTER)
 def test_interrupt_anywhere_in_a_call_loses_and_repeats_nothing(outer: str, limit: int) -> None:
     sent = [b"a" * 30, b"b" * 10, b"c" * 9, b"d" * (limit - 49)]
-
-    def scene(steps: Steps) -> None:
+    for steps in each_step():
         d = holding(*sent, max_buffered_bytes=limit, max_batch_bytes=limit // 2)
         blocked = [waiter(d, payload) for payload in (b"w1", b"w2")]
         came: list[bytes] = []
@@ -2314,12 +2297,10 @@ def test_interrupt_anywhere_in_a_call_loses_and_repeats_nothing(outer: str, limi
         assert set(extra) <= {b"o"} and extra[b"o"] <= 2  # the interrupted call may have been accepted
         assert s.accepted == len(came) + sum(missing.values()) and (lost or not missing)
 
-    each_step(scene)
-
 
 @each("way", ["get", "async for"])
 def test_interrupt_anywhere_in_an_enqueue_owes_nobody_a_wake_up(way: str) -> None:
-    def scene(steps: Steps) -> None:
+    for steps in each_step():
         d = make(max_batch_bytes=1)
         waiting = taker(d, way)
         with contextlib.suppress(KeyboardInterrupt):
@@ -2327,8 +2308,6 @@ def test_interrupt_anywhere_in_an_enqueue_owes_nobody_a_wake_up(way: str) -> Non
         if not d.stats().accepted:
             d.enqueue(b"a")
         assert waiting.result().tolist() == [b"a"]
-
-    each_step(scene)
 
 
 # Behaviour: a thread stopped anywhere, while others go on
@@ -2338,19 +2317,21 @@ def test_interrupt_anywhere_in_an_enqueue_owes_nobody_a_wake_up(way: str) -> Non
 @each("ends", [False, True], ids=["others enqueue the same", "others stop"])
 def test_enqueue_stopped_at_each_step_is_accepted_once_or_refused(ends: bool, limit: int) -> None:
     same = b"the very same object"
-
-    def scene(steps: Steps) -> None:
+    for steps in each_step():
         d = holding(b"first", max_buffered_bytes=limit)
         came: list[bytes] = []
         others = 0
-        with steps.halt(d.enqueue, same) as worker:
-            if ends and not inside.locked(d):
-                came += payloads(d.stop())
-            elif not inside.locked(d):
-                others = 2
-                d.enqueue(same)
-                came += payloads(drained(d))
-                d.enqueue(same)
+        gate = Gate()
+        worker = Worker(steps.run, gate, d.enqueue, same)
+        wait_until(lambda: gate.entered.is_set() or not worker.is_alive())
+        if ends and not inside.locked(d):
+            came += payloads(d.stop())
+        elif not inside.locked(d):
+            others = 2
+            d.enqueue(same)
+            came += payloads(drained(d))
+            d.enqueue(same)
+        gate.go_on.set()
         refused = refusal(worker.result)
         came += payloads(drained(d))
         assert refused in ((None, tempo.Stopped) if ends else (None,))
@@ -2358,11 +2339,9 @@ def test_enqueue_stopped_at_each_step_is_accepted_once_or_refused(ends: bool, li
         assert balanced(d).accepted == len(came)
         inside.check(d)
 
-    each_step(scene)
-
 
 def test_flush_is_not_true_before_the_handler_has_returned_wherever_its_thread_stands() -> None:
-    def scene(steps: Steps) -> None:
+    for steps in each_step():
         d = holding(b"a", max_batch_bytes=1)
         gate = steps.do = Gate()
         threading.setprofile(steps)
@@ -2375,8 +2354,6 @@ def test_flush_is_not_true_before_the_handler_has_returned_wherever_its_thread_s
         assert d.flush(LIMIT) and done == [b"a"]
         d.shutdown(LIMIT)
         steps.count = count
-
-    each_step(scene)
 
 
 def test_refusal_by_a_full_buffer_takes_no_lock() -> None:

@@ -30,7 +30,6 @@ import textwrap
 import threading
 import time
 import typing
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
@@ -46,11 +45,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from hypothesis.stateful import run_state_machine_as_test as play
 
 import tempo
-
-try:
-    import tracemalloc
-except ImportError:  # PyPy has none
-    tracemalloc = None  # type: ignore[assignment]
 
 ROOT = Path(tempo.__file__).resolve().parent
 CPYTHON = sys.implementation.name == "cpython"
@@ -206,19 +200,13 @@ def clock() -> Clock:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
-    """Give tempo its own clock back, and fail a test that leaves a thread behind."""
-    before = set(threading.enumerate())
+    """Have threads switch often; give tempo its own clock back, and fail a test that leaves a thread behind."""
+    before, interval = set(threading.enumerate()), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
     yield
+    sys.setswitchinterval(interval)
     inside.set_clock(time.monotonic)
     wait_until(lambda: set(threading.enumerate()) <= before)
-
-
-@pytest.fixture
-def quiet() -> Iterator[None]:
-    """Nothing is printed of what a thread raises."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(threading, "excepthook", lambda _: None)
-        yield
 
 
 def make(**kwargs: Any) -> tempo.Dispatcher:
@@ -299,11 +287,6 @@ async def next_batch(d: tempo.Dispatcher) -> tempo.Batch:
     return await anext(aiter(d))
 
 
-async def collect(d: tempo.Dispatcher) -> list[bytes]:
-    """All payloads until the dispatcher ends."""
-    return [payload async for batch in d for payload in batch.tolist()]
-
-
 def call(d: tempo.Dispatcher, how: str, *args: Any, **kwargs: Any) -> Any:
     """Call a method; a coroutine runs in an event loop made for it."""
     result = getattr(d, how)(*args, **kwargs)
@@ -358,9 +341,7 @@ def closing(d: tempo.Dispatcher, how: str = "shutdown") -> Worker:
 
 def not_due(d: tempo.Dispatcher) -> bool:
     """Whether there is no batch to get."""
-    with pytest.raises(queue.Empty):
-        d.get(timeout=0)
-    return True
+    return type(raised(d.get, timeout=0)) is queue.Empty
 
 
 def drained(d: tempo.Dispatcher) -> list[tempo.Batch]:
@@ -430,20 +411,14 @@ def in_child(work, fork=getattr(os, "fork", None)):
 """
 
 
-def run_python(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the interpreter in a process of its own, with tempo importable."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, *args]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60, check=False)
-
-
-def program(source: str, *options: str, told: str = "", code: int = 0) -> list[str]:
+def program(source: str, *options: str, prelude: str = PRELUDE, told: str = "", code: int = 0) -> list[str]:
     """Run a program; check its exit code and what it writes to stderr; return the lines that it prints."""
     if "fork" in source and not hasattr(os, "fork"):
         pytest.skip("there is no fork here")
     # From 3.12 on, fork in a process with threads warns. That is what is tested here.
-    options = ("-W", "ignore::DeprecationWarning", *options)
-    done = run_python(*options, "-c", PRELUDE + textwrap.dedent(source))
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", *options, "-c", prelude + textwrap.dedent(source)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert re.fullmatch(told, done.stderr, re.DOTALL), done.stderr
     assert done.returncode == code
     return done.stdout.splitlines()
@@ -552,21 +527,18 @@ def test_dispatcher_shows_its_state_and_its_fill() -> None:
     assert repr(d) == "<tempo.Dispatcher stopped 0 buffered, 0 of 12345 bytes>"
 
 
-TIMEOUTS = each("how", ["enqueue", "enqueue_many", "aenqueue", "get", "flush", "aflush", "shutdown", "ashutdown"])
-
-
-def with_timeout(d: tempo.Dispatcher, how: str, *args: Any, **kwargs: Any) -> Any:
-    return send(d, how, b"p", *args, **kwargs) if "enqueue" in how else call(d, how, *args, **kwargs)
+PAYLOADS = [("enqueue", [b"p"]), ("enqueue_many", [[b"p"]]), ("aenqueue", [b"p"])]
+TIMEOUTS = each(("how", "args"), PAYLOADS + [(how, []) for how in ("get", "flush", "aflush", "shutdown", "ashutdown")])
 
 
 @each(("value", "kind"), BAD_TIMES, ids=shown)
 @TIMEOUTS
-def test_timeout_that_is_no_time_is_refused_and_changes_nothing(how: str, value: Any, kind: type[Exception]) -> None:
+def test_timeout_that_is_no_time_is_refused_and_changes_nothing(how: str, args: Any, value: Any, kind: Any) -> None:
     d = make()
     for _ in range(2):  # the second time enqueue() is at the door of its way without the lock
         d.enqueue(b"a")
         before = d.stats()
-        error = raised(with_timeout, d, how, timeout=value)
+        error = raised(call, d, how, *args, timeout=value)
         assert type(error) is kind and names(error, "timeout", value)
         assert d.stats() == before
     assert not_due(d)  # nothing was closed either
@@ -574,12 +546,12 @@ def test_timeout_that_is_no_time_is_refused_and_changes_nothing(how: str, value:
 
 @each("timeout", [0, 0.0, 1, 1.5, INF, 10**400, None, 1e308, 5e-324], ids=shown)
 @TIMEOUTS
-def test_timeout_is_any_number_of_seconds_from_zero_by_name_or_by_position(how: str, timeout: Any) -> None:
+def test_timeout_is_any_number_of_seconds_from_zero_by_name_or_by_position(how: str, args: Any, timeout: Any) -> None:
     d = make(max_batch_bytes=1)
     d.enqueue_many([b"p"] * 2 if how == "get" else [])
-    with_timeout(d, how, timeout)
+    call(d, how, *args, timeout)
     if "shutdown" not in how:
-        with_timeout(d, how, timeout=timeout)
+        call(d, how, *args, timeout=timeout)
     assert len(payloads(d.stop())) == (2 if "enqueue" in how else 0)
 
 
@@ -870,7 +842,7 @@ def test_consumers_that_wait_share_batches_and_pass_their_wake_up_on() -> None:
 def test_task_cancelled_while_it_waits_loses_nothing_and_passes_its_batch_on() -> None:
     async def main() -> Any:
         tasks: list[asyncio.Future[Any]] = []
-        for work in (collect(d), collect(d), next_batch(d)):
+        for work in (next_batch(d), next_batch(d), next_batch(d)):
             tasks.append(asyncio.ensure_future(work))
             await until(lambda: d.stats().waiting_consumers == len(tasks))
         tasks[1].cancel()
@@ -907,7 +879,7 @@ def test_task_in_wait_for_loses_no_batch_at_a_timeout() -> None:
 @each("closed", [True, False], ids=["closed", "stopped"])
 def test_task_in_a_loop_that_no_longer_runs_holds_up_nobody(what: str, closed: bool, early: bool) -> None:
     d = full(SMALL) if what == "room" else make(interval=0.05, max_batch_bytes=1 if what == "batch" else None)
-    with parked(d, d.aenqueue(b"parked") if what == "room" else collect(d), closed):
+    with parked(d, d.aenqueue(b"parked") if what == "room" else next_batch(d), closed):
         assert d.stats().waiting_producers + d.stats().waiting_consumers == 1
         other = functools.partial(waiter, d, b"y" * (SMALL - 6)) if what == "room" else functools.partial(taker, d)
         first = other() if early else None
@@ -919,7 +891,7 @@ def test_task_in_a_loop_that_no_longer_runs_holds_up_nobody(what: str, closed: b
 @each("how", ["aenqueue", "async for", "aflush", "ashutdown"])
 def test_task_and_loop_that_are_gone_are_not_kept_alive(how: str) -> None:
     d = make() if how == "async for" else full(SMALL)
-    work = d.aenqueue(b"y") if how == "aenqueue" else collect(d) if how == "async for" else getattr(d, how)()
+    work = d.aenqueue(b"y") if how == "aenqueue" else next_batch(d) if how == "async for" else getattr(d, how)()
     with parked(d, work, True) as seen:
         del work
         gc.collect()
@@ -931,11 +903,6 @@ def test_task_and_loop_that_are_gone_are_not_kept_alive(how: str) -> None:
 
 async def a_coroutine_function(batch: tempo.Batch) -> None:
     raise AssertionError
-
-
-class Awaitable:
-    def __await__(self) -> Iterator[None]:
-        raise AssertionError
 
 
 NOT_HANDLERS = [None, 3, "print", a_coroutine_function, functools.partial(a_coroutine_function)]
@@ -1007,7 +974,7 @@ def test_handler_that_raises_fails_its_batch_is_reported_and_goes_on(error: Any,
     assert where != "on_error that raises" or told.count("RuntimeError: raised by on_error") == 1
 
 
-@pytest.mark.usefixtures("quiet")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @each("at", ["Batch", "array"])
 def test_handler_and_callers_lose_nothing_by_a_memory_error(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def short_of_memory(*_: Any) -> Any:
@@ -1027,7 +994,7 @@ def test_handler_and_callers_lose_nothing_by_a_memory_error(at: str, monkeypatch
     assert (taken, balanced(d).failed) == ([b"b"], 0)
 
 
-@pytest.mark.usefixtures("quiet")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_handler_gets_its_batch_though_the_task_that_has_room_now_could_not_be_called() -> None:
     async def main() -> list[bytes]:
         def short_of_memory(*_: object) -> None:
@@ -1073,15 +1040,17 @@ def test_start_that_fails_changes_nothing(at: str, error: Any, monkeypatch: pyte
     assert received == [b"a"]
 
 
-@each("result", [a_coroutine_function, lambda _: Awaitable()], ids=["coroutine", "awaitable"])
+@each(
+    "result",
+    [a_coroutine_function, lambda _: type("Awaitable", (), {"__await__": iter})()],
+    ids=["coroutine", "awaitable"],
+)
 def test_handler_that_returns_an_awaitable_has_failed(result: Callable[[Any], object]) -> None:
     errors: list[BaseException] = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # never awaited
-        with make(max_batch_bytes=1) as d:
-            d.start(lambda batch: result(batch), on_error=lambda exc, _: errors.append(exc))  # noqa: PLW0108
-            d.enqueue_many([b"a", b"b"])
-        gc.collect()
+    with make(max_batch_bytes=1) as d:
+        d.start(lambda batch: result(batch), on_error=lambda exc, _: errors.append(exc))  # noqa: PLW0108
+        d.enqueue_many([b"a", b"b"])
+    gc.collect()  # nothing warns that nobody awaited it
     assert [type(error) for error in errors] == [TypeError] * 2
     assert "await" in str(errors[0])
     assert (d.stats().failed, d.stats().delivered) == (2, 2)
@@ -1331,10 +1300,10 @@ def test_with_is_a_shutdown_and_returns_the_dispatchers_own_type() -> None:
 def test_with_in_a_coroutine_lets_a_task_of_its_own_loop_drain() -> None:
     async def main() -> list[bytes]:
         async with make() as d:
-            task = asyncio.ensure_future(collect(d))
+            task = asyncio.ensure_future(next_batch(d))
             d.enqueue_many([b"a", b"b"])
         assert d.stats().state == "stopped"
-        return await task
+        return (await task).tolist()
 
     assert run_async(main()) == [b"a", b"b"]
 
@@ -1628,8 +1597,7 @@ def test_waiting_threads_look_up_once_a_second_at_most() -> None:
 @pytest.fixture
 def heap() -> Iterator[Callable[[], tuple[int, int]]]:
     """Trace allocations during a test; tells how many bytes are allocated since it began, now and at the most."""
-    if not CPYTHON:
-        pytest.skip("tracemalloc is CPython's")
+    tracemalloc: Any = pytest.importorskip("tracemalloc")  # PyPy has none
     tracemalloc.start()
     gc.collect()
     tracemalloc.reset_peak()
@@ -1722,15 +1690,6 @@ SMALL_LOAD = (2000, 500, None, [0, 4, 5, 64, 163, 499, 501, 1999, 2001])
 LARGE_LOAD = (256 * tempo.KiB, 32 * tempo.KiB, 100, [0, 4, 5, 64, 163, 163, 163, 600, 3000, 32769])
 
 
-@pytest.fixture
-def frequent_switches() -> Iterator[None]:
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(before)
-
-
-@pytest.mark.usefixtures("frequent_switches")
 @each("load", [SMALL_LOAD, LARGE_LOAD], ids=["small", "large"])
 @each("ways", [["batches"], ["handler"], ["batches", "get", "async for", "async for"]], ids=len)
 def test_census_each_accepted_payload_comes_once(load: Any, ways: list[str]) -> None:
@@ -1762,7 +1721,6 @@ def test_census_each_accepted_payload_comes_once(load: Any, ways: list[str]) -> 
 # Behaviour: every public call against plain lists
 
 
-HYPOTHESIS = settings(deadline=None, max_examples=50, suppress_health_check=list(HealthCheck))
 TINY = st.integers(1, 1000)
 ROOMY = st.integers(64 * tempo.KiB, 256 * tempo.KiB)
 ITEMS = st.none() | st.integers(1, 700)
@@ -1781,10 +1739,11 @@ class Lists(RuleBasedStateMachine):
         self.limit, self.batch_limit, self.most = limits
         kwargs = {"max_buffered_bytes": self.limit, "max_batch_bytes": self.batch_limit, "max_batch_items": self.most}
         self.d = make(interval=1.0, **kwargs)
+        self.buffer = inside.buffer(self.d)
         self.closed: list[list[bytes]] = []
         self.open: list[bytes] = []
         self.filled = self.used = 0  # what the open batch, and all of them, are charged
-        self.number = 0
+        self.number = self.total = 0  # payloads offered, and accepted
 
     def payload(self, size: int) -> bytes:
         self.number += 1
@@ -1804,6 +1763,7 @@ class Lists(RuleBasedStateMachine):
         self.open.append(item)
         self.filled += charge(item)
         self.used += charge(item)
+        self.total += 1
         if self.filled >= (self.batch_limit or INF) or len(self.open) == self.most:
             self.cut()
 
@@ -1999,15 +1959,7 @@ class Model(Lists):
 class BufferModel(Lists):
     """The buffer alone: no threads, no clock, no dispatcher."""
 
-    now, total = 0.0, 0
-
-    @property
-    def buffer(self) -> Any:
-        return inside.buffer(self.d)
-
-    def accept(self, item: bytes) -> None:
-        super().accept(item)
-        self.total += 1
+    now = 0.0
 
     @rule(size=SIZES, count=st.integers(1, 100), told=st.booleans(), late=st.booleans())
     def append(self, size: int, count: int, told: bool, late: bool) -> None:
@@ -2080,7 +2032,8 @@ class BufferModel(Lists):
 
 @each("model", [Model, BufferModel])
 def test_dispatcher_and_its_buffer_do_what_plain_lists_do(model: Any) -> None:
-    play(model, settings=settings(HYPOTHESIS, stateful_step_count=30))
+    often = settings(deadline=None, max_examples=50, stateful_step_count=30, suppress_health_check=list(HealthCheck))
+    play(model, settings=often)
 
 
 # Behaviour: it never deadlocks: calls that interrupt a call
@@ -2632,7 +2585,7 @@ def test_exit_waits_for_no_thread_that_has_the_lock(monkeypatch: pytest.MonkeyPa
 
 def test_vendored_under_another_name_it_works_alone_and_brings_in_little(tmp_path: Path) -> None:
     shutil.copy(ROOT / "tempo.py", tmp_path / "my_events.py")
-    source = f"""if True:
+    source = f"""
         import sys
         before = set(sys.modules)
         sys.path[:0] = [{str(tmp_path)!r}]
@@ -2644,8 +2597,7 @@ def test_vendored_under_another_name_it_works_alone_and_brings_in_little(tmp_pat
             d.enqueue(b"x")
         print(sorted(brought - sys.stdlib_module_names), sorted(heavy))
     """
-    done = run_python("-I", "-S", "-c", source, cwd=tmp_path)
-    assert (done.returncode, done.stderr, done.stdout) == (0, "", "[b'x']\n[] []\n")
+    assert program(source, "-I", "-S", prelude="") == ["[b'x']", "[] []"]
 
 
 def test_vendored_file_stands_alone_without_private_calls() -> None:

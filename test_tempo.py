@@ -614,9 +614,10 @@ def test_enqueue_refused_tells_what_was_needed_and_leaves_nothing_behind(how: st
     d = holding(b"x" * (limit - 2), max_buffered_bytes=limit)
     before = d.stats()
     error = raised(send, d, how, b"abc", timeout=timeout)
-    assert type(error) is tempo.QueueFull
-    assert (error.needed, error.buffered_bytes, error.max_buffered_bytes) == (3, limit - 2, limit)
-    assert all(str(number) in str(error) for number in (3, limit - 2, limit))
+    for same in (error, pickle.loads(pickle.dumps(error))):
+        assert (type(same), same.accepted) == (tempo.QueueFull, 0)
+        assert (same.needed, same.buffered_bytes, same.max_buffered_bytes) == (3, limit - 2, limit)
+        assert all(str(number) in str(same) for number in (3, limit - 2, limit))
     assert balanced(d) == before._replace(rejected=1, rejected_bytes=3)
     d.enqueue(b"ab")
     assert raised(d.enqueue, b"").needed == 1
@@ -789,9 +790,11 @@ def parked(d: tempo.Dispatcher, work: Coroutine[Any, Any, Any], closed: bool) ->
 
 
 @CONSUMERS
-def test_consumer_gets_the_batch_that_is_there_or_comes_and_is_the_timer(way: str) -> None:
-    d = holding(b"ab", interval=0.01, max_batch_bytes=2)
-    assert take(d, way).tolist() == [b"ab"]
+def test_consumer_gets_the_batch_that_is_there_or_comes_and_is_the_timer_so_that_no_thread_is_needed(way: str) -> None:
+    before = threading.enumerate()
+    d = holding(b"ab", b"c", interval=0.01, max_batch_bytes=2)
+    assert [take(d, way).tolist(), take(d, way).tolist(), d.flush()] == [[b"ab"], [b"c"], True]
+    assert threading.enumerate() == before
     for payload in (b"cd", b"x", b""):
         waiting = taker(d, way)
         d.enqueue(payload)
@@ -840,21 +843,23 @@ def test_consumers_that_wait_share_batches_and_pass_their_wake_up_on() -> None:
 
 
 def test_task_cancelled_while_it_waits_loses_nothing_and_passes_its_batch_on() -> None:
-    async def main() -> Any:
-        tasks: list[asyncio.Future[Any]] = []
-        for work in (next_batch(d), next_batch(d), next_batch(d)):
-            tasks.append(asyncio.ensure_future(work))
-            await until(lambda: d.stats().waiting_consumers == len(tasks))
+    async def main() -> None:
+        tasks = [asyncio.ensure_future(next_batch(d)) for _ in range(3)]
+        await until(lambda: d.stats().waiting_consumers == 3)
         tasks[1].cancel()
         d.enqueue(b"x")  # wakes the first, which does not come to it
         tasks[0].cancel()
-        for task in tasks[:2]:
-            with pytest.raises(asyncio.CancelledError):
-                await task
-        return (await tasks[2]).tolist()
+        assert (await tasks[2]).tolist() == [b"x"]
+        d.enqueue(b"y")
+        flushes = [asyncio.ensure_future(d.aflush()) for _ in range(2)]
+        await asyncio.sleep(0)
+        flushes[0].cancel()
+        assert d.get(timeout=0).tolist() == [b"y"]
+        assert await flushes[1] is True
+        assert all(task.cancelled() for task in (tasks[0], tasks[1], flushes[0]))
 
     d = make(max_batch_bytes=1)
-    assert run_async(main()) == [b"x"]
+    run_async(main())
     assert works(d) == []
 
 
@@ -1040,19 +1045,14 @@ def test_start_that_fails_changes_nothing(at: str, error: Any, monkeypatch: pyte
     assert received == [b"a"]
 
 
-@each(
-    "result",
-    [a_coroutine_function, lambda _: type("Awaitable", (), {"__await__": iter})()],
-    ids=["coroutine", "awaitable"],
-)
+@each("result", [a_coroutine_function, type("Awaitable", (), {"__init__": print, "__await__": iter})], ids=shown)
 def test_handler_that_returns_an_awaitable_has_failed(result: Callable[[Any], object]) -> None:
-    errors: list[BaseException] = []
+    errors: list[str] = []
     with make(max_batch_bytes=1) as d:
-        d.start(lambda batch: result(batch), on_error=lambda exc, _: errors.append(exc))  # noqa: PLW0108
+        d.start(lambda batch: result(batch), on_error=lambda exc, _: errors.append(repr(exc)))  # noqa: PLW0108
         d.enqueue_many([b"a", b"b"])
     gc.collect()  # nothing warns that nobody awaited it
-    assert [type(error) for error in errors] == [TypeError] * 2
-    assert "await" in str(errors[0])
+    assert [error[:10] for error in errors] == ["TypeError("] * 2 and "await" in errors[0]
     assert (d.stats().failed, d.stats().delivered) == (2, 2)
 
 
@@ -1125,20 +1125,6 @@ def test_flush_is_false_and_shutdown_raises_when_stop_hands_their_work_back(how:
         assert refusal(closer.result) is tempo.Stopped
 
 
-def test_flush_by_a_coroutine_can_be_cancelled() -> None:
-    async def main() -> None:
-        with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(d.aflush(), 0.01)
-        task = asyncio.ensure_future(d.aflush())
-        await asyncio.sleep(0)
-        assert (await next_batch(d)).tolist() == [b"x"]
-        assert await task is True
-
-    d = holding(b"x")
-    run_async(main())
-    assert works(d) == []
-
-
 # shutdown(timeout=None), await ashutdown(timeout=None)
 
 
@@ -1167,10 +1153,11 @@ def test_shutdown_out_of_time_hands_back_what_is_left_and_says_how_much(how: str
     assert mode == "pull" or gate.entered.wait(LIMIT)
     waiting = closing(d, how)
     says = {"pull": "2 batches.*4 payloads", "push": r"2 batches.*3 payloads.*\b2 payloads.*handler"}
-    with pytest.raises(tempo.DrainTimeout, match=says[mode]) as caught:
-        call(d, how, timeout=timeout)
-
-    assert lists(caught.value.undelivered) == [[b"b", b"c"], [b"d", b"e"]] if mode == "pull" else [[b"c", b"d"], [b"e"]]
+    error = raised(call, d, how, timeout=timeout)
+    for same in (error, pickle.loads(pickle.dumps(error))):
+        assert type(same) is tempo.DrainTimeout and re.search(says[mode], str(same))
+        assert lists(same.undelivered) == ([[b"b", b"c"], [b"d", b"e"]] if mode == "pull" else [[b"c", b"d"], [b"e"]])
+        assert same.in_flight == (0 if mode == "pull" else 2)
     s = balanced(d)
     assert (s.state, s.in_flight, s.discarded) == ("stopped", *((0, 4) if mode == "pull" else (2, 3)))
     assert refusal(waiting.result) in (tempo.Stopped, tempo.DrainTimeout)
@@ -1429,18 +1416,6 @@ def test_batch_may_be_larger_than_4_gib() -> None:
 # Errors and constants
 
 
-def test_error_can_be_pickled() -> None:
-    d = full(SMALL)
-    with pytest.raises(tempo.QueueFull) as caught:
-        d.enqueue_many([b"abc"])
-    with pytest.raises(tempo.DrainTimeout) as late:
-        d.shutdown(timeout=0)
-    again, late_again = pickle.loads(pickle.dumps((caught.value, late.value)))
-    assert (type(again), str(again)) == (tempo.QueueFull, str(caught.value))
-    assert (again.needed, again.buffered_bytes, again.max_buffered_bytes, again.accepted) == (3, SMALL, SMALL, 0)
-    assert payloads(late_again.undelivered) == [b"x" * SMALL]
-
-
 def test_errors_and_names_of_the_module_are_the_contracts() -> None:
     assert (tempo.KiB, tempo.MiB, tempo.GiB) == (1 << 10, 1 << 20, 1 << 30)
     assert re.fullmatch(r"\d+\.\d+\.\d+", tempo.__version__)
@@ -1454,7 +1429,7 @@ def test_errors_and_names_of_the_module_are_the_contracts() -> None:
     assert tempo.DrainTimeout.__bases__ == (tempo.Error, TimeoutError)
 
 
-# Behaviour: order, and when a batch closes
+# Behaviour: order, when a batch closes, and who is woken
 
 
 @each(
@@ -1501,7 +1476,9 @@ def test_interval_counts_from_a_batchs_first_payload_and_closes_it(limit: int, c
     assert d.get(timeout=0).tolist() == [b"c", b"d"]
     assert not_due(d)
     clock.now += 0.25
-    assert d.get(timeout=0).tolist() == [b"efg"]
+    d.enqueue_many([b"h", b"new"])  # a batch that is due fills up to its limit while no consumer asks
+    assert d.get(timeout=0).tolist() == [b"efg", b"h"]
+    assert not_due(d)
 
 
 @each(("pace", "missing"), [(0.001, 1.0), (0.1, 0.0)])
@@ -1515,15 +1492,6 @@ def test_interval_may_count_from_an_eighth_earlier_at_a_high_pace(pace: float, m
     assert not_due(d)
     clock.now += missing + 0.02
     assert d.get(timeout=0).nbytes == 500
-
-
-@LIMITS
-def test_batch_that_is_due_keeps_filling_up_to_its_limits_while_no_consumer_asks(limit: int, clock: Clock) -> None:
-    d = holding(b"12345", max_buffered_bytes=limit, interval=1, max_batch_bytes=10)
-    clock.now += 5
-    d.enqueue_many([b"678", b"90", b"next"])
-    assert d.get(timeout=0).tolist() == [b"12345", b"678", b"90"]
-    assert not_due(d)
 
 
 def test_clock_that_is_frozen_or_jumps_stops_no_interval(clock: Clock) -> None:
@@ -1558,19 +1526,6 @@ def test_full_buffer_is_due_where_a_payload_waits_or_was_refused(how: str, way: 
     d.shutdown()
     assert consumer.result() == [numbered(i, 350) for i in range(20)]
     assert d.stats().rejected == 2
-
-
-# Behaviour: no thread in pull mode, and nobody is woken for nothing
-
-
-def test_pull_mode_starts_no_thread() -> None:
-    before = threading.active_count()
-    with make(interval=0.001) as d:
-        d.enqueue(b"a")
-        d.get(timeout=LIMIT)
-        d.flush(timeout=0)
-        assert threading.active_count() == before
-    assert threading.active_count() == before
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")

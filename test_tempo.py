@@ -113,6 +113,27 @@ class inside:  # noqa: N801 - a namespace
             assert told or opened + covered < (buffer.max_batch or INF), "I4"
             assert told or pending + run.places < (buffer.max_items or INF), "I4"
 
+    stops_at_opcodes = sys.implementation.name == "cpython" and sys.version_info[:2] != (3, 12)
+
+    @staticmethod
+    def stop_in_await(n: int, stop: Callable[[], object], work: Callable[..., Any], *args: Any) -> Any:
+        """Call work, and stop before the n-th opcode of the waiting of its coroutine."""
+        steps = itertools.count(1)
+
+        def trace(frame: FrameType, event: str, _: object) -> Any:
+            if frame.f_code is not tempo.Dispatcher._await.__code__:
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode" and next(steps) == n:
+                stop()
+            return trace
+
+        sys.settrace(trace)
+        try:
+            return work(*args)
+        finally:
+            sys.settrace(None)
+
     @staticmethod
     def set_clock(clock: Callable[[], float]) -> None:
         """Let tempo read another clock; the fixture below takes it back."""
@@ -2222,6 +2243,22 @@ def test_enqueue_stopped_at_each_step_is_accepted_once_or_refused(ends: bool, li
         assert came == [b"first", *[same] * (others + (refused is None))]
         assert balanced(d).accepted == len(came)
         inside.check(d)
+
+
+@pytest.mark.skipif(not inside.stops_at_opcodes, reason="needs a tracer of single opcodes")
+def test_aenqueue_out_of_time_is_refused_for_good_wherever_its_thread_stands() -> None:
+    for n in itertools.count(1):
+        d, gate = full(10), Gate()
+        worker = Worker(inside.stop_in_await, n, gate, run_async, d.aenqueue(b"late", timeout=1e-3))
+        wait_until(lambda: gate.entered.is_set() or not worker.is_alive())
+        taken = [] if inside.locked(d) else [d.get(timeout=0)]  # now there is room
+        gate.go_on.set()
+        refused = refusal(worker.result)
+        late = payloads([*taken, *drained(d)])[1:]
+        assert (late, refused) in [([], tempo.QueueFull), ([b"late"], None)]
+        assert balanced(d).waiting_producers == 0
+        if not gate.entered.is_set():
+            return
 
 
 def test_flush_is_not_true_before_the_handler_has_returned_wherever_its_thread_stands() -> None:

@@ -20,7 +20,7 @@ class FileSink:
     out of the file again and OSError raised. With ``fsync`` a batch is on the disk when ``deliver`` returns.
 
     A batch that would take the file over ``rotate_bytes`` begins a new one; the old one is renamed to PATH.000001 and
-    so on. Of these the oldest beyond ``keep`` are deleted.
+    so on.
     """
 
     def __init__(
@@ -28,13 +28,12 @@ class FileSink:
         path: str | os.PathLike[str],
         *,
         rotate_bytes: int | None = None,
-        keep: int | None = None,
         fsync: bool = False,
         patience: float = 60.0,
     ) -> None:
         """Open the file for appending. Raises OSError."""
         self.path = Path(path)
-        self._rotate_bytes, self._keep, self._fsync, self._patience = rotate_bytes, keep, fsync, patience
+        self._rotate_bytes, self._fsync, self._patience = rotate_bytes, fsync, patience
         self._lock = threading.Lock()
         self._open()
 
@@ -82,8 +81,6 @@ class FileSink:
             os.rename(aside, self.path)
             raise
         full.close()
-        for path in rotated(self.path)[: -self._keep] if self._keep is not None else ():
-            path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close the file."""

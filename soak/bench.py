@@ -23,7 +23,7 @@ from soak.cli import complain, format_seconds, say
 
 FOLDER = baseline.FOLDER / "bench"
 OUT = environment.ROOT / "soak" / "out" / "bench.json"
-GROUPS = {"calls": 20, "large": 20, "threads": 3, "full": 10, "peers": 3, "coroutines": 3, "soaks": 3}
+GROUPS = {"calls": 20, "threads": 3, "full": 10, "peers": 3, "coroutines": 3, "soaks": 3}
 """And the values of a round: more where they take milliseconds."""
 PATIENCE = 900.0  # seconds after which a round of one group counts as hung
 FLOOR = 0.10
@@ -54,7 +54,6 @@ ROWS = (
     Row("refusal / queue.Full", "refusal", "queue_full", 1.0),
     Row("whole way / queue.Queue", "way", "queue_way", 0.30),
     Row("whole way / SimpleQueue", "way", "simple_queue_way"),
-    Row("10 KiB payloads / bytes.join", "large", "join_bytes", 1.6),
     Row("threads / queue.Queue batcher", "handover", "queue_batcher", 0.10),
     Row("threads / SimpleQueue batcher", "handover", "simple_queue_batcher", 2.0),
     Row("threads / QueueListener", "handover", "queue_listener"),
@@ -63,7 +62,6 @@ ROWS = (
     Row("full buffer / bounded Queue", "full_buffer", "full_queue", 2.0),
     Row("coroutines / asyncio.Queue", "coroutines", "asyncio_queue"),
     Row("coroutines / janus", "coroutines", "janus", 1.0),
-    Row("coroutines / culsans", "coroutines", "culsans"),
     Row("32 producers, of bare", "soak_32", "soak_32_bare", 1 / 0.45, share=True),
     Row("32 KiB batches, of bare", "soak_32k", "soak_32k_bare", 1 / 0.36, share=True),
     Row("1 producer, of bare", "soak_1", "soak_1_bare", 1 / 0.46, share=True),
@@ -140,11 +138,10 @@ def measure(path: Path, group: str, options: argparse.Namespace, quiet: bool) ->
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, **settings)
     except (subprocess.TimeoutExpired, OSError) as error:
         raise RuntimeError(f"{group}: {error}") from None
-    lines = done.stderr.strip().splitlines()
     if done.returncode:
-        raise RuntimeError(f"{group}: {lines[-1] if lines else f'exit code {done.returncode}'}")
-    for line in () if quiet else lines:
-        say(line)
+        raise RuntimeError(f"{group}: exit code {done.returncode}: {done.stderr[-300:]}")
+    if done.stderr and not quiet:
+        say(done.stderr.strip())
 
 
 def rounds_of(suite: Any, name: str) -> list[float]:

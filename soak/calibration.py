@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from itertools import islice
-from typing import NamedTuple
 
 from soak import interrupts
 from soak.config import Config
@@ -17,15 +16,9 @@ from soak.load import ROUND
 from soak.payloads import Sent, events
 
 
-class Calibration(NamedTuple):
-    """What came of it. ``interrupted``: an interrupt cut it short; the rate is of the time until then."""
-
-    events_per_second: float
-    interrupted: bool
-
-
-def calibrate(config: Config, seconds: float) -> Calibration:
-    """Let all producers format events and append them to lists. Raises RuntimeError when a thread fails."""
+def calibrate(config: Config, seconds: float) -> tuple[float, bool]:
+    """Let all producers format events and append them to lists; return events a second, and whether an interrupt cut it
+    short. Raises RuntimeError when a thread fails."""
     crew, halt = Crew(), list[bool]()
     # Events that a producer's list holds before it is emptied: all lists together no more than the buffer would.
     most = max(1, min(4 * ROUND, config.max_buffered_bytes // config.producers // max(1, config.mean_payload)))
@@ -63,4 +56,4 @@ def calibrate(config: Config, seconds: float) -> Calibration:
     elapsed = time.perf_counter() - started
     if late or crew.problems:
         raise RuntimeError("calibration: " + (crew.problems[0] if crew.problems else f"{late[0]} did not end"))
-    return Calibration(sum(made) / elapsed, interrupted)
+    return sum(made) / elapsed, interrupted

@@ -9,11 +9,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import tempo
 from soak import interrupts
 from soak.config import Config
+from soak.load import Load
 
 PATIENCE = 60.0  # seconds that a thread, a flush or a shutdown may take before it counts as hung
 HURRY = 0.1  # seconds that a load lasts at least, even after an interrupt
@@ -82,16 +83,6 @@ def join(threads: Iterable[threading.Thread], seconds: float) -> list[str]:
     return late
 
 
-class Work(Protocol):
-    """What the threads of a pass do. ``halt`` is empty until producers are to stop; they look at it now and then."""
-
-    def produce(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
-        """Send until ``halt`` holds something, or until all is sent: without producers the load is over."""
-
-    def consume(self, index: int, dispatcher: tempo.Dispatcher) -> None:
-        """Receive until the dispatcher is drained."""
-
-
 @dataclass
 class Outcome:
     """What a pass came to. Times in seconds; None: that did not come about."""
@@ -112,8 +103,8 @@ class Outcome:
 Sampler = Callable[[float, tempo.Stats], None]
 
 
-def drive(config: Config, seconds: float, work: Work, sample: Sampler | None = None, every: float = 1.0) -> Outcome:
-    """Run ``work`` for ``seconds`` on a new dispatcher, drain it and shut it down.
+def drive(config: Config, seconds: float, load: Load, sample: Sampler | None = None, every: float = 1.0) -> Outcome:
+    """Run a load for ``seconds`` on a new dispatcher, drain it and shut it down.
 
     ``sample(elapsed, stats)`` is called in this thread about every ``every`` seconds and once after the end. Under
     ``interrupts.kept()`` the first interrupt ends the load early. Any other KeyboardInterrupt is raised, after the
@@ -155,9 +146,9 @@ def drive(config: Config, seconds: float, work: Work, sample: Sampler | None = N
 
     try:
         for index in range(config.consumers):
-            consumers.append(crew.start(f"consumer {index}", work.consume, index, dispatcher))
+            consumers.append(crew.start(f"consumer {index}", load.consume, index, dispatcher))
         for index in range(config.producers):
-            producers.append(crew.start(f"producer {index}", work.produce, index, dispatcher, halt))
+            producers.append(crew.start(f"producer {index}", load.produce, index, dispatcher, halt))
     except (RuntimeError, MemoryError) as error:
         crew.report(f"only {len(consumers)} consumers and {len(producers)} producers could be started: {error}")
     started = time.perf_counter()

@@ -116,28 +116,29 @@ def run(
     def length(least: float, most: float) -> float:
         return HURRY if interrupted else config.pass_seconds(least, most)
 
-    before = calibrate(config, length(1.0, 3.0))
-    ended(before.interrupted)
-    say(f"calibration: {before.events_per_second:,.0f} events/s with no dispatcher")
-    traced = heap.measure(config, length(2.0, 4.0))
-    ended(traced.outcome.interrupted)
-    say(f"heap: peak {format_size(traced.peak)}, the buffer at most {format_size(traced.peak_buffered)} full")
+    before, early = calibrate(config, length(1.0, 3.0))
+    ended(early)
+    say(f"calibration: {before:,.0f} events/s with no dispatcher")
+    peak_heap, traced = heap.measure(config, length(2.0, 4.0))
+    ended(traced.interrupted)
+    fullest = traced.stats.peak_buffered_bytes if traced.stats else 0
+    say(f"heap: peak {format_size(peak_heap)}, the buffer at most {format_size(fullest)} full")
     counted, counting = census.take(config, length(1.0, 4.0))
     ended(counting.interrupted)
     say(f"census: {counted.accepted:,} events accepted, {counted.delivered:,} delivered, each checked")
     load = Load(config, sink)
     duration = min(HURRY, config.duration) if interrupted else config.duration
     say(f"load: {format_seconds(duration)}, {config.producers} producers, {config.consumers} consumers")
-    with open_monitor(display, config, stream, duration, traced.peak) as monitor:
+    with open_monitor(display, config, stream, duration, peak_heap) as monitor:
         outcome = drive(config, duration, load, monitor.sample, monitor.every)
     ended(outcome.interrupted)
     peak_rss = environment.peak_rss()
-    after = calibrate(config, length(1.0, 3.0))
-    ended(after.interrupted)
-    say(f"calibration: {after.events_per_second:,.0f} events/s again")
+    after, early = calibrate(config, length(1.0, 3.0))
+    ended(early)
+    say(f"calibration: {after:,.0f} events/s again")
 
     figures, wrong = _figures(config, load, outcome, counted)
-    problems = [f"heap pass: {problem}" for problem in traced.outcome.problems]
+    problems = [f"heap pass: {problem}" for problem in traced.problems]
     problems += [f"census: {problem}" for problem in counted.problems] + wrong
     found = None if sink is None else readback.read_back(sink, load.accounts, config)
     if sink is not None and found is not None:
@@ -145,7 +146,7 @@ def run(
         figures["lost"] += found.lost
         figures["duplicated"] += found.repeated if sink.once else 0
 
-    calibration = (before.events_per_second + after.events_per_second) / 2
+    calibration = (before + after) / 2
     ratio = figures["delivered_per_second"] / calibration if calibration else None
     compared, note = baseline.choose(baseline_option, asdict(config), place)
     bound, allowance = heap.bound(config), heap.allowance(config)
@@ -155,7 +156,7 @@ def run(
     findings = {
         "correctness": verdict.judge_correctness(**counts, **checked),
         "throughput": verdict.judge_throughput(figures["delivered_per_second"], ratio, known["ratio"], note),
-        "memory": verdict.judge_memory(traced.peak, bound, allowance, known["peak_heap_bytes"]),
+        "memory": verdict.judge_memory(peak_heap, bound, allowance, known["peak_heap_bytes"]),
         "drain": verdict.judge_drain(figures["drain_seconds"], known["drain_seconds"]),
     }
     findings["overall"] = verdict.overall(findings)
@@ -168,17 +169,17 @@ def run(
         **figures,
         "calibration": calibration,
         "ratio": ratio,
-        "peak_heap_bytes": traced.peak,
+        "peak_heap_bytes": peak_heap,
         "peak_rss_bytes": peak_rss,
         "heap": {
             "bound_bytes": bound,
             "allowance_bytes": allowance,
-            "peak_buffered_bytes": traced.peak_buffered,
-            "seconds": traced.outcome.load_seconds,
+            "peak_buffered_bytes": fullest,
+            "seconds": traced.load_seconds,
         },
         "census": vars(counted),
         "sink": None if found is None else vars(found),
-        "calibrations": {"before": before.events_per_second, "after": after.events_per_second, "used": "mean"},
+        "calibrations": {"before": before, "after": after, "used": "mean"},
         "baseline": None if compared is None else compared.name,
         "problems": problems,
         "config": asdict(config),

@@ -21,27 +21,28 @@ HURRY = 0.1  # seconds that a load lasts at least, even after an interrupt
 
 
 class Crew:
-    """The threads of one pass. They wait for ``go``; an exception in one of them is kept in ``problems``."""
+    """Threads that begin together; an exception in one of them is kept in ``problems``."""
 
     def __init__(self) -> None:
-        self.go = threading.Event()
+        self.go = threading.Event()  # they wait for it
         self.trouble = threading.Event()  # set with the first problem, so that nobody waits the pass out
         self.expected: tuple[type[BaseException], ...] = ()  # what threads may raise once they were released
         self.problems: list[str] = []  # one line each; appended by any thread
 
     def start(self, name: str, work: Callable[..., object], *args: object) -> threading.Thread:
         """Start a daemon thread that calls ``work(*args)`` once ``go`` is set. Raises RuntimeError as Thread.start."""
-        thread = threading.Thread(target=self._guard, args=(name, work, args), name=name, daemon=True)
+
+        def run() -> None:
+            self.go.wait()
+            try:
+                work(*args)
+            except BaseException as error:  # a thread that ends in SystemExit has not done its work either
+                if not isinstance(error, self.expected):
+                    self.report(f"{name}: {describe(error)}")
+
+        thread = threading.Thread(target=run, name=name, daemon=True)
         thread.start()
         return thread
-
-    def _guard(self, name: str, work: Callable[..., object], args: tuple[object, ...]) -> None:
-        self.go.wait()
-        try:
-            work(*args)
-        except BaseException as error:  # a thread that ends in SystemExit has not done its work either
-            if not isinstance(error, self.expected):
-                self.report(f"{name}: {describe(error)}")
 
     def report(self, problem: str, hung: bool = False) -> None:
         """Keep a problem; ``hung``: write every thread's stack to stderr."""
@@ -165,26 +166,22 @@ def drive(config: Config, seconds: float, load: Load, sample: Sampler | None = N
         raise
     halt.append(True)
 
-    # After a problem nobody may be left to make room for producers that wait: stop() releases them.
-    late = join(producers, 2.0 if crew.trouble.is_set() else patience)
+    # After a problem nobody may be left to make room for producers that wait: then they are released by stop().
+    if not crew.trouble.is_set() and (late := join(producers, patience)):
+        crew.report(f"{len(late)} producers did not stop within {patience:.0f} s ({late[0]} first)", hung=True)
     stopped = time.perf_counter()
     outcome.load_seconds = stopped - started
-    if late and not crew.trouble.is_set():
-        crew.report(f"{len(late)} producers did not stop within {patience:.0f} s ({late[0]} first)", hung=True)
-    if late or not any(consumer.is_alive() for consumer in consumers):
-        stop()
-        if late := join(producers, PATIENCE):
-            crew.report(f"{len(late)} producers kept running after stop() ({late[0]} first)")
-    else:
+    if not crew.trouble.is_set():
         flushed, _ = crew.call(dispatcher.flush, 2 * patience, timeout=patience)
         if flushed:
             outcome.drain_seconds = time.perf_counter() - stopped
         else:
             crew.report(f"flush() gave {flushed!r}: not all was delivered within {patience:.0f} s")
-        known = len(crew.problems)
         _, outcome.shutdown_seconds = crew.call(dispatcher.shutdown, 2 * patience, timeout=patience)
-        if len(crew.problems) > known:
-            stop()
+    if crew.trouble.is_set():
+        stop()
+        if late := join(producers, PATIENCE):
+            crew.report(f"{len(late)} producers kept running after stop() ({late[0]} first)")
     if late := join(consumers, patience):
         crew.report(f"{len(late)} consumers did not end within {patience:.0f} s ({late[0]} first)", hung=True)
 

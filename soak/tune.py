@@ -53,8 +53,8 @@ On a terminal it asks for the payload size when none is given. `run` then takes 
 class Edge(NamedTuple):
     """Where refusals begin."""
 
-    healthy: int | None  # the smallest buffer without refusals, in bytes; None: there is none
-    refusing: int | None  # the largest one with refusals below that; None: none refuses
+    healthy: int | None  # the smallest buffer tried without refusals, in bytes; None: each had some
+    refusing: int | None  # the largest one below that, which had some
 
 
 class Found(NamedTuple):
@@ -71,7 +71,7 @@ def add_parser(commands: Any) -> None:
     purpose = "Probe this machine, recommend limits, and write them where `run` finds them."
     add = cli.add_command(commands, "tune", main, purpose, EXAMPLE)
     settings.add_settings(add, "payload", "interval")
-    add("--probe", type=cli.duration, default="1s", metavar="TIME", help="of each of at most 40 probes (%(default)s)")
+    add("--probe", type=cli.duration, default="1s", metavar="TIME", help="of each of at most 44 probes (%(default)s)")
     add("--out", type=cli.path, default=OUT, metavar="DIR", help="folder of the settings (%(default)s)")
 
 
@@ -182,23 +182,19 @@ def _rates(what: str, choices: Mapping[Any, Config], seconds: float) -> dict[Any
 
 
 def find_edge(healthy: Callable[[int], bool], least: int, most: int) -> Edge:
-    """Search among ``least`` times 1, 2, 4 ... and ``most``; a size counts as healthy after two good probes.
+    """Double the buffer until two probes in a row are healthy.
 
-    >>> find_edge(lambda size: size >= 3000, 16, 1 << 20), find_edge(lambda size: True, 16, 64)
-    (Edge(healthy=4096, refusing=2048), Edge(healthy=16, refusing=None))
-    >>> find_edge(lambda size: False, 16, 64)
-    Edge(healthy=None, refusing=64)
+    >>> find_edge(lambda size: size >= 3000, 16, 1 << 20), find_edge(lambda size: False, 16, 60)
+    (Edge(healthy=4096, refusing=2048), Edge(healthy=None, refusing=60))
     """
-    sizes = [least]
-    while sizes[-1] < most:
-        sizes.append(min(most, 2 * sizes[-1]))
-    low, high = 0, len(sizes)  # below low all refuse, from high on none does
-    while low < high:
-        middle = (low + high) // 2
-        well = healthy(sizes[middle]) and healthy(sizes[middle])
-        low, high = (low, middle) if well else (middle + 1, high)
-        say(f"buffer {format_size(sizes[middle])}: {'healthy' if well else 'refusals'}")
-    return Edge(sizes[high] if high < len(sizes) else None, sizes[high - 1] if high else None)
+    size, refusing = least, None
+    while refusing != most:
+        well = healthy(size) and healthy(size)
+        say(f"buffer {format_size(size)}: {'healthy' if well else 'refusals'}")
+        if well:
+            return Edge(size, refusing)
+        refusing, size = size, min(most, 2 * size)
+    return Edge(None, refusing)
 
 
 def observe(config: Config, seconds: float, load: Load | None = None) -> float:

@@ -25,7 +25,6 @@ class Handler(BaseHTTPRequestHandler):
     refusing = False
 
     def do_POST(self) -> None:
-        """Store the body."""
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
@@ -50,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def turn(*_: object) -> None:
-    """Refuse from now on, or no longer."""
+    """Refuse, or no longer."""
     Handler.refusing = not Handler.refusing
 
 

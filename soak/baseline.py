@@ -127,7 +127,7 @@ def main(options: argparse.Namespace) -> int:
             while len(found) < options.runs:
                 say(f"run {len(found) + 1} of {options.runs}")
                 result = run.run(config, None, None, "none", place, "none")
-                if result["interrupted"] or interrupts.take():
+                if interrupts.seen():
                     raise KeyboardInterrupt
                 if result["verdict"]["overall"]["status"] == verdict.FAIL:
                     raise RuntimeError(result["verdict"]["overall"]["note"])

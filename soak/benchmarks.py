@@ -412,7 +412,7 @@ def soak(name: str, seconds: float) -> float:
 
 def bare(name: str, seconds: float) -> float:
     """What its producers reach with a list append in place of ``enqueue``."""
-    return 1 / calibrate(SOAKS[name], seconds)[0]
+    return 1 / calibrate(SOAKS[name], seconds)
 
 
 def main() -> None:

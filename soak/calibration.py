@@ -16,9 +16,9 @@ from soak.load import ROUND
 from soak.payloads import Sent, events
 
 
-def calibrate(config: Config, seconds: float) -> tuple[float, bool]:
-    """Let all producers format events and append them to lists; return events a second, and whether an interrupt cut it
-    short. Raises RuntimeError when a thread fails."""
+def calibrate(config: Config, seconds: float) -> float:
+    """Let all producers format events and append them to lists; return events a second, of the time until an interrupt
+    if one comes. Raises RuntimeError when a thread fails."""
     crew, halt = Crew(), list[bool]()
     # Events that a producer's list holds before it is emptied: all lists together no more than the buffer would.
     most = max(1, min(4 * ROUND, config.max_buffered_bytes // config.producers // max(1, config.mean_payload)))
@@ -40,7 +40,6 @@ def calibrate(config: Config, seconds: float) -> tuple[float, bool]:
                 kept.clear()
 
     threads = []
-    interrupted = False
     try:
         for index in range(config.producers):
             threads.append(crew.start(f"calibration {index}", produce, index))
@@ -48,7 +47,7 @@ def calibrate(config: Config, seconds: float) -> tuple[float, bool]:
         crew.go.set()
         interrupts.wait(crew.trouble, seconds)
     except interrupts.Interrupted:
-        interrupted = True
+        pass
     finally:
         halt.append(True)
         crew.go.set()
@@ -56,4 +55,4 @@ def calibrate(config: Config, seconds: float) -> tuple[float, bool]:
     elapsed = time.perf_counter() - started
     if late or crew.problems:
         raise RuntimeError("calibration: " + (crew.problems[0] if crew.problems else f"{late[0]} did not end"))
-    return sum(made) / elapsed, interrupted
+    return sum(made) / elapsed

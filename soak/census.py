@@ -56,7 +56,7 @@ class CensusResult:
     refused: int
     out_of_order: int  # or repeated
     checksum_equal: bool
-    identities_checked: bool  # False for payloads too small to carry an identity: only counts and checksums speak
+    identities_checked: bool
     seconds: float
     problems: list[str]
 
@@ -69,6 +69,11 @@ class CensusResult:
     def duplicated(self) -> int:
         """Events delivered more often than accepted."""
         return max(0, self.delivered - self.accepted)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What could not be checked."""
+        return [] if self.identities_checked else ["payloads too small to carry an identity: order not checked"]
 
 
 def take(config: Config, seconds: float, each: int | None = None, every: float = 1.0) -> tuple[CensusResult, Outcome]:

@@ -92,7 +92,6 @@ class Outcome:
     drain_seconds: float | None = None  # from there until everything accepted was delivered
     shutdown_seconds: float | None = None
     stats: tempo.Stats | None = None  # after shutdown
-    interrupted: bool = False
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -157,7 +156,6 @@ def drive(config: Config, seconds: float, load: Load, sample: Sampler | None = N
     try:
         watch()
     except interrupts.Interrupted:
-        outcome.interrupted = True
         # An interrupt from before the load would leave nothing to judge.
         crew.trouble.wait(max(0.0, started + min(HURRY, seconds) - time.perf_counter()))
     except BaseException:

@@ -67,7 +67,7 @@ def run(command: list[str], variables: dict[str, str]) -> NoReturn:
 
 
 def provide() -> tuple[Path, Path, Path]:
-    """Return the emulator, the folder with arm64's files and the Python in it, fetched if missing. Raises SetupError."""
+    """Return the emulator, a folder with arm64's files, and its Python; fetch what is missing. Raises SetupError."""
     root, done = CACHE / "root", CACHE / "done"
     own = CACHE / "host" / "usr" / "bin" / EMULATOR
     found = shutil.which(EMULATOR)

@@ -201,7 +201,7 @@ def observe(config: Config, seconds: float, load: Load | None = None) -> float:
     """Load as much as possible, or as ``load`` does; return the rate. Raises RuntimeError when it goes wrong."""
     load = load or Load(config)
     outcome = drive(config, seconds, load)
-    if outcome.interrupted:
+    if interrupts.seen():
         raise KeyboardInterrupt
     if outcome.problems:
         raise RuntimeError(outcome.problems[0])

@@ -59,7 +59,6 @@ class Row:
     accepted: int = 0
     read: dict[str, Any] = field(default_factory=dict)  # of readback.ReadBack
     peak_buffered_bytes: int = 0
-    interrupted: bool = False
     problems: list[str] = field(default_factory=list)
 
     def load(self, target: str, config: Config, harmed: servers.Server | None = None) -> Row:
@@ -73,7 +72,6 @@ class Row:
         with nullcontext() if harmed is None else self._injected(harmed, config.duration):
             outcome = drive(config, config.duration, load)
         self.problems += outcome.problems
-        self.interrupted = outcome.interrupted
         self.accepted = sum(load.accepted)
         self.delivered_per_second = load.delivered / outcome.seconds
         self.peak_buffered_bytes = outcome.stats.peak_buffered_bytes if outcome.stats else 0
@@ -132,14 +130,14 @@ def main(options: argparse.Namespace) -> int:
     left_out: list[str] = []
     with interrupts.kept(), tempfile.TemporaryDirectory(prefix="tempo-sinks-") as folder:
         Path(folder).chmod(0o711)  # PostgreSQL's user passes through
-        bare, interrupted = calibrate(config, config.pass_seconds(1.0, 3.0))
+        bare = calibrate(config, config.pass_seconds(1.0, 3.0))
         say(f"calibration: {bare:,.0f} events/s with no dispatcher")
         with closing(_loads(options, config, Path(folder), left_out)) as loads:
-            while not interrupted and (row := next(loads, None)) is not None:
+            while not interrupts.seen() and (row := next(loads, None)) is not None:
                 row.ratio = row.delivered_per_second / bare
                 rows.append(row)
                 say(", ".join([*(f"{head} {cell}" for head, cell in row.cells().items() if cell), *row.problems]))
-                interrupted |= row.interrupted or interrupts.take()
+        interrupted = interrupts.seen()
         result = {
             "started": files.started,
             "interrupted": interrupted,

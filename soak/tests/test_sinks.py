@@ -15,7 +15,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -339,7 +338,12 @@ def test_the_sinks_command_that_is_told_to_end_ends_its_server(number: signal.Si
 
 def test_the_sinks_command_says_that_it_was_interrupted(tmp_path: Path, capsys: Any) -> None:
     real = vars(command)["drive"]
-    with mock.patch.object(command, "drive", lambda *args: replace(real(*args), interrupted=True)):
+
+    def interrupted(*args: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return real(*args)
+
+    with mock.patch.object(command, "drive", interrupted):
         code = main(["sinks", "--only", "null,file", *SHORT[:4], "--out", str(tmp_path)])
     assert code == 1
     assert capsys.readouterr().out.startswith("INTERRUPTED: 1 of 1 loads well")

@@ -20,7 +20,7 @@ from typing import Any
 
 from soak import cli, environment, interrupts, results, verdict
 from soak import config as settings
-from soak.cli import complain, say
+from soak.cli import say
 from soak.config import MACHINE_KEYS, Config
 
 FOLDER = Path(__file__).resolve().parent / "baselines"
@@ -122,19 +122,15 @@ def main(options: argparse.Namespace) -> int:
     place = environment.describe()
     config = settings.config_from(options, options.duration)
     found: list[dict[str, Any]] = []
-    try:
-        with interrupts.kept():
-            while len(found) < options.runs:
-                say(f"run {len(found) + 1} of {options.runs}")
-                result = run.run(config, None, None, "none", place, "none")
-                if interrupts.seen():
-                    raise KeyboardInterrupt
-                if result["verdict"]["overall"]["status"] == verdict.FAIL:
-                    raise RuntimeError(result["verdict"]["overall"]["note"])
-                found.append(result)
-    except (KeyboardInterrupt, RuntimeError) as error:
-        complain(f"{error if str(error) else 'interrupted'}: nothing is recorded")
-        return 130 if isinstance(error, KeyboardInterrupt) else 1
+    with interrupts.kept():
+        while len(found) < options.runs:
+            say(f"run {len(found) + 1} of {options.runs}")
+            result = run.run(config, None, None, "none", place, "none")
+            if interrupts.seen():
+                raise KeyboardInterrupt
+            if result["verdict"]["overall"]["status"] == verdict.FAIL:
+                raise cli.Failure(f"nothing is recorded: {result['verdict']['overall']['note']}")
+            found.append(result)
     content = summarize(found, place)
     path = options.out / f"{options.name or default_name(config, place)}.json"
     text = json.dumps(content, indent=2) + "\n"

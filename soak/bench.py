@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from soak import baseline, cli, environment
-from soak.cli import complain, format_seconds, say
+from soak.cli import Failure, complain, format_seconds, say
 
 FOLDER = baseline.FOLDER / "bench"
 OUT = environment.ROOT / "soak" / "out" / "bench.json"
@@ -106,14 +106,10 @@ def main(options: argparse.Namespace) -> int:
         options.parser.error("bench needs pyperf: `make bench` installs it, or: pip install pyperf")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "bench.json")
-        try:
-            for number in range(options.rounds):
-                for group in options.groups:
-                    say(f"round {number + 1} of {options.rounds}: {group}")
-                    measure(path, group, options, quiet=number > 0)
-        except RuntimeError as error:
-            complain(str(error))
-            return 1
+        for number in range(options.rounds):
+            for group in options.groups:
+                say(f"round {number + 1} of {options.rounds}: {group}")
+                measure(path, group, options, quiet=number > 0)
         suite = pyperf.BenchmarkSuite.load(str(path))
     ratios = ratios_of(pyperf, suite)
     print(table(suite, ratios))
@@ -130,16 +126,16 @@ def main(options: argparse.Namespace) -> int:
 
 
 def measure(path: Path, group: str, options: argparse.Namespace, quiet: bool) -> None:
-    """Run one round of a group; append its values to a file. Raises RuntimeError when it fails or hangs."""
+    """Run one round of a group; append its values to a file. Raises Failure when it fails or hangs."""
     command = [options.python, "-m", "soak.benchmarks", "--groups", group, "--quiet", "--append", str(path)]
     command += ["--duration", f"{options.duration * 1e9:.0f}ns", "--copy-env", "--values", str(GROUPS[group])]
     settings: Any = {"cwd": environment.ROOT, "env": {**os.environ, "PYTHONPATH": str(environment.ROOT)}}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, **settings)
     except (subprocess.TimeoutExpired, OSError) as error:
-        raise RuntimeError(f"{group}: {error}") from None
+        raise Failure(f"{group}: {error}") from None
     if done.returncode:
-        raise RuntimeError(f"{group}: exit code {done.returncode}: {done.stderr[-300:]}")
+        raise Failure(f"{group}: exit code {done.returncode}: {done.stderr[-300:]}")
     if done.stderr and not quiet:
         say(done.stderr.strip())
 

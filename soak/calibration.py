@@ -10,6 +10,7 @@ import time
 from itertools import islice
 
 from soak import interrupts
+from soak.cli import Failure
 from soak.config import Config
 from soak.drive import PATIENCE, Crew, join
 from soak.load import ROUND
@@ -18,7 +19,7 @@ from soak.payloads import Sent, events
 
 def calibrate(config: Config, seconds: float) -> float:
     """Let all producers format events and append them to lists; return events a second, of the time until an interrupt
-    if one comes. Raises RuntimeError when a thread fails."""
+    if one comes. Raises Failure when a thread fails."""
     crew, halt = Crew(), list[bool]()
     # Events that a producer's list holds before it is emptied: all lists together no more than the buffer would.
     most = max(1, min(4 * ROUND, config.max_buffered_bytes // config.producers // max(1, config.mean_payload)))
@@ -54,5 +55,5 @@ def calibrate(config: Config, seconds: float) -> float:
         late = join(threads, PATIENCE)
     elapsed = time.perf_counter() - started
     if late or crew.problems:
-        raise RuntimeError("calibration: " + (crew.problems[0] if crew.problems else f"{late[0]} did not end"))
+        raise Failure("calibration: " + (crew.problems[0] if crew.problems else f"{late[0]} did not end"))
     return sum(made) / elapsed

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from soak import baseline, cli, environment, results
-from soak.cli import complain
+from soak.cli import Failure
 
 FILE = baseline.FOLDER / "bench" / "instructions.json"
 TOLERANCE = 0.02  # a figure may exceed the recorded one by that much: valgrind and the C library have a part in it, too
@@ -41,11 +41,7 @@ def main(options: argparse.Namespace) -> int:
     """Count, and compare or record; return the exit code."""
     if shutil.which("valgrind") is None:
         options.parser.error("valgrind is not installed: sudo apt install valgrind")
-    try:
-        counted = count()
-    except (RuntimeError, subprocess.TimeoutExpired) as error:
-        complain(str(error))
-        return 1
+    counted = count()
     place = environment.describe()
     known = ("python", "build", "compiler", "architecture")
     build = " ".join([platform.python_implementation(), *(str(place[key]) for key in known)])
@@ -64,7 +60,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def count() -> dict[str, float]:
-    """Return the instructions a payload of each subject. Raises RuntimeError when valgrind fails."""
+    """Return the instructions a payload of each subject. Raises Failure when valgrind fails."""
     from soak.benchmarks import BLOCKS, CALLS  # noqa: PLC0415 - not for --help
 
     def counted(name: str) -> float:
@@ -84,5 +80,5 @@ def _run(name: str, times: int) -> int:
         done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=600, check=False)
     found = re.search(r"Collected : ([0-9]+)", done.stderr)
     if done.returncode or found is None:
-        raise RuntimeError(f"{name}: valgrind failed with exit code {done.returncode}: {done.stderr[-200:]}")
+        raise Failure(f"{name}: valgrind failed with exit code {done.returncode}: {done.stderr[-200:]}")
     return int(found[1])

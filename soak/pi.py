@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from soak import cli, environment
-from soak.cli import complain, say
+from soak.cli import say
 from soak.debian import SetupError, fetch
 
 ROOT = environment.ROOT
@@ -41,18 +41,14 @@ def add_parser(commands: Any) -> None:
     add("rest", nargs=argparse.REMAINDER, metavar="...", help="its options")
 
 
-def main(options: argparse.Namespace) -> int:
-    """Run the command where it belongs; return only when that cannot be."""
+def main(options: argparse.Namespace) -> NoReturn:
+    """Become the command, where it belongs. Raises SetupError."""
     words = ["-m", "soak", options.of, *options.rest]
     machine = environment.machine()
     if machine.startswith("Raspberry Pi"):
         say(f"pi: this is one, {machine}: not emulated")
         run([sys.executable, *words], dict(os.environ))
-    try:
-        emulator, root, python = provide()
-    except SetupError as error:
-        complain(f"{error}; nothing can be emulated")
-        return 1
+    emulator, root, python = provide()
     if not any(word.partition("=")[0] == "--out" for word in options.rest) and options.of != "baseline":
         words += ["--out", OUT]
     say(f"pi: this is {machine}; emulated: {EMULATOR} -cpu {CPU}, Debian's arm64 {python.name}")

@@ -16,7 +16,7 @@ from typing import Any
 
 from soak import charts, cli, environment, results, run, verdict
 from soak.charts import Chart, Point
-from soak.cli import MIB, complain, format_seconds, format_size
+from soak.cli import MIB, Failure, complain, format_seconds, format_size
 
 OUT = Path("soak/out")
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -33,10 +33,6 @@ The page needs Jinja2, charts and the picture matplotlib; without that, the page
 """
 
 
-class ReportError(Exception):
-    """Why there is no report, in one line."""
-
-
 def add_parser(commands: Any) -> None:
     purpose = "Make one HTML page, complete in itself, and one PNG picture of a result of `soak run`."
     add = cli.add_command(commands, "report", main, purpose, EXAMPLE)
@@ -46,11 +42,7 @@ def add_parser(commands: Any) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Read the run, write the page and the picture; return the exit code."""
-    try:
-        report = read(options.run)
-    except ReportError as error:
-        complain(str(error))
-        return 1
+    report = read(options.run)
     words, found = words_of(report), charts_of(report)
     head = f"{words['status'].upper()}: {words['note']}"
     lines = [f"{name} {state}: {note}" for name, state, note in words["findings"]]
@@ -93,17 +85,17 @@ class Report:
 
 
 def read(path: Path) -> Report:
-    """Read a result and its samples. Raises ReportError when the file cannot be read or is no result."""
+    """Read a result and its samples. Raises Failure when the file cannot be read or is no result."""
     try:
         result = json.loads(path.read_bytes())
         schema, name = result["schema"], str(result["samples"])
     except OSError as error:
         hint = " (make soak makes one)" if isinstance(error, FileNotFoundError) else ""
-        raise ReportError(f"cannot read {str(path)!r}: {error.strerror or error}{hint}") from None
+        raise Failure(f"cannot read {str(path)!r}: {error.strerror or error}{hint}") from None
     except (ValueError, TypeError, LookupError):
-        raise ReportError(f"{str(path)!r} is no result of `soak run`") from None
+        raise Failure(f"{str(path)!r} is no result of `soak run`") from None
     if schema != run.SCHEMA:
-        raise ReportError(f"{str(path)!r} has schema {schema!r}; this reads {run.SCHEMA}")
+        raise Failure(f"{str(path)!r} has schema {schema!r}; this reads {run.SCHEMA}")
     # A result may stand elsewhere (--json) than its samples (--out).
     folder = path.parent if (path.parent / name).exists() else OUT
     samples = []

@@ -16,7 +16,7 @@ from typing import Any
 from soak import baseline, census, cli, environment, heap, interrupts, results, verdict
 from soak import config as settings
 from soak.calibration import calibrate
-from soak.cli import complain, format_seconds, format_size, say
+from soak.cli import format_seconds, format_size, say
 from soak.config import Config
 from soak.display import DISPLAYS, Stream, open_monitor
 from soak.drive import HURRY, Outcome, drive
@@ -63,16 +63,9 @@ def main(options: argparse.Namespace) -> int:
         options.parser.error(f"argument --sink: {config.sink!r} needs a package: {error}")
 
     files = results.Files(options.out, options.json)
-    try:
-        with interrupts.kept():
-            result = run(config, sink, files.stream, options.baseline, place, options.display)
-            files.finish(result, summary(result))
-    except KeyboardInterrupt:
-        complain("interrupted again: there is no result")
-        return 130
-    except RuntimeError as error:
-        complain(str(error))
-        return 1
+    with interrupts.kept():
+        result = run(config, sink, files.stream, options.baseline, place, options.display)
+        files.finish(result, summary(result))
     return 0 if result["verdict"]["overall"]["status"] != verdict.FAIL and files.well else 1
 
 
@@ -99,7 +92,7 @@ def run(
 ) -> dict[str, Any]:
     """Run all passes and return the result, ready for JSON; place: of environment.describe, display: of DISPLAYS.
 
-    A first interrupt ends the pass that it comes in, and cuts those after it short. Raises RuntimeError when the
+    A first interrupt ends the pass that it comes in, and cuts those after it short. Raises Failure when the
     machine cannot run the threads.
     """
     started = results.now()

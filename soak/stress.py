@@ -9,7 +9,7 @@ from typing import Any
 
 from soak import census, cli, environment, interrupts, results, verdict
 from soak import config as settings
-from soak.cli import complain, format_seconds, say
+from soak.cli import format_seconds, say
 from soak.config import Config
 
 PRODUCERS = "256"
@@ -38,43 +38,38 @@ def main(options: argparse.Namespace) -> int:
     """Run it, judge, write the result; return the exit code."""
     config = settings.config_from(options, options.limit, producers=PRODUCERS)
     files = results.Files(options.out, options.json, "stress")
-    try:
-        with interrupts.kept():  # before the first word: an interrupt after that must count as the first
-            say(f"stress: {config.producers} producers, {options.each:,} payloads each")
-            counted, outcome = census.take(config, options.limit, options.each, LOOK)
-            wanted, place = config.producers * options.each, environment.describe()
-            finding = judge(config, counted, wanted)
-            rate = counted.delivered / outcome.seconds
-            result = {
-                "schema": 1,
-                "finished": results.now(),
-                "verdict": {"overall": finding._asdict()},
-                "wanted": wanted,
-                "each": options.each,
-                "interrupted": interrupts.seen(),
-                "delivered_per_second": rate,
-                "drain_seconds": outcome.drain_seconds,
-                "shutdown_seconds": outcome.shutdown_seconds,
-                "peak_rss_bytes": environment.peak_rss(),
-                "lost": counted.lost,
-                "duplicated": counted.duplicated,
-                **vars(counted),
-                "stats": None if outcome.stats is None else outcome.stats._asdict(),
-                "config": asdict(config),
-                "environment": place,
-            }
-            lines = [
-                f"{finding.status.upper()}: {finding.note}",
-                f"events        {counted.accepted:,} accepted, {counted.delivered:,} delivered,"
-                f" {counted.refused:,} refused of {wanted:,}, each checked",
-                f"rate          {rate:,.0f} events/s in {format_seconds(outcome.load_seconds)};"
-                f" drained in {format_seconds(outcome.drain_seconds)}",
-                f"on            {environment.line(place)}",
-            ]
-            files.finish(result, lines)
-    except KeyboardInterrupt:
-        complain("interrupted again: there is no result")
-        return 130
+    with interrupts.kept():  # before the first word: an interrupt after that must count as the first
+        say(f"stress: {config.producers} producers, {options.each:,} payloads each")
+        counted, outcome = census.take(config, options.limit, options.each, LOOK)
+        wanted, place = config.producers * options.each, environment.describe()
+        finding = judge(config, counted, wanted)
+        rate = counted.delivered / outcome.seconds
+        result = {
+            "schema": 1,
+            "finished": results.now(),
+            "verdict": {"overall": finding._asdict()},
+            "wanted": wanted,
+            "interrupted": interrupts.seen(),
+            "delivered_per_second": rate,
+            "drain_seconds": outcome.drain_seconds,
+            "shutdown_seconds": outcome.shutdown_seconds,
+            "peak_rss_bytes": environment.peak_rss(),
+            "lost": counted.lost,
+            "duplicated": counted.duplicated,
+            **vars(counted),
+            "stats": None if outcome.stats is None else outcome.stats._asdict(),
+            "config": asdict(config),
+            "environment": place,
+        }
+        lines = [
+            f"{finding.status.upper()}: {finding.note}",
+            f"events        {counted.accepted:,} accepted, {counted.delivered:,} delivered,"
+            f" {counted.refused:,} refused of {wanted:,}, each checked",
+            f"rate          {rate:,.0f} events/s in {format_seconds(outcome.load_seconds)};"
+            f" drained in {format_seconds(outcome.drain_seconds)}",
+            f"on            {environment.line(place)}",
+        ]
+        files.finish(result, lines)
     return 0 if finding.status != verdict.FAIL and files.well else 1
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import tempo
 from soak import cli, environment, heap, interrupts, results
 from soak import config as settings
-from soak.cli import KIB, MIB, complain, format_seconds, format_size, say
+from soak.cli import KIB, MIB, Failure, format_seconds, format_size, say
 from soak.config import TELEMETRY, Config
 from soak.drive import drive
 from soak.load import Load
@@ -85,18 +85,13 @@ def main(options: argparse.Namespace) -> int:
     first = settings.config_from(options, options.probe, **usual)
     most = largest_buffer(first, memory)
     if 2 * first.largest_payload > most:
-        complain(
+        raise Failure(
             f"a buffer for two payloads of {format_size(first.largest_payload)} takes more than an eighth of this"
             f" machine's memory ({format_size(most)}): there is nothing to recommend"
         )
-        return 1
     first = replace(first, max_buffered_bytes=max(min(FIRST_BUFFER, most), 2 * first.largest_payload))
-    try:
-        with interrupts.kept():
-            found = tune(first, options.probe, most, memory is not None)
-    except (KeyboardInterrupt, RuntimeError) as error:
-        complain(f"no settings: {error}" if str(error) else "interrupted: there are no settings")
-        return 130 if isinstance(error, KeyboardInterrupt) else 1
+    with interrupts.kept():
+        found = tune(first, options.probe, most, memory is not None)
     lines = show(found, memory)
     path = options.out / settings.FILE
     written = results.write(path, settings.as_file(found.config, place, not found.provisional, results.now()))
@@ -131,7 +126,7 @@ def largest_buffer(config: Config, memory: object) -> int:
 
 
 def tune(first: Config, seconds: float, most: int, memory_known: bool) -> Found:
-    """Probe, beginning with the first settings. Raises RuntimeError when a probe goes wrong."""
+    """Probe, beginning with the first settings. Raises Failure when a probe goes wrong."""
     why = [] if memory_known else ["this machine does not tell how much memory it has"]
 
     tried = _rates("producers", {n: replace(first, producers=n) for n in PRODUCERS}, seconds)
@@ -198,13 +193,13 @@ def find_edge(healthy: Callable[[int], bool], least: int, most: int) -> Edge:
 
 
 def observe(config: Config, seconds: float, load: Load | None = None) -> float:
-    """Load as much as possible, or as ``load`` does; return the rate. Raises RuntimeError when it goes wrong."""
+    """Load as much as possible, or as ``load`` does; return the rate. Raises Failure when it goes wrong."""
     load = load or Load(config)
     outcome = drive(config, seconds, load)
     if interrupts.seen():
         raise KeyboardInterrupt
     if outcome.problems:
-        raise RuntimeError(outcome.problems[0])
+        raise Failure(f"no settings: {outcome.problems[0]}")
     return load.delivered / outcome.seconds
 
 

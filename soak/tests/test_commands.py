@@ -351,19 +351,22 @@ def test_ctrl_c_in_each_part_of_a_run_ends_the_load_and_keeps_the_result(
     assert result["accepted"] == result["delivered"] > 0
 
 
+NOTHING = "soak: interrupted: there is no result"
+
+
 @pytest.mark.parametrize(
     ("argv", "phase", "words", "code", "last"),
     [
-        ("tune", "", ["payload size"], 130, "soak: interrupted"),
-        ("tune --payload 64", "drive", ["now: drive"], 130, "soak: interrupted: there are no settings"),
-        ("baseline --producers 2", "calibrate", ["now: calibrate"], 130, "interrupted: nothing is recorded"),
+        ("tune", "", ["payload size"], 130, NOTHING),
+        ("tune --payload 64", "drive", ["now: drive"], 130, NOTHING),
+        ("baseline --producers 2", "calibrate", ["now: calibrate"], 130, NOTHING),
         ("stress --each 1000000", "", ["stress: 256 producers"], 0, "written       "),
         (
             "run --producers 2 --duration 100ms --settings none",
             "flush2",
             ["now: flush0", "now: flush1"],
             130,
-            "soak: interrupted again: there is no result",
+            NOTHING,
         ),
     ],
     ids=["tune asking", "tune", "baseline", "stress", "a run a second time"],
@@ -519,7 +522,7 @@ def test_pi_without_tools_or_without_a_place_for_them_says_so(tool: str | None, 
         assert main(["pi"]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     why = "no apt-get here: what is missing" if tool is None else f"cannot write '{cache}"
-    assert line.startswith(f"soak: {why}") and line.endswith("; nothing can be emulated")
+    assert line.startswith(f"soak: {why}")
 
 
 EMULATED = """

@@ -6,27 +6,26 @@ Absolute rates change from machine to machine and from hour to hour; a rate over
 
 from __future__ import annotations
 
-import time
 from itertools import islice
 
-from soak import interrupts
+import tempo
 from soak.cli import Failure
 from soak.config import Config
-from soak.drive import PATIENCE, Crew, join
-from soak.load import ROUND
-from soak.payloads import Sent, events
+from soak.drive import drive
+from soak.load import ROUND, Load
+from soak.payloads import events
 
 
-def calibrate(config: Config, seconds: float) -> float:
-    """Let all producers format events and append them to lists; return events a second, of the time until an interrupt
-    if one comes. Raises Failure when a thread fails."""
-    crew, halt = Crew(), list[bool]()
-    # Events that a producer's list holds before it is emptied: all lists together no more than the buffer would.
-    most = max(1, min(4 * ROUND, config.max_buffered_bytes // config.producers // max(1, config.mean_payload)))
-    made = [0] * config.producers
+class Bare(Load):
+    """Producers that append their events to lists. The dispatcher is left alone."""
 
-    def produce(index: int) -> None:
-        source = events(config.payload_size, index, Sent(config.payload_size))
+    def produce(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
+        """Format and append until ``halt`` holds something."""
+        config, made = self.config, self.accepted
+        source = events(config.payload_size, index, self.sent[index])
+        # What the list holds before it is emptied: all lists together no more than the buffer would.
+        share = config.max_buffered_bytes // config.producers // max(1, config.mean_payload)
+        most = max(1, min(4 * ROUND, share))
         kept: list[bytes] = []
         append, size = kept.append, min(ROUND, most)
         while not halt:
@@ -40,20 +39,11 @@ def calibrate(config: Config, seconds: float) -> float:
             if len(kept) >= most:
                 kept.clear()
 
-    threads = []
-    try:
-        for index in range(config.producers):
-            threads.append(crew.start(f"calibration {index}", produce, index))
-        started = time.perf_counter()
-        crew.go.set()
-        interrupts.wait(crew.trouble, seconds)
-    except interrupts.Interrupted:
-        pass
-    finally:
-        halt.append(True)
-        crew.go.set()
-        late = join(threads, PATIENCE)
-    elapsed = time.perf_counter() - started
-    if late or crew.problems:
-        raise Failure("calibration: " + (crew.problems[0] if crew.problems else f"{late[0]} did not end"))
-    return sum(made) / elapsed
+
+def calibrate(config: Config, seconds: float) -> float:
+    """Return how many events a second the producers make, until an interrupt if one comes. Raises Failure."""
+    load = Bare(config)
+    outcome = drive(config, seconds, load)
+    if outcome.problems:
+        raise Failure(f"calibration: {outcome.problems[0]}")
+    return sum(load.accepted) / outcome.load_seconds

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
-import re
 import threading
 import time
 from pathlib import Path
@@ -17,10 +17,8 @@ class FileSink:
     """Appends each batch, an event a line; a newline within a payload becomes a space. Any thread may call it.
 
     While the disk is full, the write is tried again for ``patience`` seconds; then what there is of the batch is taken
-    out of the file again and OSError raised. With ``fsync`` a batch is on the disk when ``deliver`` returns.
-
-    A batch that would take the file over ``rotate_bytes`` begins a new one; the old one is renamed to PATH.000001 and
-    so on.
+    out of the file again and OSError raised. With ``fsync`` a batch is on the disk when ``deliver`` returns. A batch
+    that would take the file over ``rotate_bytes`` begins a new one; the old one is renamed to PATH.000001 and so on.
     """
 
     def __init__(
@@ -90,6 +88,4 @@ class FileSink:
 def rotated(path: str | os.PathLike[str]) -> list[Path]:
     """Return the files that were full, the oldest first."""
     current = Path(path)
-    name = re.compile(re.escape(current.name) + r"\.\d{6,}")
-    found = [file for file in current.parent.iterdir() if name.fullmatch(file.name)]
-    return sorted(found, key=lambda file: int(file.suffix[1:]))
+    return sorted(current.parent.glob(glob.escape(current.name) + "." + "[0-9]" * 6))

@@ -294,7 +294,7 @@ def announce(module, name):
 
 def slow_flush(self, timeout=None):
     flushes.append(1)
-    if phase.startswith("flush") and len(flushes) == 3:  # of the load, after those of heap and census
+    if phase.startswith("flush") and len(flushes) == 4:  # of the load, after those of calibration, heap and census
         for number in range(int(phase[5:])):
             print(f"now: flush{number}", file=sys.stderr, flush=True)
             while interrupts._seen <= number:

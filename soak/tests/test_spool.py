@@ -180,10 +180,9 @@ def test_a_change_that_does_not_come_to_its_end_changes_nothing(
     assert (spool.replay(sent.extend), sent) == (1, [b"a"])  # what could not be deleted comes again
 
 
-@pytest.mark.parametrize("arguments", [{"max_bytes": 0}, {"max_bytes": 9, "synchronous": "OFF"}])
-def test_a_bad_argument_of_the_spool_is_named(tmp_path: Path, arguments: Any) -> None:
-    with pytest.raises(ValueError, match=f"^{list(arguments)[-1]} must be "):
-        Spool(tmp_path / "spool", **arguments)
+def test_a_bad_argument_of_the_spool_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^max_bytes must be "):
+        Spool(tmp_path / "spool", max_bytes=0)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -99,7 +99,6 @@ def choose(
 
 
 def new_name(text: str) -> str:
-    """Return the name of a new baseline."""
     if not re.fullmatch(r"[\w.-]+", text) or text in ("auto", "none"):
         raise argparse.ArgumentTypeError(f"{text!r} is no name: letters, digits, '.', '_', '-'; not auto, not none")
     return text
@@ -116,7 +115,6 @@ def add_parser(commands: Any) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run, record, tell; return the exit code."""
     from soak import run  # noqa: PLC0415 - it compares with what this module has read
 
     place = environment.describe()

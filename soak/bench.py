@@ -91,7 +91,6 @@ def name_of(text: str) -> str:
 
 
 def recorded(text: str) -> Path:
-    """Return a baseline's file."""
     path = FOLDER / f"{name_of(text)}.json"
     if not path.exists():
         raise argparse.ArgumentTypeError(f"{text!r}: there is no {path.name} in soak/baselines/bench")
@@ -99,7 +98,6 @@ def recorded(text: str) -> Path:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run the rounds, write the files, print the table; return the exit code."""
     try:
         pyperf = importlib.import_module("pyperf")
     except ImportError:
@@ -180,7 +178,6 @@ def table(suite: Any, ratios: Any) -> str:
 
 
 def short(seconds: float) -> str:
-    """Return a time for the table."""
     return f"{seconds * 1e9:,.0f} ns" if seconds < 1e-5 else format_seconds(seconds)
 
 

@@ -147,7 +147,6 @@ def whole_way(put: Callable[[bytes], object], take: Callable[[], memoryview]) ->
 
 @subject("calls", CALLS)
 def way() -> float:
-    """The whole way through tempo."""
     dispatcher = roomy(max_batch_bytes=CHUNK * SIZE)
     return whole_way(dispatcher.enqueue, lambda: dispatcher.get().data)
 
@@ -416,7 +415,6 @@ def bare(name: str, seconds: float) -> float:
 
 
 def main() -> None:
-    """Run pyperf's runner."""
     import pyperf  # type: ignore[import-untyped, import-not-found, unused-ignore]  # noqa: PLC0415 - the subjects are used without it
 
     def hand_on(command: list[str], options: argparse.Namespace) -> None:

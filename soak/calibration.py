@@ -20,7 +20,6 @@ class Bare(Load):
     """Producers that append their events to lists. The dispatcher is left alone."""
 
     def produce(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
-        """Format and append until ``halt`` holds something."""
         config, made = self.config, self.accepted
         source = events(config.payload_size, index, self.sent[index])
         # What the list holds before it is emptied: all lists together no more than the buffer would.

@@ -20,12 +20,10 @@ MACHINE_KEYS = ("machine", "cores", "interpreter")
 
 
 def payload(text: str) -> str | int:
-    """Return ``telemetry`` or a size in bytes."""
     return text if text == TELEMETRY else cli.size(text, least=0)
 
 
 def on_full(text: str) -> str:
-    """Return ``block`` or ``raise``."""
     if text not in ("block", "raise"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither block nor raise")
     return text
@@ -62,12 +60,10 @@ class Config:
 
     @property
     def largest_payload(self) -> int:
-        """The size of the largest payload that a producer sends."""
         return payloads.LARGEST if self.payload_size is None else self.payload_size
 
     @property
     def mean_payload(self) -> int:
-        """The size of the average payload."""
         return payloads.MEAN if self.payload_size is None else self.payload_size
 
     @property

@@ -42,7 +42,6 @@ class Stream:
             self.error = error
 
     def close(self) -> None:
-        """Close the file. Idempotent."""
         self._file.close()
 
 

@@ -96,7 +96,6 @@ class Outcome:
 
     @property
     def seconds(self) -> float:
-        """Load and drain."""
         return self.load_seconds + (self.drain_seconds or 0.0)
 
 

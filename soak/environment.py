@@ -48,7 +48,6 @@ def line(place: Mapping[str, object]) -> str:
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux alone tells
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 

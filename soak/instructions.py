@@ -38,7 +38,6 @@ def add_parser(commands: Any) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Count, and compare or record; return the exit code."""
     if shutil.which("valgrind") is None:
         options.parser.error("valgrind is not installed: sudo apt install valgrind")
     counted = count()
@@ -72,7 +71,6 @@ def count() -> dict[str, float]:
 
 
 def _run(name: str, times: int) -> int:
-    """Return the instructions of one run of the interpreter."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={Path(folder, 'out')}"]
         command += [os.path.realpath(sys.executable), "-S", "-c", PROGRAM.format(str(environment.ROOT), name, times)]

@@ -54,7 +54,6 @@ def _note(*_: object) -> None:
 
 
 def seen() -> bool:
-    """Return whether an interrupt has come."""
     return _seen > 0
 
 

@@ -59,7 +59,6 @@ class Account:
     refused: int = 0
 
     def add(self, payload: bytes) -> None:
-        """Count one event."""
         self.events += 1
         self.nbytes += len(payload)
         self.checksum += zlib.crc32(payload)
@@ -109,7 +108,6 @@ class Load:
 
     @property
     def delivered(self) -> int:
-        """Events that consumers received."""
         return sum(taken.events for taken in self.taken)
 
     def produce(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:

@@ -41,7 +41,6 @@ def add_parser(commands: Any) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Read the run, write the page and the picture; return the exit code."""
     report = read(options.run)
     words, found = words_of(report), charts_of(report)
     head = f"{words['status'].upper()}: {words['note']}"
@@ -143,7 +142,6 @@ def plain(value: object) -> str:
 
 
 def words_of(report: Report) -> dict[str, Any]:
-    """Return what the page says, but for its charts."""
     get = report.get
     findings = {name: (one["status"], plain(one["note"])) for name, one in get("verdict").items()}
     status, note = findings.pop("overall")
@@ -168,7 +166,6 @@ def words_of(report: Report) -> dict[str, Any]:
 
 
 def tiles_of(report: Report) -> dict[str, str]:
-    """Return the key figures."""
     get, ratio = report.get, report.get("ratio")
     counts = {"delivered": "events delivered", "lost": "lost", "duplicated": "repeated", "rejected": "refused"}
     return {
@@ -183,7 +180,6 @@ def tiles_of(report: Report) -> dict[str, str]:
 
 
 def charts_of(report: Report) -> list[Chart]:
-    """Return the charts that there are figures for."""
     get, samples, found = report.get, report.samples, list[Chart]()
 
     def over_time(
@@ -225,7 +221,6 @@ def charts_of(report: Report) -> list[Chart]:
 
 
 def _rows(values: Mapping[str, object]) -> list[tuple[str, str]]:
-    """Return settings, or what is known of the machine, for people."""
     return [(key.replace("_bytes", "").replace("_", " "), _shown(key, value)) for key, value in values.items()]
 
 

@@ -50,7 +50,6 @@ def add_parser(commands: Any) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run all passes, write the result, print the summary; return the exit code."""
     place = environment.describe()
     config, note = configure(options, place)
     if note:
@@ -174,7 +173,6 @@ def run(
 
 
 def _figures(config: Config, load: Load, outcome: Outcome, counted: census.CensusResult) -> tuple[Any, list[str]]:
-    """Return the load's figures, and what does not add up."""
     accepted, refused, delivered = sum(load.accepted), sum(load.refused), load.delivered
     nbytes = sum(taken.nbytes for taken in load.taken)
     problems = list(outcome.problems)
@@ -227,7 +225,6 @@ def _figures(config: Config, load: Load, outcome: Outcome, counted: census.Censu
 
 
 def summary(result: Mapping[str, Any]) -> list[str]:
-    """Return what there is to say to people, the verdict first."""
     found, latency, slowest = result["verdict"], result["latency_seconds"], result["slowest_producer_share"]
     early = f" (interrupted: the load lasted {format_seconds(result['load_seconds'])})" if result["interrupted"] else ""
     text = {

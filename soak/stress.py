@@ -35,7 +35,6 @@ def add_parser(commands: Any) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run it, judge, write the result; return the exit code."""
     config = settings.config_from(options, options.limit, producers=PRODUCERS)
     files = results.Files(options.out, options.json, "stress")
     with interrupts.kept():  # before the first word: an interrupt after that must count as the first

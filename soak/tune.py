@@ -76,7 +76,6 @@ def add_parser(commands: Any) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Find settings, write and tell them; return the exit code."""
     if not hasattr(options, "payload") and sys.stdin.isatty() and sys.stderr.isatty():
         options.payload = ask()
     place = environment.describe()
@@ -229,7 +228,6 @@ class Paced(Load):
 
 
 def show(found: Found, memory: object) -> list[str]:
-    """Return what was found, for people."""
     config, edge = found.config, found.edge
     per_second = found.rate * max(1, config.mean_payload)
     bound = heap.bound(config)

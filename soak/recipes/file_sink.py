@@ -81,7 +81,6 @@ class FileSink:
         full.close()
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 

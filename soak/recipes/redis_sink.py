@@ -84,5 +84,4 @@ class RedisSink:
             pipe.execute()
 
     def close(self) -> None:
-        """Close the connections."""
         self._client.close()

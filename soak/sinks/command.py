@@ -111,7 +111,6 @@ class Row:
                 self.problems.append("the fault did not end")
 
     def cells(self) -> dict[str, str]:
-        """Return what it says, by the headings of the table."""
         return {
             "sink": self.sink,
             "fault": self.fault,
@@ -123,7 +122,6 @@ class Row:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Load each sink; return the exit code."""
     config = settings.config_from(options, options.duration)
     files = results.Files(options.out, options.json, kind="sinks")
     rows: list[Row] = []

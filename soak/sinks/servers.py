@@ -78,7 +78,6 @@ RELAY = Kind(command="-m soak.sinks.relay {port} {to}")  # between a sink and it
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on now."""
     with socket.socket() as listener:
         listener.bind((HOST, 0))
         return int(listener.getsockname()[1])
@@ -160,7 +159,6 @@ class Server:
             time.sleep(0.1)
 
     def alive(self) -> bool:
-        """Return whether its process runs."""
         return self._process is not None and self._process.poll() is None
 
     def signal(self, number: int) -> None:

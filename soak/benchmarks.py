@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib
+import inspect
 import logging.handlers
 import os
 import queue
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from time import perf_counter
@@ -43,7 +44,7 @@ FULL_COUNT, FULL_ROOM = 5_000, 64
 """Payloads, and how many of them a buffer holds that is full while its consumer is idle."""
 
 Subject = Callable[[], float]
-Made = TypeVar("Made", bound=Callable[..., float])
+Made = TypeVar("Made", bound=Callable[..., Any])
 GROUPS: dict[str, tuple[int, dict[str, Subject]]] = {}
 """By group: how many payloads go through, and the subjects by name."""
 PACKAGES = {"opentelemetry": "opentelemetry.sdk", "kafka": "confluent_kafka", "janus": "janus"}
@@ -51,11 +52,14 @@ PACKAGES = {"opentelemetry": "opentelemetry.sdk", "kafka": "confluent_kafka", "j
 
 
 def subject(group: str, count: int, **more: Any) -> Callable[[Made], Made]:
-    """Register a function as a subject of a group, or, for each name in ``more``, the function with that argument."""
+    """Register a function, or a coroutine function, as a subject; for each name in ``more``, with that argument."""
 
     def register(function: Made) -> Made:
-        found: dict[str, Subject] = {name: partial(function, argument) for name, argument in more.items()}
-        GROUPS.setdefault(group, (count, {}))[1].update(found or {function.__name__: function})
+        call: Any = function
+        if inspect.iscoroutinefunction(function):
+            call = lambda *args: asyncio.run(function(*args))  # noqa: E731
+        found: dict[str, Subject] = {name: partial(call, argument) for name, argument in more.items()}
+        GROUPS.setdefault(group, (count, {}))[1].update(found or {function.__name__: call})
         return function
 
     return register
@@ -297,10 +301,7 @@ def opentelemetry() -> float:
 
 @subject("peers", SLOW_COUNT)
 def kafka() -> float:
-    """confluent-kafka's producer, to the test broker that librdkafka runs within this process.
-
-    That broker stores nothing and no network is crossed: it bounds what Kafka costs from below.
-    """
+    """confluent-kafka's producer, to librdkafka's test broker in this process, which stores nothing: at least that."""
     received: list[int] = []
 
     def delivered(error: Any, message: Any) -> None:
@@ -325,23 +326,17 @@ def kafka() -> float:
 # From one coroutine to another, in one event loop.
 
 
-def in_loop(produce: Callable[[], Any], consume: Callable[[], Any], prepare: Callable[[], Any] | None = None) -> float:
+async def in_loop(produce: Awaitable[None], consume: Awaitable[int]) -> float:
     """Return what it takes until both have ended; ``consume`` returns how many bytes came."""
-
-    async def main() -> float:
-        if prepare is not None:
-            await prepare()
-        started = perf_counter()
-        _, received = await asyncio.gather(produce(), consume())
-        seconds = perf_counter() - started
-        assert received == SLOW_COUNT * SIZE
-        return seconds
-
-    return asyncio.run(main())
+    started = perf_counter()
+    _, received = await asyncio.gather(produce, consume)
+    seconds = perf_counter() - started
+    assert received == SLOW_COUNT * SIZE
+    return seconds
 
 
 @subject("coroutines", SLOW_COUNT)
-def coroutines() -> float:
+async def coroutines() -> float:
     """tempo: ``aenqueue`` and ``async for``."""
     dispatcher = roomy(interval=0.01, max_batch_bytes=BATCH)
 
@@ -353,13 +348,18 @@ def coroutines() -> float:
     async def consume() -> int:
         return sum([batch.data.nbytes async for batch in dispatcher])
 
-    return in_loop(produce, consume)
+    return await in_loop(produce(), consume())
 
 
 @subject("coroutines", SLOW_COUNT, asyncio_queue="asyncio", janus="janus")
-def loop_queue(kind: str) -> float:
+async def loop_queue(module: str) -> float:
     """A batcher on a bounded ``asyncio.Queue``, or on one that threads can use as well (janus)."""
-    target: Any = None
+    made = importlib.import_module(module).Queue(2 * MIB // SIZE)
+    target = made if module == "asyncio" else made.async_q
+
+    async def produce() -> None:
+        for payload in SOURCE[:SLOW_COUNT]:
+            await target.put(payload)
 
     async def consume() -> int:
         received = 0
@@ -370,16 +370,7 @@ def loop_queue(kind: str) -> float:
             received += len(b"".join(parts))
         return received
 
-    async def produce() -> None:
-        for payload in SOURCE[:SLOW_COUNT]:
-            await target.put(payload)
-
-    async def open_queue() -> None:  # both want a running loop
-        nonlocal target
-        made = importlib.import_module(kind).Queue(2 * MIB // SIZE)
-        target = made if kind == "asyncio" else made.async_q
-
-    return in_loop(produce, consume, open_queue)
+    return await in_loop(produce(), consume())
 
 
 # The soak's load, and its producers without a dispatcher: seconds an event.

@@ -20,7 +20,7 @@ class Bare(Load):
     """Producers that append their events to lists. The dispatcher is left alone."""
 
     def produce(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
-        config, made = self.config, self.accepted
+        config, made = self.config, self.accounts[index]
         source = events(config.payload_size, index, self.sent[index])
         # What the list holds before it is emptied: all lists together no more than the buffer would.
         share = config.max_buffered_bytes // config.producers // max(1, config.mean_payload)
@@ -30,11 +30,11 @@ class Bare(Load):
         while not halt:
             if config.bulk > 1:
                 kept.extend(list(islice(source, config.bulk)))
-                made[index] += config.bulk
+                made.events += config.bulk
             else:
                 for payload in islice(source, size):
                     append(payload)
-                made[index] += size
+                made.events += size
             if len(kept) >= most:
                 kept.clear()
 

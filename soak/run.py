@@ -18,7 +18,7 @@ from soak import config as settings
 from soak.calibration import calibrate
 from soak.cli import format_seconds, format_size, say
 from soak.config import Config
-from soak.display import DISPLAYS, Stream, open_monitor
+from soak.display import DISPLAYS, Monitor, Stream
 from soak.drive import HURRY, Outcome, drive
 from soak.load import Latencies, Load
 from soak.sinks import places, readback
@@ -112,7 +112,7 @@ def run(
     load = Load(config, sink)
     duration = min(HURRY, config.duration) if interrupts.seen() else config.duration
     say(f"load: {format_seconds(duration)}, {config.producers} producers, {config.consumers} consumers")
-    with open_monitor(display, config, stream, duration, peak_heap) as monitor:
+    with Monitor(display, config, stream, duration, peak_heap) as monitor:
         outcome = drive(config, duration, load, monitor.sample, monitor.every)
     peak_rss = environment.peak_rss()
     after = calibrate(config, length(1.0, 3.0))
@@ -173,7 +173,7 @@ def run(
 
 
 def _figures(config: Config, load: Load, outcome: Outcome, counted: census.CensusResult) -> tuple[Any, list[str]]:
-    accepted, refused, delivered = sum(load.accepted), sum(load.refused), load.delivered
+    accepted, refused, delivered = sum(load.accepted), load.refused, load.delivered
     nbytes = sum(taken.nbytes for taken in load.taken)
     problems = list(outcome.problems)
     stats = outcome.stats

@@ -140,7 +140,7 @@ def tune(first: Config, seconds: float, most: int, memory_known: bool) -> Found:
         paced = replace(config, max_buffered_bytes=buffer, on_full="raise")
         load = Paced(paced, offered)
         observe(paced, seconds, load)
-        return not any(load.refused)
+        return not load.refused
 
     least = min(max(LEAST_BUFFER, 1 << (2 * config.largest_payload).bit_length()), most)
     edge = find_edge(healthy, least, most)
@@ -212,7 +212,7 @@ class Paced(Load):
 
     def produce(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
         """Send bursts until ``halt`` holds something."""
-        sent = self.sent[index]
+        account, sent = self.accounts[index], self.sent[index]
         source = events(self.config.payload_size, index, sent)
         due = time.perf_counter() + self._tick * index / self.config.producers
         while not halt:
@@ -221,9 +221,9 @@ class Paced(Load):
             for payload in islice(source, self._burst):
                 try:
                     dispatcher.enqueue(payload)
-                    self.accepted[index] += 1
+                    account.events += 1
                 except tempo.QueueFull:
-                    self.refused[index] += 1
+                    account.refused += 1
                     sent.take_back(payload)
 
 

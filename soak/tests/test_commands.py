@@ -581,7 +581,7 @@ def test_the_latencies_shown_are_those_counted() -> None:
 @pytest.mark.parametrize(("show", "lines"), [("live", 3), ("plain", 2), ("auto", 2), ("none", 0)])
 def test_a_run_without_rich_shows_plain_lines(show: str, lines: int, capsys: Any) -> None:
     without = mock.patch.dict(sys.modules, {"rich.console": None})
-    with without, make() as d, display.open_monitor(show, settings_of(), None, 1.0) as monitor:
+    with without, make() as d, display.Monitor(show, settings_of(), None, 1.0) as monitor:
         for elapsed in (0.5, 1.0):
             monitor.sample(elapsed, d.stats())
     assert len(capsys.readouterr().err.splitlines()) == lines

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import statistics
 import subprocess
@@ -18,8 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from soak import baseline, cli, environment
-from soak.cli import Failure, complain, format_seconds, say
+from soak import baseline, cli, environment, results
+from soak.cli import Failure, format_seconds, say
 
 FOLDER = baseline.FOLDER / "bench"
 OUT = environment.ROOT / "soak" / "out" / "bench.json"
@@ -116,9 +117,8 @@ def main(options: argparse.Namespace) -> int:
         return 1
     if options.compare is None:
         return 0
-    before = pyperf.BenchmarkSuite.load(str(options.compare))
-    print_comparison(before, ratios)
-    worse = compare(before, ratios)
+    print(comparison(options.compare, ratios))
+    worse = compare(pyperf.BenchmarkSuite.load(str(options.compare)), ratios)
     print("\n".join(worse or [f"not worse than {options.compare}"]))
     return 1 if worse else 0
 
@@ -197,23 +197,20 @@ def compare(before: Any, now: Any) -> list[str]:
     return worse
 
 
-def print_comparison(before: Any, now: Any) -> None:
-    """Print pyperf's own comparison; a second of the control's is its unit."""
+def comparison(before: Path, now: Any) -> str:
+    """Return pyperf's own comparison; a second of the control's is its unit."""
     with tempfile.TemporaryDirectory() as folder:
-        files = [str(Path(folder, name)) for name in ("recorded.json", "now.json")]
-        for suite, path in zip((before, now), files):
-            suite.dump(path)
-        command = [sys.executable, "-m", "pyperf", "compare_to", "--table", *files]
-        print(subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip())
+        path = str(Path(folder, "now.json"))
+        now.dump(path)
+        command = [sys.executable, "-m", "pyperf", "compare_to", "--table", str(before), path]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def write(suite: Any, path: Path) -> bool:
     """Write a suite; tell in one line that it was written, or why it cannot be."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        suite.dump(str(path), replace=True)
-    except OSError as error:
-        complain(f"cannot write {str(path)!r}: {error.strerror or error}")
-        return False
-    print(f"written {path}", flush=True)
-    return True
+    text = io.StringIO()
+    suite.dump(text)
+    written = results.write(path, text.getvalue().encode())
+    if written:
+        print(f"written {path}", flush=True)
+    return written

@@ -205,7 +205,7 @@ class Spool:
     def _totals(self) -> tuple[int, int]:
         """Lock held. Return how many records the file holds, and what they count."""
         if self._held is None:
-            query = "SELECT count(*), coalesce(sum(max(1, length(data))), 0) FROM records"
+            query = "SELECT count(*), coalesce(sum(length(data)), 0) FROM records"
             count, nbytes = self._db.execute(query).fetchone()
             self._held = count, nbytes + count * RECORD_OVERHEAD
         return self._held
@@ -226,7 +226,7 @@ class Spool:
 
 
 def _charge(records: list[bytes]) -> int:
-    return sum(max(1, len(record)) + RECORD_OVERHEAD for record in records)
+    return sum(map(len, records)) + len(records) * RECORD_OVERHEAD
 
 
 def _own(records: Iterable[bytes | memoryview]) -> list[bytes]:

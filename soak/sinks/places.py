@@ -2,8 +2,8 @@
 """Where consumers put batches: nowhere, into a file, or to a server.
 
 A place is a sink of ``soak/recipes`` that is emptied first (whatever its file, stream or table held is gone) and read
-back at the end. Its options stand behind a ``#``: ``file:events.ndjson#rotate=64MiB&fsync=yes``. A client package is
-imported only when its place is used.
+back at the end. Behind ``http://...#`` stands the file in which the server stores what it is sent, if that can be read
+here. A client package is imported only when its place is used.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import argparse
 import asyncio
 import contextlib
 import os
-import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import tempo
 from soak import cli
@@ -28,30 +27,23 @@ TIMEOUT = 2.0  # seconds that a server may take for an answer; then the sink tri
 PATIENCE = 600.0
 """Seconds that a sink tries again: faults end before, and a soak that hangs is ended by its own patience."""
 NAME = "tempo-soak"  # of the stream or table
+ROTATE = 64 * cli.MIB
 
 Deliver = Callable[[tempo.Batch], object]
-Options = Mapping[str, Callable[[str], Any]]
-
-
-def _yes(text: str) -> bool:
-    if text not in ("yes", "no"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
-    return text == "yes"
 
 
 class Place:
     """A sink, and what was put into it."""
 
-    options: ClassVar[Options] = {}  # names and types of what ``open`` takes
     once = True  # False: after a fault, an event may be there more often
     readable = True  # False: it cannot be read back
     errors: tuple[type[Exception], ...] = (OSError,)  # and those of its client
     sink: Any = None
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, stored: str) -> None:
+        self.url, self._stored = url, Path(stored) if stored else None
 
-    open: Callable[..., None]
+    open: Callable[[], None]
     """Connect, and empty the place. Raises ImportError without its package."""
 
     @contextlib.contextmanager
@@ -77,36 +69,33 @@ def lines(path: Path) -> Iterator[bytes]:
 class FilePlace(Place):
     """A file, emptied first, and what it was rotated to."""
 
-    options: ClassVar[Options] = {"rotate": cli.size, "fsync": _yes}
-
-    def open(self, rotate: int | None = None, fsync: bool = False) -> None:
+    def open(self) -> None:
         self._path = Path(self.url.partition(":")[2])
         self._path.touch()
         self.readable = self._path.is_file()
         for path in (*rotated(self._path), *([self._path] if self.readable else [])):
             path.unlink()
-        self.sink = FileSink(self._path, rotate_bytes=rotate, fsync=fsync, patience=PATIENCE)
+        self.sink = FileSink(self._path, rotate_bytes=ROTATE if self.readable else None, patience=PATIENCE)
 
     def read(self) -> Iterator[bytes]:
         return (line for path in (*rotated(self._path), self._path) for line in lines(path))
 
 
 class HttpPlace(Place):
-    """An endpoint that stores what it is sent as lines in the file ``stored``, if that can be read here."""
+    """An endpoint that stores what it is sent as lines in a file."""
 
-    options: ClassVar[Options] = {"gzip": _yes, "stored": Path}
     once = False
 
-    def open(self, gzip: bool = False, stored: Path | None = None) -> None:
+    def open(self) -> None:
         from soak.recipes.http_sink import HttpSink  # noqa: PLC0415
 
-        self.sink = HttpSink(self.url, compress=gzip, timeout=TIMEOUT, tries=10_000, longest_pause=1.0)
-        self._stored, self.readable = stored or Path(), stored is not None
-        if stored is not None:
-            os.truncate(stored, 0)  # the receiver appends
+        self.sink = HttpSink(self.url, timeout=TIMEOUT, tries=10_000, longest_pause=1.0)
+        self.readable = self._stored is not None
+        if self._stored is not None:
+            os.truncate(self._stored, 0)  # the receiver appends
 
     def read(self) -> Iterator[bytes]:
-        return lines(self._stored)
+        return lines(self._stored or Path())
 
 
 class RedisPlace(Place):
@@ -206,8 +195,11 @@ KINDS: Mapping[str, type[Place]] = {"file": FilePlace, "http": HttpPlace, "redis
 
 def parse(text: str) -> str:
     """Return ``text`` when it names a sink; otherwise raise ArgumentTypeError with what there is."""
-    if text != "null":
-        _split(text)
+    scheme, _, rest = text.partition(":")
+    if text != "null" and (scheme not in KINDS or ("#" in text and KINDS[scheme] is not HttpPlace)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a sink (available: {AVAILABLE})")
+    if text != "null" and (not rest.strip("/") or "\0" in rest):
+        raise argparse.ArgumentTypeError(f"{text!r} names no {'file' if scheme == 'file' else 'server'}")
     return text
 
 
@@ -218,30 +210,12 @@ def open_sink(text: str) -> Place | None:
     """
     if text == "null":
         return None
-    place, options = _split(text)
+    url, _, stored = text.partition("#")
+    place = KINDS[url.partition(":")[0]](url, stored)
     try:
-        place.open(**options)
+        place.open()
     except OSError:
         raise
     except place.errors as error:
         raise OSError(" ".join(str(error).split()) or type(error).__name__) from error
     return place
-
-
-def _split(text: str) -> tuple[Place, dict[str, Any]]:
-    url, _, tail = text.partition("#")
-    scheme, colon, rest = url.partition(":")
-    if not colon or scheme not in KINDS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a sink (available: {AVAILABLE})")
-    if not rest.strip("/") or "\0" in rest:
-        raise argparse.ArgumentTypeError(f"{text!r} names no {'file' if scheme == 'file' else 'server'}")
-    place, options = KINDS[scheme](url), {}
-    for name, value in urllib.parse.parse_qsl(tail, keep_blank_values=True):
-        try:
-            options[name] = place.options[name](value)
-        except KeyError:
-            known = ", ".join(place.options) or "none"
-            raise argparse.ArgumentTypeError(f"{text!r}: {name!r} is no option of such a sink ({known})") from None
-        except argparse.ArgumentTypeError as error:
-            raise argparse.ArgumentTypeError(f"{text!r}: {name}: {error}") from None
-    return place, options

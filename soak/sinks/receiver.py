@@ -7,7 +7,6 @@ next, and 507 when the disk is full. It ignores Idempotency-Key: what is repeate
 
 from __future__ import annotations
 
-import gzip
 import mmap
 import signal
 import sys
@@ -26,8 +25,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.headers.get("Content-Encoding") == "gzip":
-            body = gzip.decompress(body)
         self.send_response(503 if self.refusing else self.store(body))
         self.send_header("Content-Length", "0")
         self.end_headers()

@@ -44,9 +44,9 @@ class Kind(NamedTuple):
 
 KINDS = {
     "null": Kind("null", faults=()),
-    "file": Kind("file:{data}/events.ndjson#rotate=64MiB", faults=("full",)),
+    "file": Kind("file:{data}/events.ndjson", faults=("full",)),
     "http": Kind(
-        "http://127.0.0.1:{port}/events#stored={data}/stored.ndjson",
+        "http://127.0.0.1:{port}/events#{data}/stored.ndjson",
         "-m soak.sinks.receiver {port} {data}/stored.ndjson",
         faults=("kill", "hang", "reset", "full", "refuse"),
     ),

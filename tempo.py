@@ -809,7 +809,7 @@ def _section(work: _Method) -> _Method:
                             mutex.owner = me if outer else 0
         except BaseException:
             if _WITH_LEAKS and not before and mutex.held():
-                mutex.lock.release()
+                mutex.lock.release()  # pragma: no cover - not on 3.11 to 3.13
             raise
 
     return cast(_Method, section)
@@ -1164,8 +1164,7 @@ class Dispatcher:
 
     def _find_mutex(self) -> _Mutex:
         """The way into a section that is not the usual one: the first, one in a forked child, one at exit."""
-        if _getpid() != _pid:
-            _after_fork(keep=True)
+        if _after_fork(keep=True):
             self._ensure_thread()
         mutex = self._mutex
         if mutex is None:
@@ -1756,14 +1755,14 @@ def _dispatchers() -> list[Dispatcher]:
     return [d for reference in list(_DISPATCHERS) if (d := reference()) is not None]
 
 
-def _after_fork(keep: bool = False) -> None:
+def _after_fork(keep: bool = False) -> bool:
     """In a forked child: give every dispatcher fresh primitives and an empty buffer; what was accepted is the parent's.
 
-    keep: no hook ran at the fork; what this process has appended since is kept.
+    keep: no hook ran at the fork; what this process has appended since is kept. Returns whether this is a new child.
     """
     global _pid  # noqa: PLW0603
     if _getpid() == _pid:
-        return
+        return False
     for mutex in list(_MUTEXES.values()):
         if not mutex.held():  # else it is this thread's, which has forked in a section
             if hasattr(mutex.lock, "_at_fork_reinit"):
@@ -1781,6 +1780,7 @@ def _after_fork(keep: bool = False) -> None:
             d._buffer.accept(new, sizes, sum(sizes) + sizes.count(0), _monotonic())
             del run[: len(new)]
     _pid = _getpid()
+    return True
 
 
 def _at_exit() -> None:

@@ -59,7 +59,7 @@ def main(options: argparse.Namespace) -> NoReturn:
 def run(command: list[str], variables: dict[str, str]) -> NoReturn:
     """Become another program, so that it alone gets Ctrl-C and signals, and has the exit code."""
     os.chdir(ROOT)
-    os.execve(command[0], command, variables)
+    os.execvpe(command[0], command, variables)
 
 
 def provide() -> tuple[Path, Path, Path]:

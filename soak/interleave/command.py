@@ -161,7 +161,7 @@ def walk_one(work: Plan | Twin) -> tuple[int, str]:
     """Walk a plan, or those plans in which a twin must break; return the number of runs, and what broke, if any."""
     if isinstance(work, Plan):
         return until_broken(walk(Schedule(), work))
-    schedule, plans = Schedule(work.source()), [plan for plan in PLANS if work.where in str(plan)]
+    schedule, plans = Schedule(work.source()), (plan for plan in PLANS if work.where in str(plan))
     return until_broken(outcome for plan in plans for outcome in walk(schedule, plan))
 
 

@@ -31,9 +31,7 @@ STATES: dict[str, tuple[int, int | None, int, list[str]]] = {
 }
 
 
-class Offer(NamedTuple):
-    """What became of a payload that a call was given."""
-
+class Offer(NamedTuple):  # what became of a payload that a call was given
     data: bytes
     error: Any  # None: it was accepted
     ended: float  # when the call did
@@ -41,7 +39,6 @@ class Offer(NamedTuple):
 
 
 def names(payloads: Iterable[bytes]) -> list[tuple[bytes, int]]:
-    """Return who sent each, and its number there."""
     return [(data[:1], int(data[1:].rstrip(b"."))) for data in payloads]
 
 
@@ -61,8 +58,7 @@ class Scene:
         self.closing, self.closed = "", False  # "shutdown" or "stop", once called; and it refuses all from then on
         room, batch, fill, calls = STATES[name]
         self.limit, self.batch = room * SIZE, batch and batch * SIZE
-        make = self.tempo.Dispatcher
-        self.d = make(interval=INTERVAL, max_buffered_bytes=self.limit, max_batch_bytes=self.batch)
+        self.d = self.tempo.Dispatcher(interval=INTERVAL, max_buffered_bytes=self.limit, max_batch_bytes=self.batch)
         if consumer:
             self.begin(consumer)
             schedule.settle()
@@ -75,7 +71,6 @@ class Scene:
         self.took, self.closed = False, bool(self.closing)  # took: something has left since the state was set up
 
     def begin(self, call: str) -> Actor:
-        """Make an actor for a call."""
         producer = chr(ord("A") + len(self.schedule.actors))
         return Actor(self.schedule, call, lambda: self.make(call, producer))
 
@@ -84,14 +79,12 @@ class Scene:
         getattr(self, call.replace(" ", "_"))(producer)
 
     def waiting(self) -> set[str]:
-        """Return the calls that wait."""
         return {actor.name for actor in self.schedule.actors if actor.state == "blocked"}
 
     def hidden(self) -> int:
         """Return how many calls may have a batch which is not on record yet: calls of get that do not wait."""
-        return self.taking - sum(
-            actor.state == "blocked" and actor.name in WAITS - {"atake all"} for actor in self.schedule.actors
-        )
+        blocked = [actor.name for actor in self.schedule.actors if actor.state == "blocked"]
+        return self.taking - blocked.count("take all") - blocked.count("wait")
 
     def offer(self, producer: str, sizes: list[int], call: Callable[[list[bytes]], object]) -> None:
         """Make a call that offers payloads, and put on record what came of it."""
@@ -270,5 +263,5 @@ class Scene:
         refused = len({id(offer.error) for offer in self.offers if offer.error is not None})
         assert 0 <= t.accepted - len(accepted) <= len(self.unsure), f"{len(accepted)} were accepted: {t}"
         assert 0 <= t.rejected - refused <= len(self.unsure), f"{refused} were refused: {t}"
-        left = (t.discarded - len(back), t.buffered, t.waiting_producers, t.waiting_consumers)
-        assert left == (0, 0, 0, 0), f"left behind, or handed back and not counted: {t}"
+        left = (t.buffered, t.waiting_producers, t.waiting_consumers)
+        assert (*left, t.discarded) == (0, 0, 0, len(back)), f"left behind, or handed back and not counted: {t}"

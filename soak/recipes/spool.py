@@ -214,14 +214,9 @@ class Spool:
     def _change(self, records: int, nbytes: int) -> Iterator[None]:
         """Lock held. One transaction, all of it or nothing, whatever ends it: so many records, so many bytes more."""
         (count, held), self._held = self._totals(), None
-        try:
+        with self._db:
             self._db.execute("BEGIN IMMEDIATE")
             yield
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
         self._held = count + records, held + nbytes
 
 

@@ -35,7 +35,7 @@ TESTS = {
     7: (SPECIFICATION, "handler_that_raises_fails_its_batch_is_reported_and_goes_on"),
     8: (RECIPES, "the_executor_recipe_sends_all_before_the_executor_is_closed"),
     9: (RECIPES, "requests_are_within_every_limit_of_the_service"),
-    10: (SPECIFICATION, "with_left_by_an_exception_shows_it_after_exit_timeout_at_most"),
+    10: (SPECIFICATION, "with_left_by_an_exception_waits_exit_timeout_at_most"),
     11: (HERE, "started_dispatchers_that_are_dropped_live_until_shutdown_as_documented"),
     12: (RECIPES, "the_celery_recipe_drains_each_process_of_the_pool"),
     13: (SPECIFICATION, "refusal_by_a_full_buffer_takes_no_lock"),
@@ -51,7 +51,7 @@ TESTS = {
     23: (SPECIFICATION, "task_in_wait_for_loses_no_batch_at_a_timeout"),
     24: (WORLDS, "green_threads_patched_before_or_after_the_import"),
     25: (HERE, "batches_go_through_a_process_pool"),
-    26: (SPECIFICATION, "aenqueue_in_a_loop_that_no_longer_runs_holds_up_nobody"),
+    26: (SPECIFICATION, "task_in_a_loop_that_no_longer_runs_holds_up_nobody"),
     27: (HERE, "a_process_that_was_stopped_for_a_while_goes_on"),
 }
 
@@ -147,6 +147,7 @@ def test_clients_that_want_bytes_get_them_by_tolist_as_documented() -> None:
         quote_from_bytes(batch[0])  # type: ignore[arg-type]
     assert [quote_from_bytes(payload) for payload in batch.tolist()] == ["a%20b", "c%20d"]
     assert "tolist()" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert memoryview(batch[0].obj).nbytes == batch.nbytes  # and a view keeps its whole batch
 
 
 def test_the_threads_of_two_handlers_can_be_told_apart() -> None:

@@ -8,12 +8,12 @@ import contextlib
 import gzip
 import http.server
 import importlib
+import itertools
 import json
 import os
 import re
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,94 +23,77 @@ import pytest
 
 from soak import payloads
 from soak.__main__ import main
-from soak.config import Config
 from soak.debian import SetupError
 from soak.load import Account
 from soak.recipes.file_sink import FileSink, rotated
 from soak.sinks import command, places, readback, receiver, servers
 from soak.tests.helpers import LIMIT, OnTerminal, Worker, batch_of, run_python, wait_until
+from soak.tests.test_commands import soak
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 
-# Files.
+# Files, and HTTP.
+
+
+def deliver(sink: Any, *batches: list[bytes]) -> None:
+    for batch in batches:
+        sink.deliver(batch_of(*batch))
+    sink.close()
 
 
 def test_the_file_sink_writes_an_event_a_line_and_keeps_newlines_out(tmp_path: Path) -> None:
-    sink = FileSink(tmp_path / "events")
-    sink.deliver(batch_of(b'{"a":1}', b'{\n"a": 2\n}'))
-    sink.deliver(batch_of(b""))
-    sink.close()
+    deliver(FileSink(tmp_path / "events"), [b'{"a":1}', b'{\n"a": 2\n}'], [b""])
     assert (tmp_path / "events").read_bytes() == b'{"a":1}\n{ "a": 2 }\n\n'
 
 
 def test_the_file_sink_begins_a_new_file_before_a_batch_that_is_too_much(tmp_path: Path) -> None:
     path = tmp_path / "events"
-    sink = FileSink(path, rotate_bytes=10)
-    for i in range(2):
-        sink.deliver(batch_of(b"%d..." % i, b"."))
-    sink.deliver(batch_of(b"longer than the limit"))
-    sink.close()
+    deliver(FileSink(path, rotate_bytes=10), *([b"%d..." % i, b"."] for i in range(2)), [b"more than the limit"])
     assert [file.name for file in rotated(path)] == ["events.000001", "events.000002"]
     assert [file.read_bytes() for file in rotated(path)] == [b"0...\n.\n", b"1...\n.\n"]
-    assert path.read_bytes() == b"longer than the limit\n"
-
-    again = FileSink(path, rotate_bytes=10)
-    again.deliver(batch_of(b"after a restart"))
-    again.close()
+    assert path.read_bytes() == b"more than the limit\n"
+    deliver(FileSink(path, rotate_bytes=10), [b"after a restart"])
     assert rotated(path)[-1].name == "events.000003"
 
 
-class Disk:
-    """os.write and os.fsync on a disk that takes so many bytes, one a call, and then has so many failures."""
+def small_disk(room: int, failures: int) -> mock.Mock:
+    """An os.write on a disk that takes so many bytes, one a call, and then has so many failures."""
+    write, full = os.write, OSError(28, "No space left on device")
+    fates = itertools.chain([None] * room, [full] * failures, itertools.repeat(None))
 
-    def __init__(self, room: int, failures: int) -> None:
-        self.room, self.failures, self.synced = room, failures, 0
-        self._write = os.write
+    def one_byte(fd: int, data: bytes) -> int:
+        if (error := next(fates)) is not None:
+            raise error
+        return write(fd, data[:1])
 
-    def write(self, fd: int, data: bytes) -> int:
-        if self.room == 0 and self.failures:
-            self.failures -= 1
-            raise OSError(28, "No space left on device")
-        self.room = max(0, self.room - 1)
-        return self._write(fd, data[:1])
-
-    def fsync(self, fd: int) -> None:
-        self.synced += 1
+    return mock.Mock(side_effect=one_byte)
 
 
 def test_the_file_sink_goes_on_where_it_was_when_the_disk_has_room_again(tmp_path: Path) -> None:
-    disk = Disk(room=4, failures=3)
-    sink = FileSink(tmp_path / "events", fsync=True)
-    with mock.patch.multiple(os, write=disk.write, fsync=disk.fsync), mock.patch("time.sleep"):
-        sink.deliver(batch_of(b"first", b"second"))
-    sink.close()
-    assert (disk.failures, disk.synced) == (0, 1)
+    with mock.patch.multiple(os, write=small_disk(4, 3), fsync=mock.DEFAULT) as used, mock.patch("time.sleep"):
+        deliver(FileSink(tmp_path / "events", fsync=True), [b"first", b"second"])
+    assert used["fsync"].call_count == 1
     assert (tmp_path / "events").read_bytes() == b"first\nsecond\n"
 
 
 def test_the_file_sink_takes_half_a_batch_out_again_when_it_gives_up(tmp_path: Path) -> None:
     sink = FileSink(tmp_path / "events", patience=0.0)
     sink.deliver(batch_of(b"whole"))
-    with mock.patch.object(os, "write", Disk(room=4, failures=1).write), pytest.raises(OSError, match="No space"):
+    with mock.patch.object(os, "write", small_disk(4, 1)), pytest.raises(OSError, match="No space"):
         sink.deliver(batch_of(b"half"))
     broken = mock.patch.object(os, "write", side_effect=OSError(5, "Input/output error"))
     with broken, mock.patch("time.sleep") as sleep, pytest.raises(OSError, match="Input/output"):
         sink.deliver(batch_of(b"what will not pass is not waited for"))
     assert sleep.call_count == 0
-    sink.deliver(batch_of(b"after"))
-    sink.close()
+    deliver(sink, [b"after"])
     assert (tmp_path / "events").read_bytes() == b"whole\nafter\n"
-
-
-# HTTP.
 
 
 @contextlib.contextmanager
 def answering(*codes: int) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
     """A server that answers with these codes; yields its address, and the key and body of each request."""
     seen: list[tuple[str, bytes]] = []
-    left = list(codes)
 
     class Answers(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -119,46 +102,34 @@ def answering(*codes: int) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             body = gzip.decompress(body) if self.headers["Content-Encoding"] == "gzip" else body
             seen.append((self.headers["Idempotency-Key"], body))
-            self.send_response(left.pop(0))
+            self.send_response(codes[len(seen) - 1])
             self.send_header("Content-Length", "0")
             self.end_headers()
 
-        def log_message(self, *_: object) -> None:
-            """Print nothing."""
+        log_message = mock.Mock()
 
     with http.server.HTTPServer(("127.0.0.1", 0), Answers) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+        thread = Worker(server.serve_forever, poll_interval=0.01)
         try:
             yield f"http://127.0.0.1:{server.server_port}/", seen
         finally:
             server.shutdown()
-            thread.join(LIMIT)
+            thread.result()
 
 
 @pytest.mark.parametrize("compress", [False, True])
-def test_the_http_sink_posts_a_batch_again_under_the_same_key(compress: bool) -> None:
+def test_the_http_sink_posts_again_under_the_same_key_and_raises_what_will_not_pass(compress: bool) -> None:
     module = pytest.importorskip("soak.recipes.http_sink", exc_type=ImportError)
-    with answering(503, 429, 204, 204) as (url, seen):
-        sink = module.HttpSink(url, compress=compress, longest_pause=0.01)
-        sink.deliver(batch_of(b"1", b"2"))
-        sink.deliver(batch_of(b"3"))
+    with answering(503, 429, 204, 204, 400, 503, 503) as (url, seen):
+        deliver(module.HttpSink(url, compress=compress, longest_pause=0.01), [b"1", b"2"], [b"3"])
+        sink = module.HttpSink(url, compress=compress, tries=2, longest_pause=0.01)
+        for why in ("answered 400", "503"):
+            with pytest.raises(module.urllib3.exceptions.HTTPError, match=why):
+                sink.deliver(batch_of(b"4"))
         sink.close()
-    assert [body for _, body in seen] == [b"1\n2\n"] * 3 + [b"3\n"]
-    assert len({key for key, _ in seen[:3]}) == 1
-    assert seen[3][0] != seen[0][0]
-
-
-def test_the_http_sink_raises_what_will_not_pass() -> None:
-    module = pytest.importorskip("soak.recipes.http_sink", exc_type=ImportError)
-    with answering(400, 503, 503) as (url, seen):
-        sink = module.HttpSink(url, tries=2, longest_pause=0.01)
-        with pytest.raises(module.urllib3.exceptions.HTTPError, match="answered 400"):
-            sink.deliver(batch_of(b"1"))
-        with pytest.raises(module.urllib3.exceptions.HTTPError):
-            sink.deliver(batch_of(b"2"))
-        sink.close()
-    assert [body for _, body in seen] == [b"1\n", b"2\n", b"2\n"]
+    assert [body for _, body in seen] == [b"1\n2\n"] * 3 + [b"3\n"] + [b"4\n"] * 3
+    keys = [key for key, _ in seen]
+    assert keys[0] == keys[1] == keys[2] and len(set(keys)) == 4 and keys[5] == keys[6]
 
 
 # Places, and reading back.
@@ -183,8 +154,7 @@ def test_a_sink_that_is_none_is_named_with_the_reason(text: str, why: str) -> No
 
 def accepted_and_events() -> tuple[list[Account], list[bytes]]:
     """What two producers sent, and the same as one list in which their events alternate."""
-    accounts = [Account(), Account()]
-    sources = [payloads.events(None, i, payloads.Sent(None)) for i in range(2)]
+    accounts, sources = [Account(), Account()], [payloads.events(None, i, payloads.Sent(None)) for i in range(2)]
     events = [next(source) for _ in range(10) for source in sources]
     for i, event in enumerate(events):
         accounts[i % 2].add(event)
@@ -219,7 +189,7 @@ def test_reading_back_finds_what_is_wrong(
 
 def test_reading_back_lets_a_sink_repeat_that_says_so_and_counts_small_events() -> None:
     accounts, events = accepted_and_events()
-    assert readback.compare([*events, events[0]], accounts, None, once=False, ordered=True).problems == []
+    assert not readback.compare([*events, events[0]], accounts, None, once=False, ordered=True).problems
     account = Account()
     for event in (b"1", b"2"):
         account.add(event)
@@ -227,36 +197,33 @@ def test_reading_back_lets_a_sink_repeat_that_says_so_and_counts_small_events() 
     assert len(readback.compare([b"2"], [account], 1, once=True, ordered=True).problems) == 2
 
 
-SHORT = ("--duration", "0.2s", "--producers", "2", "--display", "none", "--baseline", "none", "--settings", "none")
+short_passes = pytest.mark.usefixtures("short_passes")
 
 
-def soak(folder: Path, sink: str, *options: str) -> tuple[int, dict[str, Any]]:
-    """Run `soak run` with a sink; return the exit code and the result."""
-    with mock.patch.object(Config, "pass_seconds", return_value=0.1):
-        code = main(["run", *SHORT, "--sink", sink, "--out", str(folder), *options])
-    return code, json.loads((folder / "latest.json").read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize("options", [[], ["--bulk", "50"], ["--on-full", "raise", "--max-buffered-bytes", "64KiB"]])
-def test_a_run_into_files_reads_every_event_back(options: list[str], tmp_path: Path) -> None:
+@short_passes
+@pytest.mark.parametrize(
+    "options", ["--bulk 50", pytest.param("--on-full raise --max-buffered-bytes 64KiB", marks=pytest.mark.slow)]
+)
+def test_a_run_into_files_reads_every_event_back(options: str, tmp_path: Path) -> None:
     with mock.patch.object(places, "ROTATE", 100_000):
-        code, result = soak(tmp_path, f"file:{tmp_path / 'events'}", *options)
+        code, result = soak(tmp_path, "--sink", f"file:{tmp_path / 'events'}", *options.split())
     assert code == 0, result["problems"]
     assert result["sink"]["events"] == result["accepted"] > 0
     assert len(list(tmp_path.glob("events.*"))) > 1
 
 
+@short_passes
 def test_a_run_into_a_device_says_that_nothing_can_be_read_back(tmp_path: Path) -> None:
-    code, result = soak(tmp_path, "file:/dev/null")
+    code, result = soak(tmp_path, "--sink", "file:/dev/null")
     assert (code, result["sink"]["read"]) == (0, False)
 
 
+@short_passes
 def test_a_run_whose_sink_loses_an_event_fails(tmp_path: Path) -> None:
     real = FileSink.deliver
     with mock.patch.object(FileSink, "deliver", lambda self, batch: real(self, batch_of(*batch.tolist()[1:]))):
-        code, result = soak(tmp_path, f"file:{tmp_path / 'events'}")
-    assert code == 1
-    assert result["lost"] > 0
+        code, result = soak(tmp_path, "--sink", f"file:{tmp_path / 'events'}")
+    assert code == 1 and result["lost"] > 0
     assert "accepted events are not there" in result["verdict"]["correctness"]["note"]
 
 
@@ -284,18 +251,19 @@ def test_the_receiver_takes_a_torn_line_out_when_it_starts(text: bytes, tmp_path
 # The command, and real servers.
 
 
+CLIENTS = {"redis": "redis", "postgresql": "psycopg", "nats": "nats", "http": "urllib3"}
+
+
 def have(kind: str) -> None:
     """Skip the test without the client's packages, or a server that is neither installed nor in the cache."""
-    for package in {"redis": ["redis"], "postgresql": ["psycopg"], "nats": ["nats"], "http": ["urllib3"]}[kind]:
+    for package in (CLIENTS[kind], "tenacity"):
         pytest.importorskip(package)
-    pytest.importorskip("tenacity")
-    programs = {"redis": "redis-server", "postgresql": "initdb", "nats": "nats-server"}
-    if kind in programs:
+    if package := servers.KINDS[kind].package:
         with mock.patch.object(servers, "fetch", side_effect=SetupError("not installed")):
             try:
-                servers.find(programs[kind], {"postgresql": "postgresql"}.get(kind, programs[kind]))
+                servers.find("initdb" if kind == "postgresql" else package, package)
             except SetupError:
-                pytest.skip(f"no {programs[kind]} is here (make soak-sinks fetches it)")
+                pytest.skip(f"no {package} is here (make soak-sinks fetches it)")
 
 
 @pytest.mark.slow
@@ -334,22 +302,20 @@ def test_the_sinks_command_that_is_told_to_end_ends_its_server(number: signal.Si
     assert not any(os.fsencode(folder) in command for command in commands)
 
 
-def test_the_sinks_command_says_that_it_was_interrupted(tmp_path: Path, capsys: Any) -> None:
+def test_the_sinks_command_says_that_it_was_interrupted_and_which_server_cannot_be_had(
+    tmp_path: Path, capsys: Any
+) -> None:
     real = vars(command)["drive"]
 
-    def interrupted(*args: Any) -> Any:
+    def drive(*args: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
         return real(*args)
 
-    with mock.patch.object(command, "drive", interrupted):
-        code = main(["sinks", "--only", "null,file", *SHORT[:4], "--out", str(tmp_path)])
-    assert code == 1
+    interrupted = mock.patch.object(command, "drive", drive)
+    options = ["--producers", "2", "--duration", "0.2s", "--out", str(tmp_path)]
+    with interrupted, mock.patch.object(servers, "find", side_effect=SetupError("no apt-get here")):
+        assert main(["sinks", "--only", "nats,null,file", *options]) == 1
     assert capsys.readouterr().out.startswith("INTERRUPTED: 1 of 1 loads well")
-
-
-def test_the_sinks_command_leaves_a_server_out_that_cannot_be_had(tmp_path: Path) -> None:
-    with mock.patch.object(servers, "find", side_effect=SetupError("no apt-get here")):
-        assert main(["sinks", "--only", "null,nats", *SHORT[:4], "--out", str(tmp_path)]) == 0
     (file,) = tmp_path.glob("sinks-*.json")
     assert json.loads(file.read_text(encoding="utf-8"))["left_out"] == ["nats: no apt-get here"]
 
@@ -420,23 +386,25 @@ def test_the_redis_sink_goes_on_when_a_machine_of_its_cluster_comes_back(tmp_pat
         assert in_stream(cluster, streams[0]) == [b"0", b"next", b"while it was away"]
 
 
-@pytest.mark.parametrize(
-    ("error", "transient"),
-    [
-        ("redis.ConnectionError('away')", True),
-        ("redis.AuthenticationError('invalid password')", False),
-        ("redis.exceptions.ClusterDownError('The cluster is down')", True),
-        ("redis.exceptions.MovedError('3999 127.0.0.1:6381')", True),
-        ("redis.ResponseError('MISCONF Redis is configured to save')", True),
-        ("redis.ResponseError('Command # 1 (XADD a) of pipeline caused error: NOREPLICAS Not enough')", True),
-        ("redis.ResponseError('Command # 1 (XADD NOREPLICAS) of pipeline caused error: WRONGTYPE')", False),
-        ("redis.RedisClusterException('Redis Cluster cannot be connected. Please')", True),
-        ("redis.RedisClusterException('shard_hint is deprecated')", False),
-        ("ValueError('MISCONF')", False),
-    ],
-)
-def test_the_redis_sink_tries_again_what_may_pass(error: str, transient: bool) -> None:
+PASSING = [
+    "redis.ConnectionError('away')",
+    "redis.exceptions.ClusterDownError('The cluster is down')",
+    "redis.exceptions.MovedError('3999 127.0.0.1:6381')",
+    "redis.ResponseError('MISCONF Redis is configured to save')",
+    "redis.ResponseError('Command # 1 (XADD a) of pipeline caused error: NOREPLICAS Not enough')",
+    "redis.RedisClusterException('Redis Cluster cannot be connected. Please')",
+]
+LASTING = [
+    "redis.AuthenticationError('invalid password')",
+    "redis.ResponseError('Command # 1 (XADD NOREPLICAS) of pipeline caused error: WRONGTYPE')",
+    "redis.RedisClusterException('shard_hint is deprecated')",
+    "ValueError('MISCONF')",
+]
+
+
+@pytest.mark.parametrize("error", PASSING + LASTING)
+def test_the_redis_sink_tries_again_what_may_pass(error: str) -> None:
     redis = pytest.importorskip("redis")
     pytest.importorskip("tenacity")
     module = importlib.import_module("soak.recipes.redis_sink")
-    assert module.is_transient(eval(error, {"redis": redis})) is transient
+    assert module.is_transient(eval(error, {"redis": redis})) is (error in PASSING)

@@ -18,16 +18,20 @@ from unittest import mock
 import pytest
 
 import tempo
-from soak.recipes import spool as soak_spool
-from soak.recipes.spool import Spool, SpoolError, SpoolFull
+from soak.recipes.spool import RECORD_OVERHEAD, Spool, SpoolError, SpoolFull
 from soak.tests.helpers import ENVIRONMENT, LIMIT, make, run_python
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 
 @pytest.fixture
-def spool(tmp_path: Path) -> Iterator[Spool]:
-    with Spool(tmp_path / "spool", max_bytes=tempo.MiB) as spool:
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "spool"
+
+
+@pytest.fixture
+def spool(path: Path) -> Iterator[Spool]:
+    with Spool(path, max_bytes=tempo.MiB) as spool:
         yield spool
 
 
@@ -37,27 +41,19 @@ def in_file(path: Path) -> list[bytes]:
         return [data for (data,) in db.execute("SELECT data FROM records ORDER BY id")]
 
 
-def test_a_record_leaves_the_spool_when_it_was_sent_and_not_before(spool: Spool, tmp_path: Path) -> None:
-    spool.put([b"a", b"b", b"c"])
-
+def test_a_record_leaves_the_spool_when_it_was_sent_and_not_before(spool: Spool, path: Path) -> None:
     def send(records: list[bytes]) -> None:
-        assert records == in_file(tmp_path / "spool") == [b"a", b"b", b"c"]
+        assert records == in_file(path) == [b"a", b"b"]
         assert spool.put([b"meanwhile"]) == 1
         assert spool.replay(send) == 0  # one at a time
 
-    assert spool.replay(send) == 3
-    assert in_file(tmp_path / "spool") == [b"meanwhile"]
-    assert (len(spool), spool.nbytes) == (1, 9 + soak_spool.RECORD_OVERHEAD)
-
-
-def test_a_record_that_was_not_sent_stays_in_the_spool(spool: Spool) -> None:
     spool.put([b"a", b"b"])
     for error in (OSError("the sink is away"), KeyboardInterrupt()):
         with pytest.raises(type(error)):
             spool.replay(mock.Mock(side_effect=error))
-    sent: list[bytes] = []
-    assert (len(spool), spool.replay(sent.extend), sent) == (2, 2, [b"a", b"b"])
-    assert spool.replay(sent.extend) == 0
+    assert spool.replay(send) == 2
+    assert in_file(path) == [b"meanwhile"]
+    assert (len(spool), spool.nbytes) == (1, 9 + RECORD_OVERHEAD)
 
 
 def test_replay_sends_all_in_order_so_much_at_a_time(spool: Spool) -> None:
@@ -95,8 +91,12 @@ def test_a_handler_sends_what_was_not_delivered_when_its_sink_is_back(spool: Spo
 
 
 @pytest.mark.parametrize("closed", [False, True])
-def test_only_what_the_dispatcher_refuses_goes_to_the_spool(spool: Spool, tmp_path: Path, closed: bool) -> None:
+def test_only_what_the_dispatcher_refuses_and_could_take_goes_to_the_spool(
+    spool: Spool, path: Path, closed: bool
+) -> None:
     d = make(max_buffered_bytes=5)
+    with pytest.raises(tempo.PayloadTooLarge):
+        spool.enqueue(d, b"never fits")
     if closed:
         d.stop()
     records: list[Any] = [b"ab", bytearray(b"cd"), memoryview(b"ef"), b"gh"]
@@ -104,142 +104,105 @@ def test_only_what_the_dispatcher_refuses_goes_to_the_spool(spool: Spool, tmp_pa
     assert spool.enqueue(d, b"ij") is False
     assert spool.enqueue(d, b"k") is not closed
     refused = [b"ef", b"gh", b"ij"]
-    assert in_file(tmp_path / "spool") == ([b"ab", b"cd", *refused, b"k"] if closed else refused)
+    assert in_file(path) == ([b"ab", b"cd", *refused, b"k"] if closed else refused)
     assert d.stats().buffered == (0 if closed else 3)
 
 
-def test_a_payload_that_never_fits_is_not_spooled(spool: Spool) -> None:
-    with pytest.raises(tempo.PayloadTooLarge):
-        spool.enqueue(make(max_buffered_bytes=5), b"123456")
-    assert len(spool) == 0
-
-
-def test_a_full_spool_takes_all_of_a_call_or_nothing(tmp_path: Path) -> None:
-    one = 4 + soak_spool.RECORD_OVERHEAD
-    with Spool(tmp_path / "spool", max_bytes=3 * one) as spool:
+def test_a_full_spool_takes_all_of_a_call_or_nothing(path: Path) -> None:
+    one = 4 + RECORD_OVERHEAD
+    with Spool(path, max_bytes=3 * one) as spool:
         spool.put([b"0000"])
         with pytest.raises(SpoolFull, match=f"no room for {3 * one} bytes: {one} of {3 * one} bytes are taken") as full:
             spool.put([b"1111", b"2222", b"3333"])
-        assert full.value.rest == [b"1111", b"2222", b"3333"]
-        assert in_file(tmp_path / "spool") == [b"0000"]
+        assert (full.value.rest, in_file(path)) == ([b"1111", b"2222", b"3333"], [b"0000"])
         spool.put([b"1111", b"2222"])
-        d = make(max_buffered_bytes=8)
         with pytest.raises(SpoolFull) as full:
-            spool.enqueue_many(d, [b"aaaa", b"bbbb", b"cccc"])
+            spool.enqueue_many(make(max_buffered_bytes=8), [b"aaaa", b"bbbb", b"cccc"])
         assert (full.value.accepted, full.value.rest) == (2, [b"cccc"])
         assert (len(spool), spool.nbytes) == (3, 3 * one)
-    assert in_file(tmp_path / "spool") == [b"0000", b"1111", b"2222"]
+    assert in_file(path) == [b"0000", b"1111", b"2222"]
 
 
-def test_a_full_disk_is_an_error_that_changes_nothing(spool: Spool, tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_that_changes_nothing(spool: Spool, path: Path) -> None:
     spool.put([b"first"])
     (pages,) = spool._db.execute("PRAGMA page_count").fetchone()
     spool._db.execute(f"PRAGMA max_page_count={pages}")  # so that SQLite meets the same as on a full disk
     with pytest.raises(SpoolFull, match="full") as full:
         spool.put([b"second", bytes(100_000), b"third"])
     assert full.value.rest == [b"second", bytes(100_000), b"third"]
-    assert (len(spool), in_file(tmp_path / "spool")) == (1, [b"first"])
+    assert (len(spool), in_file(path)) == (1, [b"first"])
     spool.put([b"fits"])
-    assert in_file(tmp_path / "spool") == [b"first", b"fits"]
+    assert in_file(path) == [b"first", b"fits"]
 
 
-class FailingAt:
-    """A database connection on which one statement fails."""
-
-    def __init__(self, db: Any, statement: str, error: BaseException) -> None:
-        self._db, self._statement, self._error = db, statement, error
-
-    def execute(self, statement: str, *args: Any) -> Any:
-        if statement.startswith(self._statement):
-            raise self._error
-        return self._db.execute(statement, *args)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._db, name)
-
-
-@pytest.mark.parametrize("error", [sqlite3.OperationalError("disk I/O error"), KeyboardInterrupt()], ids=repr)
-def test_a_change_that_does_not_come_to_its_end_changes_nothing(
-    spool: Spool, tmp_path: Path, error: BaseException
-) -> None:
-    db = spool._db
-    spool.put([b"a"])
-    expected: Any = SpoolError if isinstance(error, sqlite3.Error) else type(error)
-    for statement in ("BEGIN", "COMMIT"):
-        with mock.patch.object(spool, "_db", FailingAt(db, statement, error)):
-            with pytest.raises(expected) as caught:
-                spool.put([b"b"])
-            if isinstance(caught.value, SpoolError):
-                assert caught.value.rest == [b"b"]
-            assert not db.in_transaction
-        assert (len(spool), in_file(tmp_path / "spool")) == (1, [b"a"])
-    with mock.patch.object(spool, "_db", FailingAt(db, "COMMIT", error)), pytest.raises(expected):
-        spool.replay(mock.Mock())
-    assert (len(spool), spool.nbytes, in_file(tmp_path / "spool")) == (1, 1 + soak_spool.RECORD_OVERHEAD, [b"a"])
+def test_a_change_that_does_not_come_to_its_end_changes_nothing(spool: Spool, path: Path) -> None:
     sent: list[bytes] = []
-    assert (spool.replay(sent.extend), sent) == (1, [b"a"])  # what could not be deleted comes again
+    spool.put([b"a"])
+    spool._db.set_progress_handler(lambda: True, 1)  # SQLite fails at its next step
+    with pytest.raises(SpoolError) as caught:
+        spool.put([b"b"])
+    assert caught.value.rest == [b"b"] and not spool._db.in_transaction
+    spool._db.set_progress_handler(lambda: len(sent) == 1, 1)  # when it was sent
+    with pytest.raises(SpoolError):
+        spool.replay(sent.extend)
+    spool._db.set_progress_handler(None, 1)
+    assert (len(spool), spool.nbytes, in_file(path)) == (1, 1 + RECORD_OVERHEAD, [b"a"])
+    assert (spool.replay(sent.extend), sent) == (1, [b"a", b"a"])  # what could not be deleted comes again
 
 
-def test_a_bad_argument_of_the_spool_is_named(tmp_path: Path) -> None:
+def test_a_call_that_interrupts_a_change_of_the_spool_is_refused(spool: Spool) -> None:
+    refused: list[SpoolError] = []
+
+    def nested(statement: str) -> None:
+        if statement.startswith("INSERT"):
+            try:
+                spool.put([b"nested"])
+            except SpoolError as error:
+                refused.append(error)
+
+    spool._db.set_trace_callback(nested)
+    spool.put([b"outer"])
+    assert (len(spool), [error.rest for error in refused]) == (1, [[b"nested"]])
+
+
+def test_a_bad_argument_of_the_spool_is_named_and_a_bad_record_not_shown(spool: Spool, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^max_bytes must be "):
-        Spool(tmp_path / "spool", max_bytes=0)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("records", [b"secret", "secret", None, [b"a", "secret"]])
-def test_records_that_are_none_are_refused_and_not_shown(spool: Spool, records: Any) -> None:
-    with pytest.raises(TypeError) as caught:
-        spool.put(records)
-    assert "secret" not in str(caught.value)
+        Spool(tmp_path / "other", max_bytes=0)
+    assert not (tmp_path / "other").exists()
+    records: list[Any] = [b"secret", "secret", None, [b"a", "secret"]]
+    for some in records:
+        with pytest.raises(TypeError, match=r"^(?!.*secret)"):
+            spool.put(some)
     assert len(spool) == 0
 
 
-def test_one_spool_at_a_time_has_the_file(spool: Spool, tmp_path: Path) -> None:
+def test_one_spool_at_a_time_has_the_file(spool: Spool, path: Path) -> None:
     with pytest.raises(SpoolError, match="in use by another Spool"):
-        Spool(tmp_path / "spool", max_bytes=1000)
+        Spool(path, max_bytes=1000)
     spool.put([b"left"])
     spool.close()
     spool.close()
     with pytest.raises(SpoolError, match="is closed") as caught:
         spool.put([b"late"])
     assert caught.value.rest == [b"late"]
-    with Spool(tmp_path / "spool", max_bytes=1) as again:  # a lower limit takes nothing away
-        assert (len(again), again.nbytes) == (1, 4 + soak_spool.RECORD_OVERHEAD)
-        with pytest.raises(SpoolFull):
-            again.put([b""])
+    with Spool(path, max_bytes=1) as again, pytest.raises(SpoolFull):  # a lower limit takes nothing away
+        assert (len(again), again.nbytes) == (1, 4 + RECORD_OVERHEAD)
+        again.put([b""])
 
 
-def test_a_file_that_is_no_spool_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "text").write_text("some notes of mine\n" * 100, encoding="utf-8")
-    with contextlib.closing(sqlite3.connect(tmp_path / "database")) as db:
-        db.execute("CREATE TABLE records (mine)")
-    for name in ("text", "database"):
-        before = (tmp_path / name).read_bytes()
-        with pytest.raises(SpoolError, match=f"cannot open .*{name}: .*database"):
-            Spool(tmp_path / name, max_bytes=1000)
-        assert (tmp_path / name).read_bytes() == before
+def test_a_file_that_is_no_spool_is_left_alone(path: Path) -> None:
     with pytest.raises(SpoolError, match="cannot open"):
-        Spool(tmp_path / "no" / "such" / "folder", max_bytes=1000)
+        Spool(path / "no" / "such" / "folder", max_bytes=1000)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE records (mine)")
+    for content in (path.read_bytes(), b"some notes of mine\n" * 100):
+        path.write_bytes(content)
+        with pytest.raises(SpoolError, match=r"cannot open .*spool: .*database"):
+            Spool(path, max_bytes=1000)
+        assert path.read_bytes() == content
 
 
-def test_a_call_that_interrupts_a_change_of_the_spool_is_refused(spool: Spool) -> None:
-    def nested() -> Iterator[bytes]:
-        with pytest.raises(SpoolError, match="was called by what interrupted it") as caught:
-            spool.put([b"nested"])
-        assert caught.value.rest == [b"nested"]
-        return iter(())
-
-    db = mock.Mock(wraps=spool._db)
-    db.executemany.side_effect = lambda *_: nested()
-    type(db).in_transaction = mock.PropertyMock(side_effect=lambda db=spool._db: db.in_transaction)
-    with mock.patch.object(spool, "_db", db):
-        spool.put([b"outer"])
-    assert db.executemany.call_count == 1
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_child_is_refused_by_the_spool_and_its_exit_does_no_harm(tmp_path: Path) -> None:
-    program = """
+FORKED = """
 import os, sys
 from soak.recipes.spool import Spool, SpoolError
 
@@ -259,11 +222,15 @@ print(os.waitpid(pid, 0)[1], flush=True)
 spool.put([b"after"])
 os._exit(0)  # as a kill: nothing is closed
 """
-    done = run_python("-c", program, cwd=tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_is_refused_by_the_spool_and_its_exit_does_no_harm(path: Path) -> None:
+    done = run_python("-c", FORKED, cwd=path.parent)
     assert (done.returncode, done.stdout, done.stderr) == (0, "True [b'child']\nTrue []\n0\n", "")
-    with Spool(tmp_path / "spool", max_bytes=10_000) as spool:
+    with Spool(path, max_bytes=10_000) as spool:
         assert len(spool) == 2
-    assert in_file(tmp_path / "spool") == [b"before", b"after"]
+    assert in_file(path) == [b"before", b"after"]
 
 
 KILLED = """
@@ -311,12 +278,11 @@ d.shutdown(10.0)
 
 @pytest.mark.slow
 def test_nothing_that_the_spool_has_taken_is_lost_by_twenty_kills(tmp_path: Path) -> None:
-    dice = random.Random()
     for number in range(20):
         command = [sys.executable, "-c", KILLED, str(number)]
         with subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-            time.sleep(dice.uniform(0.0, 0.1))
+            time.sleep(random.uniform(0.0, 0.1))
             process.kill()
     done = run_python("-c", KILLED, "-1", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -325,5 +291,4 @@ def test_nothing_that_the_spool_has_taken_is_lost_by_twenty_kills(tmp_path: Path
         for name in ("taken", "delivered")
     )
     assert len({record[:4] for record in taken}) > 10  # runs in which the file took something
-    assert len(taken) > 500
-    assert taken - delivered == set()
+    assert len(taken) > 500 and taken <= delivered

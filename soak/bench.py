@@ -147,8 +147,7 @@ def rounds_of(suite: Any, name: str) -> list[float]:
 
 def ratios_of(pyperf: Any, suite: Any) -> Any:
     """Return the ratio of each row and round, as a suite."""
-    place = environment.describe()
-    notes = {f"soak_{key}": str(place[key]) for key in environment.LINE_KEYS if place[key] is not None}
+    notes = {f"soak_{key}": str(value) for key, value in environment.describe().items() if value is not None}
     benchmarks = []
     for row in ROWS:
         metadata = {"name": row.name, "unit": "second", **notes}

@@ -25,7 +25,6 @@ class Census(Load):
         self._checked = True
         self.identities = config.payload_size is None or config.payload_size >= IDENTITY_SIZE
         self.received = [Account() for _ in range(config.consumers)]
-        self.out_of_order = [0] * config.consumers
 
     def consume(self, index: int, dispatcher: tempo.Dispatcher) -> None:
         """Take each batch apart. A batch at odds with itself is an AssertionError."""
@@ -41,7 +40,7 @@ class Census(Load):
                 account.add(payload)
                 if self.identities:
                     producer, sequence = identity_of(payload, self.config.payload_size)
-                    self.out_of_order[index] += sequence <= last[producer]
+                    account.out_of_order += sequence <= last[producer]
                     last[producer] = sequence
             if self.config.consumer_delay:
                 time.sleep(self.config.consumer_delay)
@@ -84,8 +83,8 @@ def take(config: Config, seconds: float, each: int | None = None, every: float =
         [sum(figures) for figures in zip(*(vars(account).values() for account in accounts))]
         for accounts in (census.accounts, census.received)
     )
-    (accepted, sent_bytes, sent_sum, refused), (delivered, came_bytes, came_sum, _) = sent, received
-    disordered, problems = sum(census.out_of_order), list(outcome.problems)
+    (accepted, sent_bytes, sent_sum, refused, _), (delivered, came_bytes, came_sum, _, disordered) = sent, received
+    problems = list(outcome.problems)
     if sent_bytes != came_bytes:
         problems.append(f"{sent_bytes} bytes accepted, {came_bytes} delivered")
     if sent_sum != came_sum:

@@ -15,7 +15,6 @@ import tempo
 ROOT = Path(__file__).resolve().parent.parent
 EMULATED = "SOAK_EMULATED_MACHINE"
 """The environment variable with which ``pi`` names what is emulated: /proc and /sys are the host's."""
-LINE_KEYS = ("machine", "cores", "interpreter", "python", "build", "commit")
 
 
 def describe() -> dict[str, object]:

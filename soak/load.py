@@ -57,6 +57,7 @@ class Account:
     nbytes: int = 0
     checksum: int = 0
     refused: int = 0
+    out_of_order: int = 0  # or repeated
 
     def add(self, payload: bytes) -> None:
         self.events += 1

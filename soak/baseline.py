@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Recorded figures under ``soak/baselines/``: which of them a run may be compared with, and the ``baseline`` command.
 
-A file has ``ratio`` and ``ratio_spread``: what this harness reached in events/s over the calibration of the same run,
-and how far another run may be from that; likewise its peak heap and its drain.
+A file has ``ratio`` (events/s over the calibration of the same run), ``ratio_spread`` (how far another run may be from
+that), and likewise the peak heap and the drain.
 """
 
 from __future__ import annotations
@@ -80,18 +80,15 @@ def choose(
     """Return the baseline that ``option`` (checked) selects, and what there is to say about it or about having none."""
     if option == "none":
         return None, "no baseline: none was asked for"
-    if option != "auto":
-        named = load(option, folder)
-        different = named.differences(config, environment)
-        return named, f"{option} differs in {', '.join(different)}" if different else ""
-    for path in sorted(folder.glob("*.json")):
+    for name in sorted(path.stem for path in folder.glob("*.json")) if option == "auto" else [option]:
         try:
-            one = load(path.stem, folder)
+            one = load(name, folder)
         except argparse.ArgumentTypeError as error:
             say(f"baseline: {error}")
-        else:
-            if not one.differences(config, environment):
-                return one, ""
+            continue
+        different = one.differences(config, environment)
+        if option == name or not different:
+            return one, f"{name} differs in {', '.join(different)}" if different else ""
     return None, "no baseline fits this machine, interpreter and these settings"
 
 

@@ -58,12 +58,11 @@ def seen() -> bool:
 
 
 def wait(event: threading.Event, seconds: float) -> bool:
-    """Wait for the event, as ``event.wait`` does. Raises Interrupted once, when the first interrupt has come."""
+    """Wait, in the main thread, as ``event.wait`` does. Raises Interrupted once, when the first interrupt has come."""
     global _pending  # noqa: PLW0603
     deadline = time.monotonic() + seconds
-    on_main = threading.current_thread() is threading.main_thread()
     while True:
-        if on_main and _pending:
+        if _pending:
             _pending = False
             raise Interrupted
         left = deadline - time.monotonic()

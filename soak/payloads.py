@@ -80,8 +80,6 @@ class Sent:
     A sum does not depend on the order in which several consumers add up, so both ends can be compared.
     """
 
-    __slots__ = ("_head", "_mark", "checksum", "probes")
-
     def __init__(self, size: int | None) -> None:
         self.probes = 0
         self.checksum = 0

@@ -42,9 +42,7 @@ def write(path: Path, content: bytes, instead: str = "") -> bool:
 
 class Files:
     """Where one command's results go: ``out/KIND-TIME.json``, and for ``soak`` a stream of samples and ``latest.json``.
-
-    Each trouble is reported once, in one line on stderr; ``well`` is then False.
-    """
+    After trouble, which is told in one line, ``well`` is False."""
 
     def __init__(self, out: Path, path: Path | None, kind: str = "soak") -> None:
         self.well = True

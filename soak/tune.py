@@ -51,15 +51,11 @@ On a terminal it asks for the payload size when none is given. `run` then takes 
 
 
 class Edge(NamedTuple):
-    """Where refusals begin."""
-
     healthy: int | None  # the smallest buffer tried without refusals, in bytes; None: each had some
     refusing: int | None  # the largest one below that, which had some
 
 
 class Found(NamedTuple):
-    """What tune found."""
-
     config: Config
     edge: Edge
     rate: float  # observed with the recommended settings, delivered events a second
@@ -113,10 +109,7 @@ def ask(read: Callable[[], str] = sys.stdin.readline, tries: int = 3) -> str | i
 
 
 def largest_buffer(config: Config, memory: object) -> int:
-    """Return the largest buffer, in bytes, with which the bound for the heap is an eighth of the memory at most.
-
-    Memory that is not known is taken for 512 MiB.
-    """
+    """Return the largest buffer whose bound for the heap is an eighth of the memory (unknown: of 512 MiB) at most."""
     share = (memory if isinstance(memory, int) else 512 * MIB) // SHARE_OF_MEMORY
     buffer = min(MOST_BUFFER, share)
     while buffer > 1 and heap.bound(replace(config, max_buffered_bytes=buffer, producers=max(PRODUCERS))) > share:

@@ -1218,6 +1218,7 @@ class Dispatcher:
                 for line in (self._line, self._resting, self._consumers, self._drainers):
                     while self._gone[0] in line:
                         line.remove(self._gone[0])
+                self._gone[0].stood = False
                 del self._gone[:1]
             if buffer.nested or buffer.dirty or buffer.run.before is not None:
                 buffer.seal(self._now)
@@ -1309,7 +1310,11 @@ class Dispatcher:
 
     @_section
     def _look(self, waiter: _Waiter, deadline: float, step: Callable[..., _T | None], *args: Any) -> _T | None:
-        return step(waiter, self._now >= deadline, *args)
+        self._gone.append(waiter)  # in this section: by the next one its payload may be accepted for it
+        result = step(waiter, self._now >= deadline, *args)
+        if result is None:
+            self._gone.remove(waiter)
+        return result
 
     def _stand(self, waiter: _Waiter, line: deque[_Waiter]) -> None:
         """Lock held. Stand in line, unless it does already."""

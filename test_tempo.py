@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+# ruff: noqa: B023 - functions that are made in a loop are called in the same turn of it
 """The specification of tempo.py: a section for each row of its contract, then one for each behaviour.
 
 A test's name starts with its subject, so that `pytest -k flush` selects what is about flush. Nothing sleeps to wait: a
@@ -21,7 +22,6 @@ import pickle
 import queue
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +29,6 @@ import textwrap
 import threading
 import time
 import typing
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
@@ -45,11 +44,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from hypothesis.stateful import run_state_machine_as_test as play
 
 import tempo
-
-try:
-    import tracemalloc
-except ImportError:  # PyPy has none
-    tracemalloc = None  # type: ignore[assignment]
 
 ROOT = Path(tempo.__file__).resolve().parent
 CPYTHON = sys.implementation.name == "cpython"
@@ -118,6 +112,27 @@ class inside:  # noqa: N801 - a namespace
             assert run.places == run.granted and pending and held + covered <= buffer.max_buffered, "I3"
             assert told or opened + covered < (buffer.max_batch or INF), "I4"
             assert told or pending + run.places < (buffer.max_items or INF), "I4"
+
+    stops_at_opcodes = sys.implementation.name == "cpython" and sys.version_info[:2] != (3, 12)
+
+    @staticmethod
+    def stop_in_await(n: int, stop: Callable[[], object], work: Callable[..., Any], *args: Any) -> Any:
+        """Call work, and stop before the n-th opcode of the waiting of its coroutine."""
+        steps = itertools.count(1)
+
+        def trace(frame: FrameType, event: str, _: object) -> Any:
+            if frame.f_code is not tempo.Dispatcher._await.__code__:
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode" and next(steps) == n:
+                stop()
+            return trace
+
+        sys.settrace(trace)
+        try:
+            return work(*args)
+        finally:
+            sys.settrace(None)
 
     @staticmethod
     def set_clock(clock: Callable[[], float]) -> None:
@@ -205,19 +220,13 @@ def clock() -> Clock:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
-    """Give tempo its own clock back, and fail a test that leaves a thread behind."""
-    before = set(threading.enumerate())
+    """Have threads switch often; give tempo its own clock back, and fail a test that leaves a thread behind."""
+    before, interval = set(threading.enumerate()), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
     yield
+    sys.setswitchinterval(interval)
     inside.set_clock(time.monotonic)
     wait_until(lambda: set(threading.enumerate()) <= before)
-
-
-@pytest.fixture
-def quiet() -> Iterator[None]:
-    """Nothing is printed of what a thread raises."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(threading, "excepthook", lambda _: None)
-        yield
 
 
 def make(**kwargs: Any) -> tempo.Dispatcher:
@@ -298,11 +307,6 @@ async def next_batch(d: tempo.Dispatcher) -> tempo.Batch:
     return await anext(aiter(d))
 
 
-async def collect(d: tempo.Dispatcher) -> list[bytes]:
-    """All payloads until the dispatcher ends."""
-    return [payload async for batch in d for payload in batch.tolist()]
-
-
 def call(d: tempo.Dispatcher, how: str, *args: Any, **kwargs: Any) -> Any:
     """Call a method; a coroutine runs in an event loop made for it."""
     result = getattr(d, how)(*args, **kwargs)
@@ -357,9 +361,7 @@ def closing(d: tempo.Dispatcher, how: str = "shutdown") -> Worker:
 
 def not_due(d: tempo.Dispatcher) -> bool:
     """Whether there is no batch to get."""
-    with pytest.raises(queue.Empty):
-        d.get(timeout=0)
-    return True
+    return type(raised(d.get, timeout=0)) is queue.Empty
 
 
 def drained(d: tempo.Dispatcher) -> list[tempo.Batch]:
@@ -401,7 +403,7 @@ def works(d: tempo.Dispatcher) -> list[bytes]:
 
 
 PRELUDE = """
-import asyncio, ctypes, gc, os, signal, sys, threading, time, traceback, weakref
+import contextlib, ctypes, gc, os, signal, sys, threading, time, traceback, warnings
 import tempo
 
 def make(**kwargs):
@@ -429,20 +431,14 @@ def in_child(work, fork=getattr(os, "fork", None)):
 """
 
 
-def run_python(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the interpreter in a process of its own, with tempo importable."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, *args]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60, check=False)
-
-
-def program(source: str, *options: str, told: str = "", code: int = 0) -> list[str]:
+def program(source: str, *options: str, prelude: str = PRELUDE, told: str = "", code: int = 0) -> list[str]:
     """Run a program; check its exit code and what it writes to stderr; return the lines that it prints."""
     if "fork" in source and not hasattr(os, "fork"):
         pytest.skip("there is no fork here")
     # From 3.12 on, fork in a process with threads warns. That is what is tested here.
-    options = ("-W", "ignore::DeprecationWarning", *options)
-    done = run_python(*options, "-c", PRELUDE + textwrap.dedent(source))
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", *options, "-c", prelude + textwrap.dedent(source)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert re.fullmatch(told, done.stderr, re.DOTALL), done.stderr
     assert done.returncode == code
     return done.stdout.splitlines()
@@ -475,24 +471,12 @@ class Steps:
         finally:
             sys.setprofile(None)
 
-    @contextlib.contextmanager
-    def halt(self, work: Callable[..., Any], *args: Any) -> Iterator[Worker]:
-        """A thread that stands still at its n-th step, or has ended, during the block."""
-        gate = Gate()
-        worker = Worker(self.run, gate, work, *args)
-        try:
-            wait_until(lambda: gate.entered.is_set() or not worker.is_alive())
-            yield worker
-        finally:
-            gate.go_on.set()
-            worker.join(LIMIT)
 
-
-def each_step(scene: Callable[[Steps], object], *also: ModuleType) -> None:
-    """Play a scene with something done at a call's first step, its second, and so on to its last."""
+def each_step(*also: ModuleType) -> Iterator[Steps]:
+    """Yield what does something at a call's first step, then what does it at the second, and so on to the last."""
     for n in itertools.count(1):
         steps = Steps(n, tempo, *also)
-        scene(steps)
+        yield steps
         if steps.count < n:
             assert n > 1, "nothing was called"
             return
@@ -563,21 +547,18 @@ def test_dispatcher_shows_its_state_and_its_fill() -> None:
     assert repr(d) == "<tempo.Dispatcher stopped 0 buffered, 0 of 12345 bytes>"
 
 
-TIMEOUTS = each("how", ["enqueue", "enqueue_many", "aenqueue", "get", "flush", "aflush", "shutdown", "ashutdown"])
-
-
-def with_timeout(d: tempo.Dispatcher, how: str, *args: Any, **kwargs: Any) -> Any:
-    return send(d, how, b"p", *args, **kwargs) if "enqueue" in how else call(d, how, *args, **kwargs)
+PAYLOADS = [("enqueue", [b"p"]), ("enqueue_many", [[b"p"]]), ("aenqueue", [b"p"])]
+TIMEOUTS = each(("how", "args"), PAYLOADS + [(how, []) for how in ("get", "flush", "aflush", "shutdown", "ashutdown")])
 
 
 @each(("value", "kind"), BAD_TIMES, ids=shown)
 @TIMEOUTS
-def test_timeout_that_is_no_time_is_refused_and_changes_nothing(how: str, value: Any, kind: type[Exception]) -> None:
+def test_timeout_that_is_no_time_is_refused_and_changes_nothing(how: str, args: Any, value: Any, kind: Any) -> None:
     d = make()
     for _ in range(2):  # the second time enqueue() is at the door of its way without the lock
         d.enqueue(b"a")
         before = d.stats()
-        error = raised(with_timeout, d, how, timeout=value)
+        error = raised(call, d, how, *args, timeout=value)
         assert type(error) is kind and names(error, "timeout", value)
         assert d.stats() == before
     assert not_due(d)  # nothing was closed either
@@ -585,12 +566,12 @@ def test_timeout_that_is_no_time_is_refused_and_changes_nothing(how: str, value:
 
 @each("timeout", [0, 0.0, 1, 1.5, INF, 10**400, None, 1e308, 5e-324], ids=shown)
 @TIMEOUTS
-def test_timeout_is_any_number_of_seconds_from_zero_by_name_or_by_position(how: str, timeout: Any) -> None:
+def test_timeout_is_any_number_of_seconds_from_zero_by_name_or_by_position(how: str, args: Any, timeout: Any) -> None:
     d = make(max_batch_bytes=1)
     d.enqueue_many([b"p"] * 2 if how == "get" else [])
-    with_timeout(d, how, timeout)
+    call(d, how, *args, timeout)
     if "shutdown" not in how:
-        with_timeout(d, how, timeout=timeout)
+        call(d, how, *args, timeout=timeout)
     assert len(payloads(d.stop())) == (2 if "enqueue" in how else 0)
 
 
@@ -653,9 +634,10 @@ def test_enqueue_refused_tells_what_was_needed_and_leaves_nothing_behind(how: st
     d = holding(b"x" * (limit - 2), max_buffered_bytes=limit)
     before = d.stats()
     error = raised(send, d, how, b"abc", timeout=timeout)
-    assert type(error) is tempo.QueueFull
-    assert (error.needed, error.buffered_bytes, error.max_buffered_bytes) == (3, limit - 2, limit)
-    assert all(str(number) in str(error) for number in (3, limit - 2, limit))
+    for same in (error, pickle.loads(pickle.dumps(error))):
+        assert (type(same), same.accepted) == (tempo.QueueFull, 0)
+        assert (same.needed, same.buffered_bytes, same.max_buffered_bytes) == (3, limit - 2, limit)
+        assert all(str(number) in str(same) for number in (3, limit - 2, limit))
     assert balanced(d) == before._replace(rejected=1, rejected_bytes=3)
     d.enqueue(b"ab")
     assert raised(d.enqueue, b"").needed == 1
@@ -737,7 +719,7 @@ def test_enqueue_many_has_one_deadline_for_all(clock: Clock) -> None:
     d = make(max_buffered_bytes=1)
     producer = Worker(d.enqueue_many, [b"1", b"2", b"3", b"4", b"5"], timeout=1.0)
     for accepted in (1, 2, 3):
-        wait_until(lambda: (d.stats().accepted, d.stats().waiting_producers) == (accepted, 1))  # noqa: B023
+        wait_until(lambda: (d.stats().accepted, d.stats().waiting_producers) == (accepted, 1))
         clock.now += 0.45
         if accepted < 3:
             d.get(timeout=0)
@@ -765,12 +747,11 @@ def test_enqueue_many_runs_an_iterable_that_calls_tempo(limit: int) -> None:
 
 def test_aenqueue_waits_without_a_thread_of_an_executor() -> None:
     async def main() -> list[bytes]:
-        loop = asyncio.get_running_loop()
         tasks = [asyncio.ensure_future(d.aenqueue(b"%03d" % i)) for i in range(500)]
         await until(lambda: d.stats().waiting_producers == 500)
         came: list[bytes] = []
         while len(came) < 501:  # the consumer has the default executor for itself
-            came += (await loop.run_in_executor(None, d.get)).tolist()
+            came += (await asyncio.to_thread(d.get)).tolist()
         await asyncio.gather(*tasks)
         return came[1:]
 
@@ -815,11 +796,9 @@ def parked(d: tempo.Dispatcher, work: Coroutine[Any, Any, Any], closed: bool) ->
         task._log_destroy_pending = False  # it is left behind on purpose
         loop.close()
         del loop, task, work
-        yield seen
-        d.stop()
-    else:
-        yield seen
-        d.stop()
+    yield seen
+    d.stop()
+    if not closed:
         loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
         loop.close()
 
@@ -828,9 +807,11 @@ def parked(d: tempo.Dispatcher, work: Coroutine[Any, Any, Any], closed: bool) ->
 
 
 @CONSUMERS
-def test_consumer_gets_the_batch_that_is_there_or_comes_and_is_the_timer(way: str) -> None:
-    d = holding(b"ab", interval=0.01, max_batch_bytes=2)
-    assert take(d, way).tolist() == [b"ab"]
+def test_consumer_gets_the_batch_that_is_there_or_comes_and_is_the_timer_so_that_no_thread_is_needed(way: str) -> None:
+    before = threading.enumerate()
+    d = holding(b"ab", b"c", interval=0.01, max_batch_bytes=2)
+    assert [take(d, way).tolist(), take(d, way).tolist(), d.flush()] == [[b"ab"], [b"c"], True]
+    assert threading.enumerate() == before
     for payload in (b"cd", b"x", b""):
         waiting = taker(d, way)
         d.enqueue(payload)
@@ -879,21 +860,23 @@ def test_consumers_that_wait_share_batches_and_pass_their_wake_up_on() -> None:
 
 
 def test_task_cancelled_while_it_waits_loses_nothing_and_passes_its_batch_on() -> None:
-    async def main() -> Any:
-        tasks: list[asyncio.Future[Any]] = []
-        for work in (collect(d), collect(d), next_batch(d)):
-            tasks.append(asyncio.ensure_future(work))
-            await until(lambda: d.stats().waiting_consumers == len(tasks))
+    async def main() -> None:
+        tasks = [asyncio.ensure_future(next_batch(d)) for _ in range(3)]
+        await until(lambda: d.stats().waiting_consumers == 3)
         tasks[1].cancel()
         d.enqueue(b"x")  # wakes the first, which does not come to it
         tasks[0].cancel()
-        for task in tasks[:2]:
-            with pytest.raises(asyncio.CancelledError):
-                await task
-        return (await tasks[2]).tolist()
+        assert (await tasks[2]).tolist() == [b"x"]
+        d.enqueue(b"y")
+        flushes = [asyncio.ensure_future(d.aflush()) for _ in range(2)]
+        await asyncio.sleep(0)
+        flushes[0].cancel()
+        assert d.get(timeout=0).tolist() == [b"y"]
+        assert await flushes[1] is True
+        assert all(task.cancelled() for task in (tasks[0], tasks[1], flushes[0]))
 
     d = make(max_batch_bytes=1)
-    assert run_async(main()) == [b"x"]
+    run_async(main())
     assert works(d) == []
 
 
@@ -918,7 +901,7 @@ def test_task_in_wait_for_loses_no_batch_at_a_timeout() -> None:
 @each("closed", [True, False], ids=["closed", "stopped"])
 def test_task_in_a_loop_that_no_longer_runs_holds_up_nobody(what: str, closed: bool, early: bool) -> None:
     d = full(SMALL) if what == "room" else make(interval=0.05, max_batch_bytes=1 if what == "batch" else None)
-    with parked(d, d.aenqueue(b"parked") if what == "room" else collect(d), closed):
+    with parked(d, d.aenqueue(b"parked") if what == "room" else next_batch(d), closed):
         assert d.stats().waiting_producers + d.stats().waiting_consumers == 1
         other = functools.partial(waiter, d, b"y" * (SMALL - 6)) if what == "room" else functools.partial(taker, d)
         first = other() if early else None
@@ -930,7 +913,7 @@ def test_task_in_a_loop_that_no_longer_runs_holds_up_nobody(what: str, closed: b
 @each("how", ["aenqueue", "async for", "aflush", "ashutdown"])
 def test_task_and_loop_that_are_gone_are_not_kept_alive(how: str) -> None:
     d = make() if how == "async for" else full(SMALL)
-    work = d.aenqueue(b"y") if how == "aenqueue" else collect(d) if how == "async for" else getattr(d, how)()
+    work = d.aenqueue(b"y") if how == "aenqueue" else next_batch(d) if how == "async for" else getattr(d, how)()
     with parked(d, work, True) as seen:
         del work
         gc.collect()
@@ -942,11 +925,6 @@ def test_task_and_loop_that_are_gone_are_not_kept_alive(how: str) -> None:
 
 async def a_coroutine_function(batch: tempo.Batch) -> None:
     raise AssertionError
-
-
-class Awaitable:
-    def __await__(self) -> Iterator[None]:
-        raise AssertionError
 
 
 NOT_HANDLERS = [None, 3, "print", a_coroutine_function, functools.partial(a_coroutine_function)]
@@ -1018,7 +996,7 @@ def test_handler_that_raises_fails_its_batch_is_reported_and_goes_on(error: Any,
     assert where != "on_error that raises" or told.count("RuntimeError: raised by on_error") == 1
 
 
-@pytest.mark.usefixtures("quiet")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @each("at", ["Batch", "array"])
 def test_handler_and_callers_lose_nothing_by_a_memory_error(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def short_of_memory(*_: Any) -> Any:
@@ -1038,7 +1016,7 @@ def test_handler_and_callers_lose_nothing_by_a_memory_error(at: str, monkeypatch
     assert (taken, balanced(d).failed) == ([b"b"], 0)
 
 
-@pytest.mark.usefixtures("quiet")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_handler_gets_its_batch_though_the_task_that_has_room_now_could_not_be_called() -> None:
     async def main() -> list[bytes]:
         def short_of_memory(*_: object) -> None:
@@ -1084,17 +1062,14 @@ def test_start_that_fails_changes_nothing(at: str, error: Any, monkeypatch: pyte
     assert received == [b"a"]
 
 
-@each("result", [a_coroutine_function, lambda _: Awaitable()], ids=["coroutine", "awaitable"])
+@each("result", [a_coroutine_function, type("Awaitable", (), {"__init__": print, "__await__": iter})], ids=shown)
 def test_handler_that_returns_an_awaitable_has_failed(result: Callable[[Any], object]) -> None:
-    errors: list[BaseException] = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # never awaited
-        with make(max_batch_bytes=1) as d:
-            d.start(lambda batch: result(batch), on_error=lambda exc, _: errors.append(exc))  # noqa: PLW0108
-            d.enqueue_many([b"a", b"b"])
-        gc.collect()
-    assert [type(error) for error in errors] == [TypeError] * 2
-    assert "await" in str(errors[0])
+    errors: list[str] = []
+    with make(max_batch_bytes=1) as d:
+        d.start(lambda batch: result(batch), on_error=lambda exc, _: errors.append(repr(exc)))  # noqa: PLW0108
+        d.enqueue_many([b"a", b"b"])
+    gc.collect()  # nothing warns that nobody awaited it
+    assert [error[:10] for error in errors] == ["TypeError("] * 2 and "await" in errors[0]
     assert (d.stats().failed, d.stats().delivered) == (2, 2)
 
 
@@ -1167,20 +1142,6 @@ def test_flush_is_false_and_shutdown_raises_when_stop_hands_their_work_back(how:
         assert refusal(closer.result) is tempo.Stopped
 
 
-def test_flush_by_a_coroutine_can_be_cancelled() -> None:
-    async def main() -> None:
-        with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(d.aflush(), 0.01)
-        task = asyncio.ensure_future(d.aflush())
-        await asyncio.sleep(0)
-        assert (await next_batch(d)).tolist() == [b"x"]
-        assert await task is True
-
-    d = holding(b"x")
-    run_async(main())
-    assert works(d) == []
-
-
 # shutdown(timeout=None), await ashutdown(timeout=None)
 
 
@@ -1209,10 +1170,11 @@ def test_shutdown_out_of_time_hands_back_what_is_left_and_says_how_much(how: str
     assert mode == "pull" or gate.entered.wait(LIMIT)
     waiting = closing(d, how)
     says = {"pull": "2 batches.*4 payloads", "push": r"2 batches.*3 payloads.*\b2 payloads.*handler"}
-    with pytest.raises(tempo.DrainTimeout, match=says[mode]) as caught:
-        call(d, how, timeout=timeout)
-
-    assert lists(caught.value.undelivered) == [[b"b", b"c"], [b"d", b"e"]] if mode == "pull" else [[b"c", b"d"], [b"e"]]
+    error = raised(call, d, how, timeout=timeout)
+    for same in (error, pickle.loads(pickle.dumps(error))):
+        assert type(same) is tempo.DrainTimeout and re.search(says[mode], str(same))
+        assert lists(same.undelivered) == ([[b"b", b"c"], [b"d", b"e"]] if mode == "pull" else [[b"c", b"d"], [b"e"]])
+        assert same.in_flight == (0 if mode == "pull" else 2)
     s = balanced(d)
     assert (s.state, s.in_flight, s.discarded) == ("stopped", *((0, 4) if mode == "pull" else (2, 3)))
     assert refusal(waiting.result) in (tempo.Stopped, tempo.DrainTimeout)
@@ -1250,15 +1212,11 @@ def test_shutdown_and_flush_in_the_body_of_a_loop_do_not_wait_for_themselves(asy
     assert d.stats().state == "stopped"
 
 
-@each(("how", "instead"), [("shutdown", "ashutdown"), ("flush", "aflush"), ("with", "ashutdown")])
+@each(("how", "instead"), [("shutdown", "ashutdown"), ("flush", "aflush"), ("__exit__", "ashutdown")])  # or `with`
 def test_shutdown_that_would_block_its_own_event_loop_for_ever_is_refused(how: str, instead: str) -> None:
     async def main() -> None:
         with pytest.raises(RuntimeError, match=rf"{instead}\(\)") as caught:
-            if how == "with":
-                with d:
-                    pass
-            else:
-                getattr(d, how)()
+            getattr(d, how)(None)
         assert how == "flush" or "async with" in str(caught.value)
         assert d.flush(0) is False  # with a timeout it may block
         with make() as push:  # a thread of tempo's drains it
@@ -1342,10 +1300,10 @@ def test_with_is_a_shutdown_and_returns_the_dispatchers_own_type() -> None:
 def test_with_in_a_coroutine_lets_a_task_of_its_own_loop_drain() -> None:
     async def main() -> list[bytes]:
         async with make() as d:
-            task = asyncio.ensure_future(collect(d))
+            task = asyncio.ensure_future(next_batch(d))
             d.enqueue_many([b"a", b"b"])
         assert d.stats().state == "stopped"
-        return await task
+        return (await task).tolist()
 
     assert run_async(main()) == [b"a", b"b"]
 
@@ -1358,11 +1316,8 @@ def test_with_left_by_an_exception_waits_exit_timeout_at_most(mode: str, way: st
     d.start(gate, exit_timeout=0.5) if mode == "push" else None
 
     async def leave() -> None:
-        if way == "async with":
-            async with d:
-                d.enqueue_many([b"in the handler", b"x"])
-                raise KeyError
-        with d:
+        async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(d) if way == "with" else await stack.enter_async_context(d)
             d.enqueue_many([b"in the handler", b"x"])
             raise KeyError
 
@@ -1432,11 +1387,8 @@ def test_batch_is_an_immutable_sequence_of_read_only_views(name: str) -> None:
         assert (batch[-1], batch[-n], batch.index(items[0]), batch.count(items[0])) == (
             items[-1], items[0], items.index(items[0]), items.count(items[0])
         )  # fmt: skip
-        for index in (n, -n - 1, 10**20):
-            with pytest.raises(IndexError):
-                batch[index]
-        with pytest.raises(TypeError):
-            batch["0"]  # type: ignore[call-overload]
+        bad: list[Any] = [n, -n - 1, 10**20, "0"]
+        assert [type(raised(lambda: batch[index])) for index in bad] == [IndexError] * 3 + [TypeError]
         for cut in (slice(1, 3), slice(None, None, -1), slice(-2, None), slice(5, 2), slice(None, None, 7)):
             assert type(batch[cut]) is list
             assert [bytes(view) for view in batch[cut]] == items[cut]
@@ -1444,10 +1396,8 @@ def test_batch_is_an_immutable_sequence_of_read_only_views(name: str) -> None:
             assert type(view) is memoryview and view.readonly and view.c_contiguous
             assert (view.ndim, view.format, view.itemsize) == (1, "B", 1)
         for attribute in ("data", "nbytes", "new", "tolist", *type(batch).__slots__):
-            with pytest.raises(AttributeError):
-                setattr(batch, attribute, None)
-            with pytest.raises(AttributeError):
-                delattr(batch, attribute)
+            errors = [raised(setattr, batch, attribute, None), raised(delattr, batch, attribute)]
+            assert [type(error) for error in errors] == [AttributeError] * 2
         for view in (batch.data, batch[0], *batch):
             view.release()
         batch.tolist().clear()
@@ -1471,18 +1421,6 @@ def test_batch_may_be_larger_than_4_gib() -> None:
 # Errors and constants
 
 
-def test_error_can_be_pickled() -> None:
-    d = full(SMALL)
-    with pytest.raises(tempo.QueueFull) as caught:
-        d.enqueue_many([b"abc"])
-    with pytest.raises(tempo.DrainTimeout) as late:
-        d.shutdown(timeout=0)
-    again, late_again = pickle.loads(pickle.dumps((caught.value, late.value)))
-    assert (type(again), str(again)) == (tempo.QueueFull, str(caught.value))
-    assert (again.needed, again.buffered_bytes, again.max_buffered_bytes, again.accepted) == (3, SMALL, SMALL, 0)
-    assert payloads(late_again.undelivered) == [b"x" * SMALL]
-
-
 def test_errors_and_names_of_the_module_are_the_contracts() -> None:
     assert (tempo.KiB, tempo.MiB, tempo.GiB) == (1 << 10, 1 << 20, 1 << 30)
     assert re.fullmatch(r"\d+\.\d+\.\d+", tempo.__version__)
@@ -1496,7 +1434,7 @@ def test_errors_and_names_of_the_module_are_the_contracts() -> None:
     assert tempo.DrainTimeout.__bases__ == (tempo.Error, TimeoutError)
 
 
-# Behaviour: order, and when a batch closes
+# Behaviour: order, when a batch closes, and who is woken
 
 
 @each(
@@ -1515,12 +1453,8 @@ def test_errors_and_names_of_the_module_are_the_contracts() -> None:
 )
 @each("many", [False, True], ids=["enqueue", "enqueue_many"])
 def test_batch_closes_at_its_limits(many: bool, kwargs: Any, sent: Any, closed: list[int], left: list[int]) -> None:
-    d = make(**kwargs)
-    if many:
-        d.enqueue_many(sent)
-    else:
-        for payload in sent:
-            d.enqueue(payload)
+    d = make(**kwargs) if many else holding(*sent, **kwargs)
+    d.enqueue_many(sent if many else [])
     assert [len(d.get(timeout=0)) for _ in closed] == closed
     assert not_due(d)
     assert [len(batch) for batch in d.stop()] == left
@@ -1543,7 +1477,9 @@ def test_interval_counts_from_a_batchs_first_payload_and_closes_it(limit: int, c
     assert d.get(timeout=0).tolist() == [b"c", b"d"]
     assert not_due(d)
     clock.now += 0.25
-    assert d.get(timeout=0).tolist() == [b"efg"]
+    d.enqueue_many([b"h", b"new"])  # a batch that is due fills up to its limit while no consumer asks
+    assert d.get(timeout=0).tolist() == [b"efg", b"h"]
+    assert not_due(d)
 
 
 @each(("pace", "missing"), [(0.001, 1.0), (0.1, 0.0)])
@@ -1557,15 +1493,6 @@ def test_interval_may_count_from_an_eighth_earlier_at_a_high_pace(pace: float, m
     assert not_due(d)
     clock.now += missing + 0.02
     assert d.get(timeout=0).nbytes == 500
-
-
-@LIMITS
-def test_batch_that_is_due_keeps_filling_up_to_its_limits_while_no_consumer_asks(limit: int, clock: Clock) -> None:
-    d = holding(b"12345", max_buffered_bytes=limit, interval=1, max_batch_bytes=10)
-    clock.now += 5
-    d.enqueue_many([b"678", b"90", b"next"])
-    assert d.get(timeout=0).tolist() == [b"12345", b"678", b"90"]
-    assert not_due(d)
 
 
 def test_clock_that_is_frozen_or_jumps_stops_no_interval(clock: Clock) -> None:
@@ -1602,19 +1529,6 @@ def test_full_buffer_is_due_where_a_payload_waits_or_was_refused(how: str, way: 
     assert d.stats().rejected == 2
 
 
-# Behaviour: no thread in pull mode, and nobody is woken for nothing
-
-
-def test_pull_mode_starts_no_thread() -> None:
-    before = threading.active_count()
-    with make(interval=0.001) as d:
-        d.enqueue(b"a")
-        d.get(timeout=LIMIT)
-        d.flush(timeout=0)
-        assert threading.active_count() == before
-    assert threading.active_count() == before
-
-
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 def test_waiting_threads_look_up_once_a_second_at_most() -> None:
     empty, open_, no_room = make(), holding(b"not due"), full(SMALL)
@@ -1639,8 +1553,7 @@ def test_waiting_threads_look_up_once_a_second_at_most() -> None:
 @pytest.fixture
 def heap() -> Iterator[Callable[[], tuple[int, int]]]:
     """Trace allocations during a test; tells how many bytes are allocated since it began, now and at the most."""
-    if not CPYTHON:
-        pytest.skip("tracemalloc is CPython's")
+    tracemalloc: Any = pytest.importorskip("tracemalloc")  # PyPy has none
     tracemalloc.start()
     gc.collect()
     tracemalloc.reset_peak()
@@ -1733,23 +1646,12 @@ SMALL_LOAD = (2000, 500, None, [0, 4, 5, 64, 163, 499, 501, 1999, 2001])
 LARGE_LOAD = (256 * tempo.KiB, 32 * tempo.KiB, 100, [0, 4, 5, 64, 163, 163, 163, 600, 3000, 32769])
 
 
-@pytest.fixture
-def frequent_switches() -> Iterator[None]:
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(before)
-
-
-@pytest.mark.usefixtures("frequent_switches")
 @each("load", [SMALL_LOAD, LARGE_LOAD], ids=["small", "large"])
 @each("ways", [["batches"], ["handler"], ["batches", "get", "async for", "async for"]], ids=len)
 def test_census_each_accepted_payload_comes_once(load: Any, ways: list[str]) -> None:
     limit, batch_limit, items, sizes = load
     d = make(interval=0.002, max_buffered_bytes=limit, max_batch_bytes=batch_limit, max_batch_items=items)
-    received: list[list[bytes]] = [[]]
-    if ways == ["handler"]:
-        d.start(lambda batch: received[0].extend(batch.tolist()))
+    received = [started(d)] if ways == ["handler"] else []
     takers = [Worker(consume, d, way) for way in ways if way != "handler"]
     producers = [Worker(run_async, produce(d, number, sizes)) for number in range(14)]
     accepted = [producer.result() for producer in producers]
@@ -1773,7 +1675,6 @@ def test_census_each_accepted_payload_comes_once(load: Any, ways: list[str]) -> 
 # Behaviour: every public call against plain lists
 
 
-HYPOTHESIS = settings(deadline=None, max_examples=50, suppress_health_check=list(HealthCheck))
 TINY = st.integers(1, 1000)
 ROOMY = st.integers(64 * tempo.KiB, 256 * tempo.KiB)
 ITEMS = st.none() | st.integers(1, 700)
@@ -1792,10 +1693,11 @@ class Lists(RuleBasedStateMachine):
         self.limit, self.batch_limit, self.most = limits
         kwargs = {"max_buffered_bytes": self.limit, "max_batch_bytes": self.batch_limit, "max_batch_items": self.most}
         self.d = make(interval=1.0, **kwargs)
+        self.buffer = inside.buffer(self.d)
         self.closed: list[list[bytes]] = []
         self.open: list[bytes] = []
         self.filled = self.used = 0  # what the open batch, and all of them, are charged
-        self.number = 0
+        self.number = self.total = 0  # payloads offered, and accepted
 
     def payload(self, size: int) -> bytes:
         self.number += 1
@@ -1815,6 +1717,7 @@ class Lists(RuleBasedStateMachine):
         self.open.append(item)
         self.filled += charge(item)
         self.used += charge(item)
+        self.total += 1
         if self.filled >= (self.batch_limit or INF) or len(self.open) == self.most:
             self.cut()
 
@@ -2010,15 +1913,7 @@ class Model(Lists):
 class BufferModel(Lists):
     """The buffer alone: no threads, no clock, no dispatcher."""
 
-    now, total = 0.0, 0
-
-    @property
-    def buffer(self) -> Any:
-        return inside.buffer(self.d)
-
-    def accept(self, item: bytes) -> None:
-        super().accept(item)
-        self.total += 1
+    now = 0.0
 
     @rule(size=SIZES, count=st.integers(1, 100), told=st.booleans(), late=st.booleans())
     def append(self, size: int, count: int, told: bool, late: bool) -> None:
@@ -2091,7 +1986,8 @@ class BufferModel(Lists):
 
 @each("model", [Model, BufferModel])
 def test_dispatcher_and_its_buffer_do_what_plain_lists_do(model: Any) -> None:
-    play(model, settings=settings(HYPOTHESIS, stateful_step_count=30))
+    often = settings(deadline=None, max_examples=50, stateful_step_count=30, suppress_health_check=list(HealthCheck))
+    play(model, settings=often)
 
 
 # Behaviour: it never deadlocks: calls that interrupt a call
@@ -2105,8 +2001,6 @@ OUTER: dict[str, Callable[[tempo.Dispatcher], Any]] = {
     "stats": lambda d: d.stats(),
     "stop": lambda d: d.stop(),
 }
-
-
 INSIDE: dict[str, tuple[Callable[[tempo.Dispatcher], Any], Any]] = {  # nested calls, and what they return or raise
     "enqueue": (lambda d: d.enqueue(b"n" * 40, timeout=None), None),
     "enqueue without room": (lambda d: d.enqueue(b"n" * 41, timeout=None), tempo.QueueFull),
@@ -2146,8 +2040,8 @@ def test_nested_call_in_a_section_never_waits(nested: str) -> None:
 @each("limit", [5010, tempo.MiB])
 def test_nested_calls_at_each_step_keep_their_order_the_bound_and_the_census(outer: str, limit: int) -> None:
     big, little = b"B" * 5000, b"l"  # the big one cannot be accepted without the lock, the little ones may be equal
+    for steps in each_step():
 
-    def scene(steps: Steps) -> None:
         def nested() -> None:
             accepted.extend(p for p in (big, little, little) if refusal(d.enqueue, p, timeout=None) is None)
             balanced(d)
@@ -2168,12 +2062,11 @@ def test_nested_calls_at_each_step_keep_their_order_the_bound_and_the_census(out
         assert [item for item in came if item in (b"a", b"b", b"c", b"d")] == [b"a", b"b", b"c", b"d"]
         assert d.stats().accepted == len(came)
 
-    each_step(scene)
-
 
 @each("outer", ["enqueue", "stats", "flush"])
 def test_nested_enqueue_at_each_step_reaches_a_task_that_waits(outer: str) -> None:
-    def scene(steps: Steps) -> None:
+    for steps in each_step():
+
         async def main() -> None:
             task = asyncio.ensure_future(next_batch(d))
             await asyncio.sleep(0)
@@ -2182,8 +2075,6 @@ def test_nested_enqueue_at_each_step_reaches_a_task_that_waits(outer: str) -> No
 
         d = make(max_batch_bytes=1)
         run_async(main())
-
-    each_step(scene)
 
 
 def test_nested_calls_of_two_dispatchers_in_each_others_sections_do_not_deadlock() -> None:
@@ -2276,7 +2167,7 @@ def test_interrupt_of_a_wait_leaves_nothing_behind(wait: str) -> None:
 
 @each("wait", ["enqueue", "get", "flush"])
 def test_interrupt_anywhere_in_a_wait_that_times_out_leaves_nothing_behind(wait: str) -> None:
-    def scene(steps: Steps) -> None:
+    for steps in each_step(threading):
         d = holding(bytes(99), max_buffered_bytes=100)
         arguments = (b"no room",) if wait == "enqueue" else ()
         with contextlib.suppress(KeyboardInterrupt, queue.Full, queue.Empty):
@@ -2285,15 +2176,12 @@ def test_interrupt_anywhere_in_a_wait_that_times_out_leaves_nothing_behind(wait:
         assert came in ([bytes(99)], [bytes(99), b"no room"])  # the interrupted call may have been accepted
         assert works(d) == []
 
-    each_step(scene, threading)
-
 
 @LIMITS
 @each("outer", OUTER)
 def test_interrupt_anywhere_in_a_call_loses_and_repeats_nothing(outer: str, limit: int) -> None:
     sent = [b"a" * 30, b"b" * 10, b"c" * 9, b"d" * (limit - 49)]
-
-    def scene(steps: Steps) -> None:
+    for steps in each_step():
         d = holding(*sent, max_buffered_bytes=limit, max_batch_bytes=limit // 2)
         blocked = [waiter(d, payload) for payload in (b"w1", b"w2")]
         came: list[bytes] = []
@@ -2314,12 +2202,10 @@ def test_interrupt_anywhere_in_a_call_loses_and_repeats_nothing(outer: str, limi
         assert set(extra) <= {b"o"} and extra[b"o"] <= 2  # the interrupted call may have been accepted
         assert s.accepted == len(came) + sum(missing.values()) and (lost or not missing)
 
-    each_step(scene)
-
 
 @each("way", ["get", "async for"])
 def test_interrupt_anywhere_in_an_enqueue_owes_nobody_a_wake_up(way: str) -> None:
-    def scene(steps: Steps) -> None:
+    for steps in each_step():
         d = make(max_batch_bytes=1)
         waiting = taker(d, way)
         with contextlib.suppress(KeyboardInterrupt):
@@ -2327,8 +2213,6 @@ def test_interrupt_anywhere_in_an_enqueue_owes_nobody_a_wake_up(way: str) -> Non
         if not d.stats().accepted:
             d.enqueue(b"a")
         assert waiting.result().tolist() == [b"a"]
-
-    each_step(scene)
 
 
 # Behaviour: a thread stopped anywhere, while others go on
@@ -2338,19 +2222,21 @@ def test_interrupt_anywhere_in_an_enqueue_owes_nobody_a_wake_up(way: str) -> Non
 @each("ends", [False, True], ids=["others enqueue the same", "others stop"])
 def test_enqueue_stopped_at_each_step_is_accepted_once_or_refused(ends: bool, limit: int) -> None:
     same = b"the very same object"
-
-    def scene(steps: Steps) -> None:
+    for steps in each_step():
         d = holding(b"first", max_buffered_bytes=limit)
         came: list[bytes] = []
         others = 0
-        with steps.halt(d.enqueue, same) as worker:
-            if ends and not inside.locked(d):
-                came += payloads(d.stop())
-            elif not inside.locked(d):
-                others = 2
-                d.enqueue(same)
-                came += payloads(drained(d))
-                d.enqueue(same)
+        gate = Gate()
+        worker = Worker(steps.run, gate, d.enqueue, same)
+        wait_until(lambda: gate.entered.is_set() or not worker.is_alive())
+        if ends and not inside.locked(d):
+            came += payloads(d.stop())
+        elif not inside.locked(d):
+            others = 2
+            d.enqueue(same)
+            came += payloads(drained(d))
+            d.enqueue(same)
+        gate.go_on.set()
         refused = refusal(worker.result)
         came += payloads(drained(d))
         assert refused in ((None, tempo.Stopped) if ends else (None,))
@@ -2358,11 +2244,25 @@ def test_enqueue_stopped_at_each_step_is_accepted_once_or_refused(ends: bool, li
         assert balanced(d).accepted == len(came)
         inside.check(d)
 
-    each_step(scene)
+
+@pytest.mark.skipif(not inside.stops_at_opcodes, reason="needs a tracer of single opcodes")
+def test_aenqueue_out_of_time_is_refused_for_good_wherever_its_thread_stands() -> None:
+    for n in itertools.count(1):
+        d, gate = full(10), Gate()
+        worker = Worker(inside.stop_in_await, n, gate, run_async, d.aenqueue(b"late", timeout=1e-3))
+        wait_until(lambda: gate.entered.is_set() or not worker.is_alive())
+        taken = [] if inside.locked(d) else [d.get(timeout=0)]  # now there is room
+        gate.go_on.set()
+        refused = refusal(worker.result)
+        late = payloads([*taken, *drained(d)])[1:]
+        assert (late, refused) in [([], tempo.QueueFull), ([b"late"], None)]
+        assert balanced(d).waiting_producers == 0
+        if not gate.entered.is_set():
+            return
 
 
 def test_flush_is_not_true_before_the_handler_has_returned_wherever_its_thread_stands() -> None:
-    def scene(steps: Steps) -> None:
+    for steps in each_step():
         d = holding(b"a", max_batch_bytes=1)
         gate = steps.do = Gate()
         threading.setprofile(steps)
@@ -2375,8 +2275,6 @@ def test_flush_is_not_true_before_the_handler_has_returned_wherever_its_thread_s
         assert d.flush(LIMIT) and done == [b"a"]
         d.shutdown(LIMIT)
         steps.count = count
-
-    each_step(scene)
 
 
 def test_refusal_by_a_full_buffer_takes_no_lock() -> None:
@@ -2406,11 +2304,6 @@ def test_fork_gives_the_child_an_empty_dispatcher_of_its_own(fork: str, stopped:
         d = make(max_batch_bytes=64)
         d.enqueue_many([b"a", b"b"])
         d.stop() if {stopped} else d.flush(0)
-        made = [make()]
-        def meanwhile(frame, *_):  # as another thread does, while the hook goes over all dispatchers
-            if frame.f_code is weakref.WeakSet.__iter__.__code__ and len(made) < 3:
-                made.append(make())
-        sys.setprofile(meanwhile)
         def child():
             s = d.stats()
             say(s.accepted, s.buffered, s.peak_buffered_bytes, s.state)
@@ -2475,23 +2368,16 @@ def test_fork_in_the_handler_ends_the_childs_copy_of_its_thread() -> None:
 
 def test_fork_without_hooks_keeps_all_that_the_child_appends_before_it_is_noticed() -> None:
     lines = program("""
-        d = make(max_buffered_bytes=1 << 20)
-        came = []
-        d.start(lambda batch: came.extend(batch.tolist()))
-        d.enqueue_many([b"p"] * 50)
-        d.flush()
+        d = make()
         d.enqueue(b"p")  # a batch is open, and credit out
-        time.sleep(0.3)  # a thread that waits for the GIL at such a fork can leave the GIL itself unusable in the child
         def child():
             for i in range(3000):
                 d.enqueue(b"c%d" % i)
-            d.shutdown(timeout=10)
-            say([item for item in came if item != b"p"] == [b"c%d" % i for i in range(3000)])
+            say(d.stop()[0].tolist() == [b"c%d" % i for i in range(3000)])
         say(in_child(child, ctypes.PyDLL(None).fork))
-        d.shutdown()
-        say(came == [b"p"] * 51)
+        say(d.stop()[0].tolist())
     """)
-    assert lines == ["True", "0", "True"]
+    assert lines == ["True", "0", "[b'p']"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
@@ -2527,18 +2413,13 @@ def test_fork_by_a_signal_handler_in_a_call_leaves_the_child_working_when_it_ret
     assert status == 0
 
 
-@each("started", [False, True])
-def test_fork_hooks_keep_no_dispatcher_alive(started: bool) -> None:
-    d = make()
-    if started:
-        d.start(print)
-        d.shutdown()
-    else:
-        d.enqueue(b"x")
-    seen = weakref.ref(d)
-    del d
+def test_fork_hooks_keep_no_dispatcher_alive() -> None:
+    with make() as done:
+        done.start(print)
+    seen = [weakref.ref(holding(b"x")), weakref.ref(done)]
+    del done
     gc.collect()
-    assert seen() is None
+    assert [reference() for reference in seen] == [None, None]
 
 
 # Behaviour: the interpreter's exit
@@ -2554,14 +2435,11 @@ gc.collect()  # what was started lives until its shutdown
 threading.Thread.start = None
 """
 HANGS = """
-entered = threading.Event()
 d = make(max_batch_bytes=1)
-def hang(batch):
-    entered.set()
-    threading.Event().wait()
-d.start(hang, {})
+d.start(lambda batch: time.sleep(60), {})
 d.enqueue_many([b"in flight", b"1234", b"56"])
-entered.wait()
+while not d.stats().in_flight:
+    time.sleep(0.001)
 """
 OTHER = """
 e = make()
@@ -2569,14 +2447,11 @@ e.start(lambda batch: say(batch.tolist()), exit_timeout=20)
 e.enqueue(b"x")
 """
 LATE = """
-try:
+with contextlib.suppress(tempo.DrainTimeout):
     d.shutdown(0.1)
-except tempo.DrainTimeout as late:
-    say(len(late.undelivered))
 """
 ON_ERROR = "exit_timeout=0.1, on_error=lambda exc, batch: say(type(exc).__name__, batch.tolist())"
 PULLED = """
-import warnings
 warnings.simplefilter("{}", ResourceWarning)
 empty, d = make(), make()
 d.enqueue_many([b"nobody", b"comes"])
@@ -2600,10 +2475,7 @@ class Finalizer:
     def __init__(self, call):
         self.call, self.me = call, self  # a cycle, which the interpreter's last collection finds
     def __del__(self):
-        try:
-            say(self.call())
-        except Exception as exc:
-            say(type(exc).__name__)
+        say(self.call())
 gc.disable()
 d = make(max_buffered_bytes=5)
 d.enqueue(b"12345")
@@ -2623,13 +2495,13 @@ EXITS: dict[str, tuple[str, list[str], str, int]] = {  # a program, what it prin
     "hands to on_error what is undelivered, batch by batch": (
         HANGS.format(ON_ERROR), ["DrainTimeout [b'1234']", "DrainTimeout [b'56']"], "", 0,
     ),
-    "waits for nobody after a shutdown out of time": (HANGS.format(f"exit_timeout={FOREVER}") + LATE, ["2"], "", 0),
+    "waits for nobody after a shutdown out of time": (HANGS.format(f"exit_timeout={FOREVER}") + LATE, [], "", 0),
     "in pull mode holds nobody up": (PULLED.format("ignore"), [], "", 0),
     "in pull mode warns of what is left": (PULLED.format("always"), [], r"[^\n]*ResourceWarning:[^\n]*\b2 payl.*", 0),
     "drains in a child without threads": (THREADLESS.format(FOREVER, 30, 1), [*["x"] * 30, "0"], "", 0),
     "ends a child that had nothing to do": (THREADLESS.format(FOREVER, 30, 0), ["0"], "", 0),
     "tells what a child without threads has left": (THREADLESS.format(0, 30, 1), ["0"], r"[^\n]*\b30 payl[^\n]*\n", 0),
-    "runs finalizers that never wait": (FINALIZERS, ["False", "None", "QueueFull"], "", 0),
+    "runs finalizers that never wait": (FINALIZERS, ["False", "None"], ".*QueueFull.*", 0),
 }  # fmt: skip
 
 
@@ -2654,8 +2526,8 @@ def test_exit_waits_for_no_thread_that_has_the_lock(monkeypatch: pytest.MonkeyPa
 
 
 def test_vendored_under_another_name_it_works_alone_and_brings_in_little(tmp_path: Path) -> None:
-    shutil.copy(ROOT / "tempo.py", tmp_path / "my_events.py")
-    source = f"""if True:
+    (tmp_path / "my_events.py").write_bytes((ROOT / "tempo.py").read_bytes())
+    source = f"""
         import sys
         before = set(sys.modules)
         sys.path[:0] = [{str(tmp_path)!r}]
@@ -2667,8 +2539,7 @@ def test_vendored_under_another_name_it_works_alone_and_brings_in_little(tmp_pat
             d.enqueue(b"x")
         print(sorted(brought - sys.stdlib_module_names), sorted(heavy))
     """
-    done = run_python("-I", "-S", "-c", source, cwd=tmp_path)
-    assert (done.returncode, done.stderr, done.stdout) == (0, "", "[b'x']\n[] []\n")
+    assert program(source, "-I", "-S", prelude="") == ["[b'x']", "[] []"]
 
 
 def test_vendored_file_stands_alone_without_private_calls() -> None:

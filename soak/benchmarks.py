@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is measured: tempo, what people use in its place, and the least that is possible. A script of pyperf's:
+"""What is measured: tempo, and what people use in its place. A script of pyperf's:
 
     python3 -m soak.benchmarks --groups calls -o result.json     (what else there is: --help)
 

@@ -113,7 +113,7 @@ class inside:  # noqa: N801 - a namespace
             assert told or opened + covered < (buffer.max_batch or INF), "I4"
             assert told or pending + run.places < (buffer.max_items or INF), "I4"
 
-    stops_at_opcodes = sys.implementation.name == "cpython" and sys.version_info[:2] != (3, 12)
+    stops_at_opcodes = CPYTHON and sys.version_info[:2] != (3, 12)
 
     @staticmethod
     def stop_in_await(n: int, stop: Callable[[], object], work: Callable[..., Any], *args: Any) -> Any:
@@ -916,8 +916,7 @@ def test_task_and_loop_that_are_gone_are_not_kept_alive(how: str) -> None:
     work = d.aenqueue(b"y") if how == "aenqueue" else next_batch(d) if how == "async for" else getattr(d, how)()
     with parked(d, work, True) as seen:
         del work
-        gc.collect()
-        assert seen() is None
+        wait_until(lambda: (gc.collect(), seen())[1] is None)
 
 
 # start(handler, *, on_error=None, exit_timeout=5.0)
@@ -2291,7 +2290,12 @@ def test_refusal_by_a_full_buffer_takes_no_lock() -> None:
 # Behaviour: fork
 
 
-FORKS = each("fork", ["os.fork", "ctypes.PyDLL(None).fork"], ids=["with hooks", "without hooks"])
+WITHOUT_HOOKS = pytest.mark.skipif(not CPYTHON, reason="PyPy's ctypes has no PyDLL")
+FORKS = each(
+    "fork",
+    ["os.fork", pytest.param("ctypes.PyDLL(None).fork", marks=WITHOUT_HOOKS)],
+    ids=["with hooks", "without hooks"],
+)
 
 
 @FORKS
@@ -2363,9 +2367,11 @@ def test_fork_in_the_handler_ends_the_childs_copy_of_its_thread() -> None:
         d.shutdown()
         say([os.WEXITSTATUS(status) for status in statuses])
     """)
-    assert lines == ["[b'parent']", "[b'child']", "[7]"]
+    assert lines[:2] == ["[b'parent']", "[b'child']"]
+    assert lines[2] in ("[7]", "[0]")  # from 3.14 on, the child may end with the thread that forked
 
 
+@WITHOUT_HOOKS
 def test_fork_without_hooks_keeps_all_that_the_child_appends_before_it_is_noticed() -> None:
     lines = program("""
         d = make()

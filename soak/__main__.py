@@ -9,7 +9,7 @@ import importlib
 import os
 import sys
 
-from soak.cli import OneLineParser, complain
+from soak.cli import Failure, OneLineParser, complain
 
 COMMANDS = {
     "run": ("soak.run", "sustained load: is every event delivered once, how fast, in how much memory"),
@@ -40,7 +40,11 @@ def main(argv: list[str] | None = None) -> int:
         else:
             commands.add_parser(name, help=purpose)
     options = parser.parse_args(argv)
-    return int(options.main(options))
+    try:
+        return int(options.main(options))
+    except Failure as error:
+        complain(str(error))
+        return 1
 
 
 def entry() -> int:
@@ -50,7 +54,7 @@ def entry() -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        complain("interrupted")
+        complain("interrupted: there is no result")
         return 130
     except OSError as error:
         full = error.filename is None and error.errno in (errno.ENOSPC, errno.EPIPE, errno.EIO)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Recorded figures under ``soak/baselines/``: which of them a run may be compared with, and the ``baseline`` command.
 
-A file has ``ratio`` and ``ratio_spread``: what this harness reached in events/s over the calibration of the same run,
-and how far another run may be from that; likewise its peak heap and its drain.
+A file has ``ratio`` (events/s over the calibration of the same run), ``ratio_spread`` (how far another run may be from
+that), and likewise the peak heap and the drain.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from soak import cli, environment, interrupts, results, verdict
 from soak import config as settings
-from soak.cli import complain, say
+from soak.cli import say
 from soak.config import MACHINE_KEYS, Config
 
 FOLDER = Path(__file__).resolve().parent / "baselines"
@@ -80,18 +80,15 @@ def choose(
     """Return the baseline that ``option`` (checked) selects, and what there is to say about it or about having none."""
     if option == "none":
         return None, "no baseline: none was asked for"
-    if option != "auto":
-        named = load(option, folder)
-        different = named.differences(config, environment)
-        return named, f"{option} differs in {', '.join(different)}" if different else ""
-    for path in sorted(folder.glob("*.json")):
+    for name in sorted(path.stem for path in folder.glob("*.json")) if option == "auto" else [option]:
         try:
-            one = load(path.stem, folder)
+            one = load(name, folder)
         except argparse.ArgumentTypeError as error:
             say(f"baseline: {error}")
-        else:
-            if not one.differences(config, environment):
-                return one, ""
+            continue
+        different = one.differences(config, environment)
+        if option == name or not different:
+            return one, f"{name} differs in {', '.join(different)}" if different else ""
     return None, "no baseline fits this machine, interpreter and these settings"
 
 
@@ -99,7 +96,6 @@ def choose(
 
 
 def new_name(text: str) -> str:
-    """Return the name of a new baseline."""
     if not re.fullmatch(r"[\w.-]+", text) or text in ("auto", "none"):
         raise argparse.ArgumentTypeError(f"{text!r} is no name: letters, digits, '.', '_', '-'; not auto, not none")
     return text
@@ -116,25 +112,20 @@ def add_parser(commands: Any) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run, record, tell; return the exit code."""
     from soak import run  # noqa: PLC0415 - it compares with what this module has read
 
     place = environment.describe()
     config = settings.config_from(options, options.duration)
     found: list[dict[str, Any]] = []
-    try:
-        with interrupts.kept():
-            while len(found) < options.runs:
-                say(f"run {len(found) + 1} of {options.runs}")
-                result = run.run(config, None, None, "none", place, "none")
-                if result["interrupted"] or interrupts.take():
-                    raise KeyboardInterrupt
-                if result["verdict"]["overall"]["status"] == verdict.FAIL:
-                    raise RuntimeError(result["verdict"]["overall"]["note"])
-                found.append(result)
-    except (KeyboardInterrupt, RuntimeError) as error:
-        complain(f"{error if str(error) else 'interrupted'}: nothing is recorded")
-        return 130 if isinstance(error, KeyboardInterrupt) else 1
+    with interrupts.kept():
+        while len(found) < options.runs:
+            say(f"run {len(found) + 1} of {options.runs}")
+            result = run.run(config, None, None, "none", place, "none")
+            if interrupts.seen():
+                raise KeyboardInterrupt
+            if result["verdict"]["overall"]["status"] == verdict.FAIL:
+                raise cli.Failure(f"nothing is recorded: {result['verdict']['overall']['note']}")
+            found.append(result)
     content = summarize(found, place)
     path = options.out / f"{options.name or default_name(config, place)}.json"
     text = json.dumps(content, indent=2) + "\n"

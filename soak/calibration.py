@@ -6,61 +6,43 @@ Absolute rates change from machine to machine and from hour to hour; a rate over
 
 from __future__ import annotations
 
-import time
 from itertools import islice
-from typing import NamedTuple
 
-from soak import interrupts
+import tempo
+from soak.cli import Failure
 from soak.config import Config
-from soak.drive import PATIENCE, Crew, join
-from soak.load import ROUND
-from soak.payloads import Sent, events
+from soak.drive import drive
+from soak.load import ROUND, Load
+from soak.payloads import events
 
 
-class Calibration(NamedTuple):
-    """What came of it. ``interrupted``: an interrupt cut it short; the rate is of the time until then."""
+class Bare(Load):
+    """Producers that append their events to lists. The dispatcher is left alone."""
 
-    events_per_second: float
-    interrupted: bool
-
-
-def calibrate(config: Config, seconds: float) -> Calibration:
-    """Let all producers format events and append them to lists. Raises RuntimeError when a thread fails."""
-    crew, halt = Crew(), list[bool]()
-    # Events that a producer's list holds before it is emptied: all lists together no more than the buffer would.
-    most = max(1, min(4 * ROUND, config.max_buffered_bytes // config.producers // max(1, config.mean_payload)))
-    made = [0] * config.producers
-
-    def produce(index: int) -> None:
-        source = events(config.payload_size, index, Sent(config.payload_size))
+    def produce(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
+        config, made = self.config, self.accounts[index]
+        source = events(config.payload_size, index, self.sent[index])
+        # What the list holds before it is emptied: all lists together no more than the buffer would.
+        share = config.max_buffered_bytes // config.producers // max(1, config.mean_payload)
+        most = max(1, min(4 * ROUND, share))
         kept: list[bytes] = []
         append, size = kept.append, min(ROUND, most)
         while not halt:
             if config.bulk > 1:
                 kept.extend(list(islice(source, config.bulk)))
-                made[index] += config.bulk
+                made.events += config.bulk
             else:
                 for payload in islice(source, size):
                     append(payload)
-                made[index] += size
+                made.events += size
             if len(kept) >= most:
                 kept.clear()
 
-    threads = []
-    interrupted = False
-    try:
-        for index in range(config.producers):
-            threads.append(crew.start(f"calibration {index}", produce, index))
-        started = time.perf_counter()
-        crew.go.set()
-        interrupts.wait(crew.trouble, seconds)
-    except interrupts.Interrupted:
-        interrupted = True
-    finally:
-        halt.append(True)
-        crew.go.set()
-        late = join(threads, PATIENCE)
-    elapsed = time.perf_counter() - started
-    if late or crew.problems:
-        raise RuntimeError("calibration: " + (crew.problems[0] if crew.problems else f"{late[0]} did not end"))
-    return Calibration(sum(made) / elapsed, interrupted)
+
+def calibrate(config: Config, seconds: float) -> float:
+    """Return how many events a second the producers make, until an interrupt if one comes. Raises Failure."""
+    load = Bare(config)
+    outcome = drive(config, seconds, load)
+    if outcome.problems:
+        raise Failure(f"calibration: {outcome.problems[0]}")
+    return sum(load.accepted) / outcome.load_seconds

@@ -25,8 +25,6 @@ class Census(Load):
         self._checked = True
         self.identities = config.payload_size is None or config.payload_size >= IDENTITY_SIZE
         self.received = [Account() for _ in range(config.consumers)]
-        self.out_of_order = [0] * config.consumers
-        self.repeated = [0] * config.consumers
 
     def consume(self, index: int, dispatcher: tempo.Dispatcher) -> None:
         """Take each batch apart. A batch at odds with itself is an AssertionError."""
@@ -42,8 +40,7 @@ class Census(Load):
                 account.add(payload)
                 if self.identities:
                     producer, sequence = identity_of(payload, self.config.payload_size)
-                    self.out_of_order[index] += sequence < last[producer]
-                    self.repeated[index] += sequence == last[producer]
+                    account.out_of_order += sequence <= last[producer]
                     last[producer] = sequence
             if self.config.consumer_delay:
                 time.sleep(self.config.consumer_delay)
@@ -56,10 +53,9 @@ class CensusResult:
     accepted: int
     delivered: int
     refused: int
-    out_of_order: int
-    repeated: int
+    out_of_order: int  # or repeated
     checksum_equal: bool
-    identities_checked: bool  # False for payloads too small to carry an identity: only counts and checksums speak
+    identities_checked: bool
     seconds: float
     problems: list[str]
 
@@ -71,7 +67,12 @@ class CensusResult:
     @property
     def duplicated(self) -> int:
         """Events delivered more often than accepted."""
-        return max(0, self.delivered - self.accepted) + self.repeated
+        return max(0, self.delivered - self.accepted)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What could not be checked."""
+        return [] if self.identities_checked else ["payloads too small to carry an identity: order not checked"]
 
 
 def take(config: Config, seconds: float, each: int | None = None, every: float = 1.0) -> tuple[CensusResult, Outcome]:
@@ -82,14 +83,13 @@ def take(config: Config, seconds: float, each: int | None = None, every: float =
         [sum(figures) for figures in zip(*(vars(account).values() for account in accounts))]
         for accounts in (census.accounts, census.received)
     )
-    (accepted, sent_bytes, sent_sum, refused), (delivered, came_bytes, came_sum, _) = sent, received
-    disordered, repeated, problems = sum(census.out_of_order), sum(census.repeated), list(outcome.problems)
+    (accepted, sent_bytes, sent_sum, refused, _), (delivered, came_bytes, came_sum, _, disordered) = sent, received
+    problems = list(outcome.problems)
     if sent_bytes != came_bytes:
         problems.append(f"{sent_bytes} bytes accepted, {came_bytes} delivered")
     if sent_sum != came_sum:
         problems.append("the checksums of what was accepted and what was delivered differ")
-    if disordered or repeated:
-        problems.append(f"{repeated} events repeated, {disordered} out of order")
-    counts = (accepted, delivered, refused, disordered, repeated)
-    checks = (sent_sum == came_sum, census.identities)
-    return CensusResult(*counts, *checks, outcome.load_seconds, problems), outcome
+    if disordered:
+        problems.append(f"{disordered} events out of order or repeated")
+    found = (accepted, delivered, refused, disordered, sent_sum == came_sum, census.identities)
+    return CensusResult(*found, outcome.load_seconds, problems), outcome

@@ -48,9 +48,7 @@ def curve(points: Sequence[Point], label: str, limit: tuple[float, str] | None =
         axes.set_xlabel("time since the load began (s)")
         axes.yaxis.set_major_formatter("{x:,.10g}")
         axes.grid(False, axis="x")
-        if limit is not None:
-            axes.axhline(limit[0], color=theme["limit"], linewidth=1.4, linestyle="--")
-            _word(axes, limit[1], theme)
+        _limit(axes, axes.axhline, limit, theme)
 
     return draw
 
@@ -64,16 +62,16 @@ def bars(values: Mapping[str, float], label: str, limit: tuple[float, str] | Non
         axes.set(xlim=(0, 1.15 * max(limit[0] if limit else 0, *values.values())), xlabel=label)
         axes.invert_yaxis()
         axes.grid(False, axis="y")
-        if limit is not None:
-            axes.axvline(limit[0], color=theme["limit"], linewidth=1.4, linestyle="--")
-            _word(axes, limit[1], theme)
+        _limit(axes, axes.axvline, limit, theme)
 
     return draw
 
 
-def _word(axes: Any, text: str, theme: Theme) -> None:
-    """Write above the plot, where no curve gets in the way."""
-    axes.annotate(text, (1, 1.02), xycoords="axes fraction", ha="right", va="bottom", color=theme["limit"])
+def _limit(axes: Any, line: Any, limit: tuple[float, str] | None, theme: Theme) -> None:
+    """Draw a limit, and its words above the plot, where no curve gets in the way."""
+    if limit is not None:
+        line(limit[0], color=theme["limit"], linewidth=1.4, linestyle="--")
+        axes.annotate(limit[1], (1, 1.02), xycoords="axes fraction", ha="right", va="bottom", color=theme["limit"])
 
 
 def svg(chart: Chart, theme: Theme) -> str:

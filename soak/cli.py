@@ -21,6 +21,10 @@ _TIME_UNITS = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 10**9, "m": 60 * 10**
 _TIME_PART = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)(ns|us|ms|s|m|h)", re.ASCII)
 
 
+class Failure(Exception):
+    """Why a command comes to nothing, in one line; its exit code is then 1."""
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line on stderr, with exit code 2. Subcommands get the same class."""
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from soak import cli, payloads
 
@@ -20,29 +20,18 @@ MACHINE_KEYS = ("machine", "cores", "interpreter")
 
 
 def payload(text: str) -> str | int:
-    """Return ``telemetry`` or a size in bytes."""
     return text if text == TELEMETRY else cli.size(text, least=0)
 
 
 def on_full(text: str) -> str:
-    """Return ``block`` or ``raise``."""
     if text not in ("block", "raise"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither block nor raise")
     return text
 
 
-class Option(NamedTuple):
-    """An option of a load; the default is what a user would give."""
-
-    default: str
-    parse: Callable[[str], Any]
-    metavar: str
-    help: str
-
-
 def option(default: str, parse: Callable[[str], Any], metavar: str, text: str) -> Any:
-    """Return a field of a Config that has an option."""
-    return field(default=parse(default), metadata={"option": Option(default, parse, metavar, text)})
+    """Return a field of a Config that has an option; the default is what a user would give."""
+    return field(default=parse(default), metadata={"option": (default, parse, metavar, text)})
 
 
 threads = cli.count(9999)  # an identity has four digits for its producer
@@ -71,12 +60,10 @@ class Config:
 
     @property
     def largest_payload(self) -> int:
-        """The size of the largest payload that a producer sends."""
         return payloads.LARGEST if self.payload_size is None else self.payload_size
 
     @property
     def mean_payload(self) -> int:
-        """The size of the average payload."""
         return payloads.MEAN if self.payload_size is None else self.payload_size
 
     @property
@@ -96,7 +83,15 @@ class Config:
         return min(max(self.duration / 10, least), most)
 
 
-OPTIONS: Mapping[str, Option] = {one.name: one.metadata["option"] for one in fields(Config) if one.metadata}
+OPTIONS: Mapping[str, tuple[str, Callable[[str], Any], str, str]] = {
+    one.name: one.metadata["option"] for one in fields(Config) if one.metadata
+}
+"""By name: default, type, metavar and help."""
+
+
+def parsed(name: str, text: str) -> Any:
+    """Return the value of a setting that a text stands for. Raises KeyError, ArgumentTypeError."""
+    return OPTIONS[name][1](text)
 
 
 def add_settings(add: Callable[..., object], *names: str, **usual: str) -> None:
@@ -115,7 +110,7 @@ def add_outputs(add: Callable[..., object]) -> None:
 
 def config_from(options: argparse.Namespace, duration: float, sink: str = "null", **usual: str) -> Config:
     """Return what the options say, then ``usual``, then the defaults; a payload above the buffer is a bad option."""
-    values = {name: OPTIONS[name].parse(text) for name, text in usual.items()}
+    values = {name: parsed(name, text) for name, text in usual.items()}
     values |= {name: value for name, value in vars(options).items() if name in OPTIONS}
     config = Config(duration=duration, sink=sink, **values)
     if config.largest_payload > config.max_buffered_bytes:
@@ -146,7 +141,7 @@ def read_file(path: Path, place: Mapping[str, object]) -> tuple[dict[str, str], 
         content = json.loads(path.read_text(encoding="utf-8"))
         found, where = dict(content["settings"]), dict(content["environment"])
         for name, text in found.items():
-            OPTIONS[name].parse(text)
+            parsed(name, text)
         if content["schema"] != SCHEMA:
             raise ValueError(f"schema {content['schema']!r}, not {SCHEMA}")
     except OSError as error:

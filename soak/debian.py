@@ -8,8 +8,10 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from soak.cli import Failure
 
-class SetupError(Exception):
+
+class SetupError(Failure):
     """Why what is needed cannot be had, in one line."""
 
 

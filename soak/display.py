@@ -42,24 +42,27 @@ class Stream:
             self.error = error
 
     def close(self) -> None:
-        """Close the file. Idempotent."""
         self._file.close()
 
 
 class Monitor:
     """Turns the dispatcher's snapshots into samples and lines. A context manager for the length of the load."""
 
-    def __init__(self, show: str, config: Config, stream: Stream | None, seconds: float, heap: int | None) -> None:
-        """show: ``live`` (ImportError without rich), ``plain`` or ``none``; heap: the peak of the traced pass."""
-        self.every = max(0.01, min(0.5 if show == "live" else 1.0, seconds / 20))
-        self._line_every = min(5.0, seconds / 4) if show == "plain" else float("inf")
-        self._line_due = self._line_every
+    def __init__(
+        self, show: str, config: Config, stream: Stream | None, seconds: float, heap: int | None = None
+    ) -> None:
+        """show: of DISPLAYS; auto is live on a terminal, and live without rich is plain. heap: of the traced pass."""
         self._config, self._stream, self._seconds, self._heap = config, stream, seconds, heap
         self._sampled = (0.0, 0)  # (elapsed, delivered) at the last sample: the rate is that since then
         self._live: Any = None
-        if show == "live":
-            console = importlib.import_module("rich.console").Console(stderr=True)
-            self._live = importlib.import_module("rich.live").Live(console=console, auto_refresh=False)
+        if show == "live" or (show == "auto" and sys.stderr.isatty()):
+            try:
+                console = importlib.import_module("rich.console").Console(stderr=True)
+                self._live = importlib.import_module("rich.live").Live(console=console, auto_refresh=False)
+            except ImportError:
+                say("no live display: rich is not installed")
+        self.every = max(0.01, min(0.5 if self._live else 1.0, seconds / 20))
+        self._line_every = self._line_due = float("inf") if show == "none" else min(5.0, seconds / 4)
 
     def __enter__(self) -> Monitor:
         if self._live is not None:
@@ -105,13 +108,3 @@ class Monitor:
         table.add_row("refused", f"{stats.rejected:,}", f"{stats.waiting_producers} producers wait for room")
         table.add_row("time left", format_seconds(left) if left >= 1 else "0 s", bar(self._seconds, elapsed, 30))
         return table
-
-
-def open_monitor(show: str, config: Config, stream: Stream | None, seconds: float, heap: int | None = None) -> Monitor:
-    """Return the monitor that --display asks for; ``auto`` is live on a terminal. Without rich it is plain."""
-    if show == "live" or (show == "auto" and sys.stderr.isatty()):
-        try:
-            return Monitor("live", config, stream, seconds, heap)
-        except ImportError:
-            say("no live display: rich is not installed")
-    return Monitor("none" if show == "none" else "plain", config, stream, seconds, heap)

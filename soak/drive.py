@@ -9,38 +9,40 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import tempo
 from soak import interrupts
 from soak.config import Config
+from soak.load import Load
 
 PATIENCE = 60.0  # seconds that a thread, a flush or a shutdown may take before it counts as hung
 HURRY = 0.1  # seconds that a load lasts at least, even after an interrupt
 
 
 class Crew:
-    """The threads of one pass. They wait for ``go``; an exception in one of them is kept in ``problems``."""
+    """Threads that begin together; an exception in one of them is kept in ``problems``."""
 
     def __init__(self) -> None:
-        self.go = threading.Event()
+        self.go = threading.Event()  # they wait for it
         self.trouble = threading.Event()  # set with the first problem, so that nobody waits the pass out
         self.expected: tuple[type[BaseException], ...] = ()  # what threads may raise once they were released
         self.problems: list[str] = []  # one line each; appended by any thread
 
     def start(self, name: str, work: Callable[..., object], *args: object) -> threading.Thread:
         """Start a daemon thread that calls ``work(*args)`` once ``go`` is set. Raises RuntimeError as Thread.start."""
-        thread = threading.Thread(target=self._guard, args=(name, work, args), name=name, daemon=True)
+
+        def run() -> None:
+            self.go.wait()
+            try:
+                work(*args)
+            except BaseException as error:  # a thread that ends in SystemExit has not done its work either
+                if not isinstance(error, self.expected):
+                    self.report(f"{name}: {describe(error)}")
+
+        thread = threading.Thread(target=run, name=name, daemon=True)
         thread.start()
         return thread
-
-    def _guard(self, name: str, work: Callable[..., object], args: tuple[object, ...]) -> None:
-        self.go.wait()
-        try:
-            work(*args)
-        except BaseException as error:  # a thread that ends in SystemExit has not done its work either
-            if not isinstance(error, self.expected):
-                self.report(f"{name}: {describe(error)}")
 
     def report(self, problem: str, hung: bool = False) -> None:
         """Keep a problem; ``hung``: write every thread's stack to stderr."""
@@ -82,16 +84,6 @@ def join(threads: Iterable[threading.Thread], seconds: float) -> list[str]:
     return late
 
 
-class Work(Protocol):
-    """What the threads of a pass do. ``halt`` is empty until producers are to stop; they look at it now and then."""
-
-    def produce(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
-        """Send until ``halt`` holds something, or until all is sent: without producers the load is over."""
-
-    def consume(self, index: int, dispatcher: tempo.Dispatcher) -> None:
-        """Receive until the dispatcher is drained."""
-
-
 @dataclass
 class Outcome:
     """What a pass came to. Times in seconds; None: that did not come about."""
@@ -100,20 +92,18 @@ class Outcome:
     drain_seconds: float | None = None  # from there until everything accepted was delivered
     shutdown_seconds: float | None = None
     stats: tempo.Stats | None = None  # after shutdown
-    interrupted: bool = False
     problems: list[str] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
-        """Load and drain."""
         return self.load_seconds + (self.drain_seconds or 0.0)
 
 
 Sampler = Callable[[float, tempo.Stats], None]
 
 
-def drive(config: Config, seconds: float, work: Work, sample: Sampler | None = None, every: float = 1.0) -> Outcome:
-    """Run ``work`` for ``seconds`` on a new dispatcher, drain it and shut it down.
+def drive(config: Config, seconds: float, load: Load, sample: Sampler | None = None, every: float = 1.0) -> Outcome:
+    """Run a load for ``seconds`` on a new dispatcher, drain it and shut it down.
 
     ``sample(elapsed, stats)`` is called in this thread about every ``every`` seconds and once after the end. Under
     ``interrupts.kept()`` the first interrupt ends the load early. Any other KeyboardInterrupt is raised, after the
@@ -155,9 +145,9 @@ def drive(config: Config, seconds: float, work: Work, sample: Sampler | None = N
 
     try:
         for index in range(config.consumers):
-            consumers.append(crew.start(f"consumer {index}", work.consume, index, dispatcher))
+            consumers.append(crew.start(f"consumer {index}", load.consume, index, dispatcher))
         for index in range(config.producers):
-            producers.append(crew.start(f"producer {index}", work.produce, index, dispatcher, halt))
+            producers.append(crew.start(f"producer {index}", load.produce, index, dispatcher, halt))
     except (RuntimeError, MemoryError) as error:
         crew.report(f"only {len(consumers)} consumers and {len(producers)} producers could be started: {error}")
     started = time.perf_counter()
@@ -165,7 +155,6 @@ def drive(config: Config, seconds: float, work: Work, sample: Sampler | None = N
     try:
         watch()
     except interrupts.Interrupted:
-        outcome.interrupted = True
         # An interrupt from before the load would leave nothing to judge.
         crew.trouble.wait(max(0.0, started + min(HURRY, seconds) - time.perf_counter()))
     except BaseException:
@@ -174,26 +163,22 @@ def drive(config: Config, seconds: float, work: Work, sample: Sampler | None = N
         raise
     halt.append(True)
 
-    # After a problem nobody may be left to make room for producers that wait: stop() releases them.
-    late = join(producers, 2.0 if crew.trouble.is_set() else patience)
+    # After a problem nobody may be left to make room for producers that wait: then they are released by stop().
+    if not crew.trouble.is_set() and (late := join(producers, patience)):
+        crew.report(f"{len(late)} producers did not stop within {patience:.0f} s ({late[0]} first)", hung=True)
     stopped = time.perf_counter()
     outcome.load_seconds = stopped - started
-    if late and not crew.trouble.is_set():
-        crew.report(f"{len(late)} producers did not stop within {patience:.0f} s ({late[0]} first)", hung=True)
-    if late or not any(consumer.is_alive() for consumer in consumers):
-        stop()
-        if late := join(producers, PATIENCE):
-            crew.report(f"{len(late)} producers kept running after stop() ({late[0]} first)")
-    else:
+    if not crew.trouble.is_set():
         flushed, _ = crew.call(dispatcher.flush, 2 * patience, timeout=patience)
         if flushed:
             outcome.drain_seconds = time.perf_counter() - stopped
         else:
             crew.report(f"flush() gave {flushed!r}: not all was delivered within {patience:.0f} s")
-        known = len(crew.problems)
         _, outcome.shutdown_seconds = crew.call(dispatcher.shutdown, 2 * patience, timeout=patience)
-        if len(crew.problems) > known:
-            stop()
+    if crew.trouble.is_set():
+        stop()
+        if late := join(producers, PATIENCE):
+            crew.report(f"{len(late)} producers kept running after stop() ({late[0]} first)")
     if late := join(consumers, patience):
         crew.report(f"{len(late)} consumers did not end within {patience:.0f} s ({late[0]} first)", hung=True)
 

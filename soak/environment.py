@@ -15,7 +15,6 @@ import tempo
 ROOT = Path(__file__).resolve().parent.parent
 EMULATED = "SOAK_EMULATED_MACHINE"
 """The environment variable with which ``pi`` names what is emulated: /proc and /sys are the host's."""
-LINE_KEYS = ("machine", "cores", "interpreter", "python", "build", "commit")
 
 
 def describe() -> dict[str, object]:
@@ -48,7 +47,6 @@ def line(place: Mapping[str, object]) -> str:
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux alone tells
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
 
 from soak.cli import KIB
 from soak.config import Config
@@ -23,17 +22,8 @@ FIXED_ALLOWANCE, THREAD_ALLOWANCE = 64 * KIB, 8 * KIB
 PAYLOAD_OVERHEAD = 64  # what a bytes or str object takes in addition to its text
 
 
-@dataclass
-class Heap:
-    """What the pass came to, in bytes; ``peak`` is None without tracemalloc."""
-
-    peak: int | None
-    peak_buffered: int  # says whether the bound was put to the test
-    outcome: Outcome
-
-
-def measure(config: Config, seconds: float) -> Heap:
-    """Run the load on a new dispatcher, traced, into no sink."""
+def measure(config: Config, seconds: float) -> tuple[int | None, Outcome]:
+    """Run the load on a new dispatcher, traced, into no sink; return the peak in bytes: None without tracemalloc."""
     gc.collect()
     peak = None
     if TRACED:
@@ -45,7 +35,7 @@ def measure(config: Config, seconds: float) -> Heap:
     finally:
         if TRACED:
             tracemalloc.stop()
-    return Heap(peak, outcome.stats.peak_buffered_bytes if outcome.stats is not None else 0, outcome)
+    return peak, outcome
 
 
 def bound(config: Config) -> int:

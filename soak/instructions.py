@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The ``instructions`` command: how many machine instructions a payload costs, counted by valgrind's callgrind.
 
-No clock is read, so neither other programs nor the processor's mood matter. The interpreter runs twice, with fewer and
-with more payloads; the difference leaves out start, imports and warming up. A figure is good for one build of an
-interpreter only, so each recorded one names its build.
+Other programs do not matter. The interpreter runs twice, with fewer and with more payloads; the difference leaves out
+start, imports and warming up. A figure holds for one build of an interpreter, so each recorded one names its build.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from soak import baseline, cli, environment, results
-from soak.cli import complain
+from soak.cli import Failure
 
 FILE = baseline.FOLDER / "bench" / "instructions.json"
 TOLERANCE = 0.02  # a figure may exceed the recorded one by that much: valgrind and the C library have a part in it, too
@@ -39,23 +38,18 @@ def add_parser(commands: Any) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Count, and compare or record; return the exit code."""
     if shutil.which("valgrind") is None:
         options.parser.error("valgrind is not installed: sudo apt install valgrind")
-    try:
-        counted = count()
-    except (RuntimeError, subprocess.TimeoutExpired) as error:
-        complain(str(error))
-        return 1
+    counted = count()
     place = environment.describe()
-    build = f"{platform.python_implementation()} {place['python']} {place['build']} {place['compiler']}"
-    build += f" {place['architecture']}"
+    known = ("python", "build", "compiler", "architecture")
+    build = " ".join([platform.python_implementation(), *(str(place[key]) for key in known)])
     recorded: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
     before = {} if options.record == "yes" else recorded.get(build, {}).get("instructions_per_payload", {})
     worse = [name for name in counted if name in before and counted[name] > before[name] * (1 + TOLERANCE)]
     for name, value in counted.items():
-        known = f", recorded {before[name]:,.0f}{': MORE' * (name in worse)}" if name in before else ""
-        print(f"{name:<14} {value:>7,.0f} instructions a payload{known}", flush=True)
+        against = f", recorded {before[name]:,.0f}{': MORE' * (name in worse)}" if name in before else ""
+        print(f"{name:<14} {value:>7,.0f} instructions a payload{against}", flush=True)
     if options.record == "yes":
         recorded[build] = {"commit": place["commit"], "instructions_per_payload": counted}
         return 0 if results.write(FILE, (json.dumps(recorded, indent=2, sort_keys=True) + "\n").encode()) else 1
@@ -65,7 +59,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def count() -> dict[str, float]:
-    """Return the instructions a payload of each subject. Raises RuntimeError when valgrind fails."""
+    """Return the instructions a payload of each subject. Raises Failure when valgrind fails."""
     from soak.benchmarks import BLOCKS, CALLS  # noqa: PLC0415 - not for --help
 
     def counted(name: str) -> float:
@@ -77,7 +71,6 @@ def count() -> dict[str, float]:
 
 
 def _run(name: str, times: int) -> int:
-    """Return the instructions of one run of the interpreter."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={Path(folder, 'out')}"]
         command += [os.path.realpath(sys.executable), "-S", "-c", PROGRAM.format(str(environment.ROOT), name, times)]
@@ -85,6 +78,5 @@ def _run(name: str, times: int) -> int:
         done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=600, check=False)
     found = re.search(r"Collected : ([0-9]+)", done.stderr)
     if done.returncode or found is None:
-        lines = done.stderr.strip().splitlines()
-        raise RuntimeError(f"{name}: valgrind failed: {lines[-1] if lines else f'exit code {done.returncode}'}")
+        raise Failure(f"{name}: valgrind failed with exit code {done.returncode}: {done.stderr[-200:]}")
     return int(found[1])

@@ -2,8 +2,8 @@
 """Ctrl-C, or SIGTERM, while a command runs: no result is lost, no thread left, no terminal left in a bad state.
 
 Python raises KeyboardInterrupt wherever the main thread happens to be: in a drain, in a line that is written, even in
-``Event.wait()``, whose lock is then held for ever. Within ``kept()`` the first one is only noted. The waits that it may
-end look for it several times a second and raise ``Interrupted``; or somebody asks ``take()``. A second one is raised at
+``Event.wait()``, whose lock is then held for ever. Within ``kept()`` the first one is only noted: ``seen()`` tells, and
+the waits that it may end look for it several times a second, and raise ``Interrupted`` once. A second one is raised at
 once, as KeyboardInterrupt: whoever presses twice wants neither to wait nor a result.
 """
 
@@ -53,21 +53,17 @@ def _note(*_: object) -> None:
     _pending = True
 
 
-def take() -> bool:
-    """Return whether an interrupt is pending, and clear it."""
-    global _pending  # noqa: PLW0603
-    if not _pending:  # one that comes just now, between a load and a store, would be lost
-        return False
-    _pending = False
-    return True
+def seen() -> bool:
+    return _seen > 0
 
 
 def wait(event: threading.Event, seconds: float) -> bool:
-    """Wait for the event, as ``event.wait`` does. Raises Interrupted when an interrupt comes, or is pending."""
+    """Wait, in the main thread, as ``event.wait`` does. Raises Interrupted once, when the first interrupt has come."""
+    global _pending  # noqa: PLW0603
     deadline = time.monotonic() + seconds
-    on_main = threading.current_thread() is threading.main_thread()
     while True:
-        if on_main and take():
+        if _pending:
+            _pending = False
             raise Interrupted
         left = deadline - time.monotonic()
         if event.wait(min(GLANCE, max(0.0, left))):

@@ -57,9 +57,9 @@ class Account:
     nbytes: int = 0
     checksum: int = 0
     refused: int = 0
+    out_of_order: int = 0  # or repeated
 
     def add(self, payload: bytes) -> None:
-        """Count one event."""
         self.events += 1
         self.nbytes += len(payload)
         self.checksum += zlib.crc32(payload)
@@ -100,38 +100,40 @@ class Load:
         self.config = config
         self._place, self._each = place, each
         self._checked = place is not None
-        # A slot a producer, so that no two threads write to the same one.
-        self.accepted = [0] * config.producers
-        self.refused = [0] * config.producers
+        # One a thread, so that no two write to the same one.
         self.sent = [Sent(config.payload_size) for _ in range(config.producers)]
         self.accounts = [Account() for _ in range(config.producers)]
         self.taken = [Taken(config.producers) for _ in range(config.consumers)]
 
     @property
+    def accepted(self) -> list[int]:
+        """How many events of each producer were accepted."""
+        return [account.events for account in self.accounts]
+
+    @property
+    def refused(self) -> int:
+        return sum(account.refused for account in self.accounts)
+
+    @property
     def delivered(self) -> int:
-        """Events that consumers received."""
         return sum(taken.events for taken in self.taken)
 
     def produce(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
         """Format and send until ``halt`` holds something. A thread that raises leaves its count a round behind."""
-        sent = self.sent[index]
-        source = events(self.config.payload_size, index, sent)
-        if self.config.on_full == "block" and self.config.bulk == 1 and not self._checked:
-            self._send_fast(index, source, dispatcher, halt)
-            return
-        account = self.accounts[index]
-        try:
-            self._send(account, sent, islice(source, self._each), dispatcher, halt)
-        finally:
-            self.accepted[index], self.refused[index] = account.events, account.refused
+        config, account, sent = self.config, self.accounts[index], self.sent[index]
+        source = islice(events(config.payload_size, index, sent), self._each)
+        if config.on_full == "block" and config.bulk == 1 and not self._checked:
+            self._send_fast(account, source, dispatcher, halt)
+        else:
+            self._send(account, sent, source, dispatcher, halt)
 
-    def _send_fast(self, index: int, source: Iterator[bytes], dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
-        enqueue, accepted = dispatcher.enqueue, self.accepted
-        size, then = 1, perf_counter()
+    @staticmethod
+    def _send_fast(account: Account, source: Iterator[bytes], dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
+        enqueue, size, then = dispatcher.enqueue, 1, perf_counter()
         while not halt:
             for payload in islice(source, size):
                 enqueue(payload, None)
-            accepted[index] += size
+            account.events += size
             now = perf_counter()
             size = max(1, size // 2) if now - then > LONG_ROUND else min(ROUND, size * 2)
             then = now

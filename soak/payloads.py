@@ -5,9 +5,9 @@ Each event names its producer and its place in that producer's sequence (``0007-
 tell what is missing, repeated or out of order. Numbers keep their width (sequences start at 1e9): payloads of one kind
 have one size, the identity has a fixed place, and the mix has an exact mean of 163 bytes.
 
-One event of ``STRIDE``, and more of the first ones, is a *probe*: after its identity it carries ``~``, a byte that no
-other payload holds, and the time at which it was made. A consumer finds probes in a batch at C speed. Events of a fixed
-size below ``PROBED_SIZE`` have no room for a probe, and below ``IDENTITY_SIZE`` none for an identity.
+The first event of each ``STRIDE`` is a *probe*: after its identity it carries ``~``, which no other payload holds, and
+the time at which it was made. A consumer finds probes in a batch at C speed. Events of a fixed size below
+``PROBED_SIZE`` have no room for a probe, and below ``IDENTITY_SIZE`` none for an identity.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from itertools import chain, cycle, islice, repeat
+from itertools import chain, count, cycle, islice, repeat
 from operator import mod
 from time import perf_counter_ns
 
@@ -49,7 +49,6 @@ PROBE = (
 MIX = (*(PAGE, CLICK, SCROLL, HEARTBEAT), *(FORM, CLICK, SCROLL, HEARTBEAT) * 4)
 
 STRIDE = 1024  # a probe and the search for it cost several times what another event does
-FIRST_STRIDE = 64
 FIGURES = tuple(range(256, 512)) * (STRIDE // 256)
 """Three digits an event: a coordinate, a time, a distance. Made once, so that each producer holds next to nothing."""
 MARK = b"~"
@@ -81,8 +80,6 @@ class Sent:
     A sum does not depend on the order in which several consumers add up, so both ends can be compared.
     """
 
-    __slots__ = ("_head", "_mark", "checksum", "probes")
-
     def __init__(self, size: int | None) -> None:
         self.probes = 0
         self.checksum = 0
@@ -112,37 +109,25 @@ def events(size: int | None, producer: int, sent: Sent) -> Iterator[bytes]:
     return chain.from_iterable(_telemetry(session, sent)) if size is None else _sized(session, size, sent)
 
 
-def _strides() -> Iterator[tuple[int, int]]:
-    """Sequences of the first event of a stride, and of its last, which is the probe: early ones are short.
-
-    >>> [last - first + 1 for first, last in islice(_strides(), 7)]
-    [64, 128, 256, 512, 1024, 1024, 1024]
-    """
-    first, size = FIRST_SEQUENCE, FIRST_STRIDE
-    while True:
-        yield first, first + size - 1
-        first, size = first + size, min(STRIDE, 2 * size)
-
-
 def _telemetry(session: str, sent: Sent) -> Iterator[Iterable[bytes]]:
-    """Yield strides of events. Each event is formatted when it is asked for; map() only saves a Python loop."""
+    """Yield probes and what follows them. Each event is formatted when asked for; map() only saves a Python loop."""
     templates = cycle(MIX)
-    for first, last in _strides():
-        fields = zip(repeat(session), range(first, last), FIGURES)
-        yield map(str.encode, map(mod, islice(templates, last - first), fields))
-        yield (sent.add((PROBE % (session, last, perf_counter_ns())).encode()),)
+    for first in count(FIRST_SEQUENCE, STRIDE):
+        yield (sent.add((PROBE % (session, first, perf_counter_ns())).encode()),)
+        fields = zip(repeat(session), range(first + 1, first + STRIDE), FIGURES)
+        yield map(str.encode, map(mod, islice(templates, STRIDE - 1), fields))
 
 
 def _sized(session: str, size: int, sent: Sent) -> Iterator[bytes]:
     """Yield events; of small ones only the identity's last characters are left, down to none."""
     # No template here: % would look at each character of a large filler, where an f-string copies it at once.
     filler, probe_filler = _filler(size - IDENTITY_SIZE), _filler(size - PROBED_SIZE)
-    missing, probed = max(0, IDENTITY_SIZE - size), size >= PROBED_SIZE
-    for first, last in _strides():
-        for sequence in range(first, last + (not probed)):
-            yield f"{session}-{sequence}{filler}"[missing:].encode()
+    missing, probed = max(0, IDENTITY_SIZE - size), int(size >= PROBED_SIZE)
+    for first in count(FIRST_SEQUENCE, STRIDE):
         if probed:
-            yield sent.add(f"{session}-{last}~{perf_counter_ns():019d}{probe_filler}".encode())
+            yield sent.add(f"{session}-{first}~{perf_counter_ns():019d}{probe_filler}".encode())
+        for sequence in range(first + probed, first + STRIDE):
+            yield f"{session}-{sequence}{filler}"[missing:].encode()
 
 
 @lru_cache(maxsize=4)

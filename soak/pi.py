@@ -11,14 +11,12 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from soak import cli, environment
-from soak.cli import complain, say
+from soak.cli import say
 from soak.debian import SetupError, fetch
 
 ROOT = environment.ROOT
@@ -43,41 +41,29 @@ def add_parser(commands: Any) -> None:
     add("rest", nargs=argparse.REMAINDER, metavar="...", help="its options")
 
 
-def main(options: argparse.Namespace) -> int:
-    """Run the command where it belongs; return its exit code."""
+def main(options: argparse.Namespace) -> NoReturn:
+    """Become the command, where it belongs. Raises SetupError."""
     words = ["-m", "soak", options.of, *options.rest]
     machine = environment.machine()
     if machine.startswith("Raspberry Pi"):
         say(f"pi: this is one, {machine}: not emulated")
-        return run([sys.executable, *words], dict(os.environ))
-    try:
-        emulator, root = provide()
-        python = interpreter(root)
-    except SetupError as error:
-        complain(f"{error}; nothing can be emulated")
-        return 1
+        run([sys.executable, *words], dict(os.environ))
+    emulator, root, python = provide()
     if not any(word.partition("=")[0] == "--out" for word in options.rest) and options.of != "baseline":
         words += ["--out", OUT]
     say(f"pi: this is {machine}; emulated: {EMULATOR} -cpu {CPU}, Debian's arm64 {python.name}")
     emulated = {environment.EMULATED: f"Cortex-A72, emulated by qemu-user on {machine}"}
-    return run([str(emulator), "-cpu", CPU, "-L", str(root), str(python), *words], {**os.environ, **emulated})
+    run([str(emulator), "-cpu", CPU, "-L", str(root), str(python), *words], {**os.environ, **emulated})
 
 
-def run(command: list[str], variables: dict[str, str]) -> int:
-    """Run a command that ends in its own way: Ctrl-C at a terminal reaches it, and SIGTERM is passed on."""
-    with subprocess.Popen(command, cwd=ROOT, env=variables) as process:
-        # Handlers, since SIG_IGN would be inherited.
-        handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: process.terminate()}
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        try:
-            return process.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+def run(command: list[str], variables: dict[str, str]) -> NoReturn:
+    """Become another program, so that it alone gets Ctrl-C and signals, and has the exit code."""
+    os.chdir(ROOT)
+    os.execvpe(command[0], command, variables)
 
 
-def provide() -> tuple[Path, Path]:
-    """Return the emulator and the folder with arm64's Python, fetched when they are missing. Raises SetupError."""
+def provide() -> tuple[Path, Path, Path]:
+    """Return the emulator, a folder with arm64's files, and its Python; fetch what is missing. Raises SetupError."""
     root, done = CACHE / "root", CACHE / "done"
     own = CACHE / "host" / "usr" / "bin" / EMULATOR
     found = shutil.which(EMULATOR)
@@ -88,14 +74,8 @@ def provide() -> tuple[Path, Path]:
         say("pi: fetching Debian's arm64 python3")
         shutil.rmtree(root, ignore_errors=True)
         fetch(["python3"], root, architecture="arm64")
-        interpreter(root)
-        done.touch()
-    return Path(found) if found else own, root
-
-
-def interpreter(root: Path) -> Path:
-    """Return the Python in a folder. Raises SetupError when there is none."""
-    found = sorted((root / "usr" / "bin").glob("python3.[0-9]*[0-9]"))
-    if not found:
+    python = max((root / "usr" / "bin").glob("python3.[0-9]*[0-9]"), default=None)
+    if python is None:
         raise SetupError(f"no python3 in {root}")
-    return found[-1]
+    done.touch()
+    return Path(found) if found else own, root, python

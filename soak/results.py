@@ -18,7 +18,7 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-def write(path: Path, content: bytes, instead: str = "", option: str = "") -> bool:
+def write(path: Path, content: bytes, instead: str = "") -> bool:
     """Write a whole file, and its folder; return whether it is there. When not, tell why in one line, and ``instead``.
 
     A file that is replaced stays whole until the new one is.
@@ -35,16 +35,14 @@ def write(path: Path, content: bytes, instead: str = "", option: str = "") -> bo
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
-        complain(f"cannot write {option}{str(path)!r}: {error.strerror or error}{instead}")
+        complain(f"cannot write {str(path)!r}: {error.strerror or error}{instead}")
         return False
     return True
 
 
 class Files:
     """Where one command's results go: ``out/KIND-TIME.json``, and for ``soak`` a stream of samples and ``latest.json``.
-
-    Each trouble is reported once, in one line on stderr; ``well`` is then False.
-    """
+    After trouble, which is told in one line, ``well`` is False."""
 
     def __init__(self, out: Path, path: Path | None, kind: str = "soak") -> None:
         self.well = True
@@ -77,7 +75,7 @@ class Files:
         for path in wanted:
             # Whatever keeps one file in a folder from being written keeps the next: told once.
             if self.well or path == self._path:
-                if write(path, text.encode(), "; the result goes to stdout", "--json " if path == self._path else ""):
+                if write(path, text.encode(), "; the result goes to stdout"):
                     written.append(path)
                 else:
                     self.well = False

@@ -16,12 +16,11 @@ from typing import Any
 from soak import baseline, census, cli, environment, heap, interrupts, results, verdict
 from soak import config as settings
 from soak.calibration import calibrate
-from soak.cli import complain, format_seconds, format_size, say
+from soak.cli import format_seconds, format_size, say
 from soak.config import Config
-from soak.display import DISPLAYS, Stream, open_monitor
+from soak.display import DISPLAYS, Monitor, Stream
 from soak.drive import HURRY, Outcome, drive
 from soak.load import Latencies, Load
-from soak.payloads import PROBED_SIZE, STRIDE
 from soak.sinks import places, readback
 
 SCHEMA = 1  # raised when a key of the result changes its meaning
@@ -51,7 +50,6 @@ def add_parser(commands: Any) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run all passes, write the result, print the summary; return the exit code."""
     place = environment.describe()
     config, note = configure(options, place)
     if note:
@@ -64,16 +62,9 @@ def main(options: argparse.Namespace) -> int:
         options.parser.error(f"argument --sink: {config.sink!r} needs a package: {error}")
 
     files = results.Files(options.out, options.json)
-    try:
-        with interrupts.kept():
-            result = run(config, sink, files.stream, options.baseline, place, options.display)
-            files.finish(result, summary(result))
-    except KeyboardInterrupt:
-        complain("interrupted again: there is no result")
-        return 130
-    except RuntimeError as error:
-        complain(str(error))
-        return 1
+    with interrupts.kept():
+        result = run(config, sink, files.stream, options.baseline, place, options.display)
+        files.finish(result, summary(result))
     return 0 if result["verdict"]["overall"]["status"] != verdict.FAIL and files.well else 1
 
 
@@ -100,44 +91,35 @@ def run(
 ) -> dict[str, Any]:
     """Run all passes and return the result, ready for JSON; place: of environment.describe, display: of DISPLAYS.
 
-    A first interrupt ends the pass that it comes in, and cuts those after it short. Raises RuntimeError when the
+    A first interrupt ends the pass that it comes in, and cuts those after it short. Raises Failure when the
     machine cannot run the threads.
     """
     started = results.now()
     if stream is not None:
         head = {"type": "header", "schema": SCHEMA, "started": started}
         stream.write({**head, "config": asdict(config), "environment": place})
-    interrupted = False
-
-    def ended(early: bool) -> None:
-        nonlocal interrupted
-        interrupted |= early or interrupts.take()
 
     def length(least: float, most: float) -> float:
-        return HURRY if interrupted else config.pass_seconds(least, most)
+        return HURRY if interrupts.seen() else config.pass_seconds(least, most)
 
     before = calibrate(config, length(1.0, 3.0))
-    ended(before.interrupted)
-    say(f"calibration: {before.events_per_second:,.0f} events/s with no dispatcher")
-    traced = heap.measure(config, length(2.0, 4.0))
-    ended(traced.outcome.interrupted)
-    say(f"heap: peak {format_size(traced.peak)}, the buffer at most {format_size(traced.peak_buffered)} full")
-    counted, counting = census.take(config, length(1.0, 4.0))
-    ended(counting.interrupted)
+    say(f"calibration: {before:,.0f} events/s with no dispatcher")
+    peak_heap, traced = heap.measure(config, length(2.0, 4.0))
+    fullest = traced.stats.peak_buffered_bytes if traced.stats else 0
+    say(f"heap: peak {format_size(peak_heap)}, the buffer at most {format_size(fullest)} full")
+    counted, _ = census.take(config, length(1.0, 4.0))
     say(f"census: {counted.accepted:,} events accepted, {counted.delivered:,} delivered, each checked")
     load = Load(config, sink)
-    duration = min(HURRY, config.duration) if interrupted else config.duration
+    duration = min(HURRY, config.duration) if interrupts.seen() else config.duration
     say(f"load: {format_seconds(duration)}, {config.producers} producers, {config.consumers} consumers")
-    with open_monitor(display, config, stream, duration, traced.peak) as monitor:
+    with Monitor(display, config, stream, duration, peak_heap) as monitor:
         outcome = drive(config, duration, load, monitor.sample, monitor.every)
-    ended(outcome.interrupted)
     peak_rss = environment.peak_rss()
     after = calibrate(config, length(1.0, 3.0))
-    ended(after.interrupted)
-    say(f"calibration: {after.events_per_second:,.0f} events/s again")
+    say(f"calibration: {after:,.0f} events/s again")
 
     figures, wrong = _figures(config, load, outcome, counted)
-    problems = [f"heap pass: {problem}" for problem in traced.outcome.problems]
+    problems = [f"heap pass: {problem}" for problem in traced.problems]
     problems += [f"census: {problem}" for problem in counted.problems] + wrong
     found = None if sink is None else readback.read_back(sink, load.accounts, config)
     if sink is not None and found is not None:
@@ -145,17 +127,20 @@ def run(
         figures["lost"] += found.lost
         figures["duplicated"] += found.repeated if sink.once else 0
 
-    calibration = (before.events_per_second + after.events_per_second) / 2
+    calibration = (before + after) / 2
     ratio = figures["delivered_per_second"] / calibration if calibration else None
     compared, note = baseline.choose(baseline_option, asdict(config), place)
     bound, allowance = heap.bound(config), heap.allowance(config)
     known = {key: compared.expected(key) if compared else None for key in baseline.LEAST}
-    counts = {key: figures[key] for key in ("lost", "duplicated", "rejected")}
-    checked: dict[str, Any] = {"problems": problems, "on_full": config.on_full, "remarks": _remarks(config, counted)}
     findings = {
-        "correctness": verdict.judge_correctness(**counts, **checked),
+        "correctness": verdict.judge_correctness(
+            problems=problems,
+            **{key: figures[key] for key in ("lost", "duplicated", "rejected")},
+            on_full=config.on_full,
+            remarks=counted.remarks,
+        ),
         "throughput": verdict.judge_throughput(figures["delivered_per_second"], ratio, known["ratio"], note),
-        "memory": verdict.judge_memory(traced.peak, bound, allowance, known["peak_heap_bytes"]),
+        "memory": verdict.judge_memory(peak_heap, bound, allowance, known["peak_heap_bytes"]),
         "drain": verdict.judge_drain(figures["drain_seconds"], known["drain_seconds"]),
     }
     findings["overall"] = verdict.overall(findings)
@@ -163,22 +148,22 @@ def run(
         "schema": SCHEMA,
         "started": started,
         "finished": results.now(),
-        "interrupted": interrupted,
+        "interrupted": interrupts.seen(),
         "verdict": {name: finding._asdict() for name, finding in findings.items()},
         **figures,
         "calibration": calibration,
         "ratio": ratio,
-        "peak_heap_bytes": traced.peak,
+        "peak_heap_bytes": peak_heap,
         "peak_rss_bytes": peak_rss,
         "heap": {
             "bound_bytes": bound,
             "allowance_bytes": allowance,
-            "peak_buffered_bytes": traced.peak_buffered,
-            "seconds": traced.outcome.load_seconds,
+            "peak_buffered_bytes": fullest,
+            "seconds": traced.load_seconds,
         },
         "census": vars(counted),
         "sink": None if found is None else vars(found),
-        "calibrations": {"before": before.events_per_second, "after": after.events_per_second, "used": "mean"},
+        "calibrations": {"before": before, "after": after, "used": "mean"},
         "baseline": None if compared is None else compared.name,
         "problems": problems,
         "config": asdict(config),
@@ -188,8 +173,7 @@ def run(
 
 
 def _figures(config: Config, load: Load, outcome: Outcome, counted: census.CensusResult) -> tuple[Any, list[str]]:
-    """Return the load's figures, and what does not add up."""
-    accepted, refused, delivered = sum(load.accepted), sum(load.refused), load.delivered
+    accepted, refused, delivered = sum(load.accepted), load.refused, load.delivered
     nbytes = sum(taken.nbytes for taken in load.taken)
     problems = list(outcome.problems)
     stats = outcome.stats
@@ -240,37 +224,24 @@ def _figures(config: Config, load: Load, outcome: Outcome, counted: census.Censu
     }, problems
 
 
-def _remarks(config: Config, counted: census.CensusResult) -> list[str]:
-    """Return what the settings kept from being checked."""
-    remarks = []
-    if not counted.identities_checked:
-        remarks.append("payloads too small to carry an identity: counted and checksummed, order not checked")
-    elif config.consumers > 1:
-        remarks.append("order checked at each consumer")
-    small = config.payload_size is not None and config.payload_size < PROBED_SIZE
-    remarks.append(f"no latency below {PROBED_SIZE} bytes" if small else f"latency of one event in {STRIDE}")
-    return remarks
-
-
 def summary(result: Mapping[str, Any]) -> list[str]:
-    """Return about a dozen lines for people, the verdict first."""
-    found, latency = result["verdict"], result["latency_seconds"]
-    ratio = "not measured" if result["ratio"] is None else f"{result['ratio']:.3f} of the calibration"
-    slowest = result["slowest_producer_share"]
+    found, latency, slowest = result["verdict"], result["latency_seconds"], result["slowest_producer_share"]
     early = f" (interrupted: the load lasted {format_seconds(result['load_seconds'])})" if result["interrupted"] else ""
+    text = {
+        "rate": f"{result['delivered_per_second']:,.0f} events/s, {result['ratio'] or 0:.3f} of the calibration"
+        f" ({result['calibration']:,.0f} events/s with no dispatcher)",
+        "events": f"{result['accepted']:,} accepted, {result['delivered']:,} delivered in {result['batches']:,}"
+        f" batches, {result['rejected']:,} refused; slowest producer {slowest or 0:.0%} of the mean",
+        "heap": f"peak {format_size(result['peak_heap_bytes'])}, buffer limit"
+        f" {format_size(result['config']['max_buffered_bytes'])}; peak RSS {format_size(result['peak_rss_bytes'])}",
+        "latency": f"p50 {format_seconds(latency['p50'])}, p99 {format_seconds(latency['p99'])},"
+        f" max {format_seconds(latency['max'])} ({latency['samples']:,} probes)",
+        "end": f"drained in {format_seconds(result['drain_seconds'])},"
+        f" shut down in {format_seconds(result['shutdown_seconds'])}",
+        "on": environment.line(result["environment"]),
+    }
     return [
         f"{found['overall']['status'].upper()}: {found['overall']['note']}{early}",
         *(f"  {name:<12} {found[name]['status']}: {found[name]['note']}" for name in found if name != "overall"),
-        f"rate          {result['delivered_per_second']:,.0f} events/s, {ratio}"
-        f" ({result['calibration']:,.0f} events/s with no dispatcher)",
-        f"events        {result['accepted']:,} accepted, {result['delivered']:,} delivered in {result['batches']:,}"
-        f" batches, {result['rejected']:,} refused; slowest producer"
-        f" {'?' if slowest is None else format(slowest, '.0%')} of the mean",
-        f"heap          peak {format_size(result['peak_heap_bytes'])}, buffer limit"
-        f" {format_size(result['config']['max_buffered_bytes'])}; peak RSS {format_size(result['peak_rss_bytes'])}",
-        f"latency       p50 {format_seconds(latency['p50'])}, p99 {format_seconds(latency['p99'])},"
-        f" max {format_seconds(latency['max'])} ({latency['samples']:,} probes)",
-        f"end           drained in {format_seconds(result['drain_seconds'])},"
-        f" shut down in {format_seconds(result['shutdown_seconds'])}",
-        f"on            {environment.line(result['environment'])}",
+        *(f"{name:<13} {words}" for name, words in text.items()),
     ]

@@ -9,9 +9,8 @@ from typing import Any
 
 from soak import census, cli, environment, interrupts, results, verdict
 from soak import config as settings
-from soak.cli import complain, format_seconds, say
+from soak.cli import format_seconds, say
 from soak.config import Config
-from soak.drive import Outcome
 
 PRODUCERS = "256"
 LOOK = 0.02  # seconds between two looks at whether all is sent
@@ -36,51 +35,44 @@ def add_parser(commands: Any) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run it, judge, write the result; return the exit code."""
     config = settings.config_from(options, options.limit, producers=PRODUCERS)
     files = results.Files(options.out, options.json, "stress")
-    try:
-        with interrupts.kept():  # before the first word: an interrupt after that must count as the first
-            say(f"stress: {config.producers} producers, {options.each:,} payloads each")
-            counted, outcome = census.take(config, options.limit, options.each, LOOK)
-            outcome.interrupted |= interrupts.take()
-            wanted, place = config.producers * options.each, environment.describe()
-            finding = judge(config, counted, outcome, wanted)
-            rate = counted.delivered / outcome.seconds
-            result = {
-                "schema": 1,
-                "finished": results.now(),
-                "verdict": {"overall": finding._asdict()},
-                "wanted": wanted,
-                "each": options.each,
-                "interrupted": outcome.interrupted,
-                "delivered_per_second": rate,
-                "drain_seconds": outcome.drain_seconds,
-                "shutdown_seconds": outcome.shutdown_seconds,
-                "peak_rss_bytes": environment.peak_rss(),
-                "lost": counted.lost,
-                "duplicated": counted.duplicated,
-                **vars(counted),
-                "stats": None if outcome.stats is None else outcome.stats._asdict(),
-                "config": asdict(config),
-                "environment": place,
-            }
-            lines = [
-                f"{finding.status.upper()}: {finding.note}",
-                f"events        {counted.accepted:,} accepted, {counted.delivered:,} delivered,"
-                f" {counted.refused:,} refused of {wanted:,}, each checked",
-                f"rate          {rate:,.0f} events/s in {format_seconds(outcome.load_seconds)};"
-                f" drained in {format_seconds(outcome.drain_seconds)}",
-                f"on            {environment.line(place)}",
-            ]
-            files.finish(result, lines)
-    except KeyboardInterrupt:
-        complain("interrupted again: there is no result")
-        return 130
+    with interrupts.kept():  # before the first word: an interrupt after that must count as the first
+        say(f"stress: {config.producers} producers, {options.each:,} payloads each")
+        counted, outcome = census.take(config, options.limit, options.each, LOOK)
+        wanted, place = config.producers * options.each, environment.describe()
+        finding = judge(config, counted, wanted)
+        rate = counted.delivered / outcome.seconds
+        result = {
+            "schema": 1,
+            "finished": results.now(),
+            "verdict": {"overall": finding._asdict()},
+            "wanted": wanted,
+            "interrupted": interrupts.seen(),
+            "delivered_per_second": rate,
+            "drain_seconds": outcome.drain_seconds,
+            "shutdown_seconds": outcome.shutdown_seconds,
+            "peak_rss_bytes": environment.peak_rss(),
+            "lost": counted.lost,
+            "duplicated": counted.duplicated,
+            **vars(counted),
+            "stats": None if outcome.stats is None else outcome.stats._asdict(),
+            "config": asdict(config),
+            "environment": place,
+        }
+        lines = [
+            f"{finding.status.upper()}: {finding.note}",
+            f"events        {counted.accepted:,} accepted, {counted.delivered:,} delivered,"
+            f" {counted.refused:,} refused of {wanted:,}, each checked",
+            f"rate          {rate:,.0f} events/s in {format_seconds(outcome.load_seconds)};"
+            f" drained in {format_seconds(outcome.drain_seconds)}",
+            f"on            {environment.line(place)}",
+        ]
+        files.finish(result, lines)
     return 0 if finding.status != verdict.FAIL and files.well else 1
 
 
-def judge(config: Config, counted: census.CensusResult, outcome: Outcome, wanted: int) -> verdict.Finding:
+def judge(config: Config, counted: census.CensusResult, wanted: int) -> verdict.Finding:
     """Return the verdict; what was not sent because of an interrupt is a warning."""
     finding = verdict.judge_correctness(
         problems=counted.problems,
@@ -88,11 +80,11 @@ def judge(config: Config, counted: census.CensusResult, outcome: Outcome, wanted
         duplicated=counted.duplicated,
         rejected=counted.refused,
         on_full=config.on_full,
-        remarks=[] if counted.identities_checked else ["payloads too small to carry an identity: order not checked"],
+        remarks=counted.remarks,
     )
     sent = counted.accepted + counted.refused
     if finding.status != verdict.PASS or sent == wanted:
         return finding
-    why = "interrupted" if outcome.interrupted else f"not done within {format_seconds(config.duration)}"
-    status = verdict.WARN if outcome.interrupted else verdict.FAIL
+    why = "interrupted" if interrupts.seen() else f"not done within {format_seconds(config.duration)}"
+    status = verdict.WARN if interrupts.seen() else verdict.FAIL
     return verdict.Finding(status, f"{why}: {sent:,} of {wanted:,} payloads sent; {finding.note}")

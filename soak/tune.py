@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import tempo
 from soak import cli, environment, heap, interrupts, results
 from soak import config as settings
-from soak.cli import KIB, MIB, complain, format_seconds, format_size, say
+from soak.cli import KIB, MIB, Failure, format_seconds, format_size, say
 from soak.config import TELEMETRY, Config
 from soak.drive import drive
 from soak.load import Load
@@ -51,15 +51,11 @@ On a terminal it asks for the payload size when none is given. `run` then takes 
 
 
 class Edge(NamedTuple):
-    """Where refusals begin."""
-
-    healthy: int | None  # the smallest buffer without refusals, in bytes; None: there is none
-    refusing: int | None  # the largest one with refusals below that; None: none refuses
+    healthy: int | None  # the smallest buffer tried without refusals, in bytes; None: each had some
+    refusing: int | None  # the largest one below that, which had some
 
 
 class Found(NamedTuple):
-    """What tune found."""
-
     config: Config
     edge: Edge
     rate: float  # observed with the recommended settings, delivered events a second
@@ -71,12 +67,11 @@ def add_parser(commands: Any) -> None:
     purpose = "Probe this machine, recommend limits, and write them where `run` finds them."
     add = cli.add_command(commands, "tune", main, purpose, EXAMPLE)
     settings.add_settings(add, "payload", "interval")
-    add("--probe", type=cli.duration, default="1s", metavar="TIME", help="of each of at most 40 probes (%(default)s)")
+    add("--probe", type=cli.duration, default="1s", metavar="TIME", help="of each of at most 44 probes (%(default)s)")
     add("--out", type=cli.path, default=OUT, metavar="DIR", help="folder of the settings (%(default)s)")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Find settings, write and tell them; return the exit code."""
     if not hasattr(options, "payload") and sys.stdin.isatty() and sys.stderr.isatty():
         options.payload = ask()
     place = environment.describe()
@@ -85,18 +80,13 @@ def main(options: argparse.Namespace) -> int:
     first = settings.config_from(options, options.probe, **usual)
     most = largest_buffer(first, memory)
     if 2 * first.largest_payload > most:
-        complain(
+        raise Failure(
             f"a buffer for two payloads of {format_size(first.largest_payload)} takes more than an eighth of this"
             f" machine's memory ({format_size(most)}): there is nothing to recommend"
         )
-        return 1
     first = replace(first, max_buffered_bytes=max(min(FIRST_BUFFER, most), 2 * first.largest_payload))
-    try:
-        with interrupts.kept():
-            found = tune(first, options.probe, most, memory is not None)
-    except (KeyboardInterrupt, RuntimeError) as error:
-        complain(f"no settings: {error}" if str(error) else "interrupted: there are no settings")
-        return 130 if isinstance(error, KeyboardInterrupt) else 1
+    with interrupts.kept():
+        found = tune(first, options.probe, most, memory is not None)
     lines = show(found, memory)
     path = options.out / settings.FILE
     written = results.write(path, settings.as_file(found.config, place, not found.provisional, results.now()))
@@ -119,10 +109,7 @@ def ask(read: Callable[[], str] = sys.stdin.readline, tries: int = 3) -> str | i
 
 
 def largest_buffer(config: Config, memory: object) -> int:
-    """Return the largest buffer, in bytes, with which the bound for the heap is an eighth of the memory at most.
-
-    Memory that is not known is taken for 512 MiB.
-    """
+    """Return the largest buffer whose bound for the heap is an eighth of the memory (unknown: of 512 MiB) at most."""
     share = (memory if isinstance(memory, int) else 512 * MIB) // SHARE_OF_MEMORY
     buffer = min(MOST_BUFFER, share)
     while buffer > 1 and heap.bound(replace(config, max_buffered_bytes=buffer, producers=max(PRODUCERS))) > share:
@@ -131,7 +118,7 @@ def largest_buffer(config: Config, memory: object) -> int:
 
 
 def tune(first: Config, seconds: float, most: int, memory_known: bool) -> Found:
-    """Probe, beginning with the first settings. Raises RuntimeError when a probe goes wrong."""
+    """Probe, beginning with the first settings. Raises Failure when a probe goes wrong."""
     why = [] if memory_known else ["this machine does not tell how much memory it has"]
 
     tried = _rates("producers", {n: replace(first, producers=n) for n in PRODUCERS}, seconds)
@@ -146,7 +133,7 @@ def tune(first: Config, seconds: float, most: int, memory_known: bool) -> Found:
         paced = replace(config, max_buffered_bytes=buffer, on_full="raise")
         load = Paced(paced, offered)
         observe(paced, seconds, load)
-        return not any(load.refused)
+        return not load.refused
 
     least = min(max(LEAST_BUFFER, 1 << (2 * config.largest_payload).bit_length()), most)
     edge = find_edge(healthy, least, most)
@@ -182,33 +169,29 @@ def _rates(what: str, choices: Mapping[Any, Config], seconds: float) -> dict[Any
 
 
 def find_edge(healthy: Callable[[int], bool], least: int, most: int) -> Edge:
-    """Search among ``least`` times 1, 2, 4 ... and ``most``; a size counts as healthy after two good probes.
+    """Double the buffer until two probes in a row are healthy.
 
-    >>> find_edge(lambda size: size >= 3000, 16, 1 << 20), find_edge(lambda size: True, 16, 64)
-    (Edge(healthy=4096, refusing=2048), Edge(healthy=16, refusing=None))
-    >>> find_edge(lambda size: False, 16, 64)
-    Edge(healthy=None, refusing=64)
+    >>> find_edge(lambda size: size >= 3000, 16, 1 << 20), find_edge(lambda size: False, 16, 60)
+    (Edge(healthy=4096, refusing=2048), Edge(healthy=None, refusing=60))
     """
-    sizes = [least]
-    while sizes[-1] < most:
-        sizes.append(min(most, 2 * sizes[-1]))
-    low, high = 0, len(sizes)  # below low all refuse, from high on none does
-    while low < high:
-        middle = (low + high) // 2
-        well = healthy(sizes[middle]) and healthy(sizes[middle])
-        low, high = (low, middle) if well else (middle + 1, high)
-        say(f"buffer {format_size(sizes[middle])}: {'healthy' if well else 'refusals'}")
-    return Edge(sizes[high] if high < len(sizes) else None, sizes[high - 1] if high else None)
+    size, refusing = least, None
+    while refusing != most:
+        well = healthy(size) and healthy(size)
+        say(f"buffer {format_size(size)}: {'healthy' if well else 'refusals'}")
+        if well:
+            return Edge(size, refusing)
+        refusing, size = size, min(most, 2 * size)
+    return Edge(None, refusing)
 
 
 def observe(config: Config, seconds: float, load: Load | None = None) -> float:
-    """Load as much as possible, or as ``load`` does; return the rate. Raises RuntimeError when it goes wrong."""
+    """Load as much as possible, or as ``load`` does; return the rate. Raises Failure when it goes wrong."""
     load = load or Load(config)
     outcome = drive(config, seconds, load)
-    if outcome.interrupted:
+    if interrupts.seen():
         raise KeyboardInterrupt
     if outcome.problems:
-        raise RuntimeError(outcome.problems[0])
+        raise Failure(f"no settings: {outcome.problems[0]}")
     return load.delivered / outcome.seconds
 
 
@@ -222,7 +205,7 @@ class Paced(Load):
 
     def produce(self, index: int, dispatcher: tempo.Dispatcher, halt: list[bool]) -> None:
         """Send bursts until ``halt`` holds something."""
-        sent = self.sent[index]
+        account, sent = self.accounts[index], self.sent[index]
         source = events(self.config.payload_size, index, sent)
         due = time.perf_counter() + self._tick * index / self.config.producers
         while not halt:
@@ -231,14 +214,13 @@ class Paced(Load):
             for payload in islice(source, self._burst):
                 try:
                     dispatcher.enqueue(payload)
-                    self.accepted[index] += 1
+                    account.events += 1
                 except tempo.QueueFull:
-                    self.refused[index] += 1
+                    account.refused += 1
                     sent.take_back(payload)
 
 
 def show(found: Found, memory: object) -> list[str]:
-    """Return what was found, for people."""
     config, edge = found.config, found.edge
     per_second = found.rate * max(1, config.mean_payload)
     bound = heap.bound(config)

@@ -15,8 +15,6 @@ Known = tuple[str, float, float] | None  # of a baseline: its name, its figure, 
 
 
 class Finding(NamedTuple):
-    """One verdict."""
-
     status: str
     note: str
 

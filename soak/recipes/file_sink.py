@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
-import re
 import threading
 import time
 from pathlib import Path
@@ -17,10 +17,8 @@ class FileSink:
     """Appends each batch, an event a line; a newline within a payload becomes a space. Any thread may call it.
 
     While the disk is full, the write is tried again for ``patience`` seconds; then what there is of the batch is taken
-    out of the file again and OSError raised. With ``fsync`` a batch is on the disk when ``deliver`` returns.
-
-    A batch that would take the file over ``rotate_bytes`` begins a new one; the old one is renamed to PATH.000001 and
-    so on. Of these the oldest beyond ``keep`` are deleted.
+    out of the file again and OSError raised. With ``fsync`` a batch is on the disk when ``deliver`` returns. A batch
+    that would take the file over ``rotate_bytes`` begins a new one; the old one is renamed to PATH.000001 and so on.
     """
 
     def __init__(
@@ -28,13 +26,12 @@ class FileSink:
         path: str | os.PathLike[str],
         *,
         rotate_bytes: int | None = None,
-        keep: int | None = None,
         fsync: bool = False,
         patience: float = 60.0,
     ) -> None:
         """Open the file for appending. Raises OSError."""
         self.path = Path(path)
-        self._rotate_bytes, self._keep, self._fsync, self._patience = rotate_bytes, keep, fsync, patience
+        self._rotate_bytes, self._fsync, self._patience = rotate_bytes, fsync, patience
         self._lock = threading.Lock()
         self._open()
 
@@ -82,17 +79,12 @@ class FileSink:
             os.rename(aside, self.path)
             raise
         full.close()
-        for path in rotated(self.path)[: -self._keep] if self._keep is not None else ():
-            path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 
 def rotated(path: str | os.PathLike[str]) -> list[Path]:
     """Return the files that were full, the oldest first."""
     current = Path(path)
-    name = re.compile(re.escape(current.name) + r"\.\d{6,}")
-    found = [file for file in current.parent.iterdir() if name.fullmatch(file.name)]
-    return sorted(found, key=lambda file: int(file.suffix[1:]))
+    return sorted(current.parent.glob(glob.escape(current.name) + "." + "[0-9]" * 6))

@@ -58,5 +58,4 @@ class HttpSink:
             raise urllib3.exceptions.HTTPError(f"{self._url} answered {answer.status} {answer.reason}")
 
     def close(self) -> None:
-        """Close the connections."""
         self._pool.clear()

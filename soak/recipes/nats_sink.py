@@ -84,7 +84,6 @@ class NatsSink:
             raise
 
     async def close(self) -> None:
-        """Close the connection."""
         client, self._client, self._jetstream = self._client, None, None
         if client is not None:
             with contextlib.suppress(nats.errors.Error, OSError):

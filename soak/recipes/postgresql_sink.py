@@ -73,6 +73,5 @@ class PostgresSink:
             raise
 
     def close(self) -> None:
-        """Close the connection."""
         if self._connection is not None:
             self._connection.close()

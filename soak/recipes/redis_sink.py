@@ -20,7 +20,7 @@ import tempo
 
 TRANSIENT = (
     *(redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError, redis.OutOfMemoryError, redis.WatchError),
-    # A machine of a cluster is away, has been replaced, or hands its slots over.
+    # Of a cluster: a machine is away, has been replaced, or hands its slots over.
     *(exceptions.ExecAbortError, exceptions.ClusterError, exceptions.AskError, exceptions.TryAgainError),
     exceptions.SlotNotCoveredError,
 )
@@ -84,5 +84,4 @@ class RedisSink:
             pipe.execute()
 
     def close(self) -> None:
-        """Close the connections."""
         self._client.close()

@@ -18,7 +18,8 @@
 
 **At least once**: what the file has taken leaves it when ``send`` returned. The last records may be sent again after
 a kill, and a batch whose handler then fails in ``replay``. What is only in the dispatcher's memory is lost with the
-process. What goes through the file comes later. Call ``replay`` at the start, too, and when nothing else is sent.
+process; a loss of power can take the file's last records too (``PRAGMA synchronous=FULL`` prevents that). What goes
+through the file comes later. Call ``replay`` at the start, too, and when nothing else is sent.
 """
 
 from __future__ import annotations
@@ -53,28 +54,13 @@ class Spool:
     process at a time has the file; a forked child opens its own.
 
     max_bytes: of records, each counted with RECORD_OVERHEAD more. SQLite's log comes in addition, some MiB.
-    synchronous: "FULL": what was taken survives a loss of power, too; each call waits for the disk.
 
-    Raises: ValueError: a bad argument. SpoolError: the file cannot be opened, is no spool, or is in use.
-
-    >>> import tempfile
-    >>> folder = tempfile.TemporaryDirectory()
-    >>> spool = Spool(os.path.join(folder.name, "spool"), max_bytes=tempo.MiB)
-    >>> d = tempo.Dispatcher(interval=0.01, max_buffered_bytes=4)
-    >>> [spool.enqueue(d, record) for record in (b"one", b"two")]
-    [True, False]
-    >>> len(spool), spool.nbytes, spool.replay(print), len(spool)
-    [b'two']
-    (1, 19, 1, 0)
-    >>> spool.close()
-    >>> folder.cleanup()
+    Raises: ValueError: a bad max_bytes. SpoolError: the file cannot be opened, is no spool, or is in use.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, max_bytes: int, synchronous: str = "NORMAL") -> None:
+    def __init__(self, path: str | os.PathLike[str], *, max_bytes: int) -> None:
         if max_bytes <= 0:
             raise ValueError(f"max_bytes must be > 0, not {max_bytes}")
-        if synchronous not in ("NORMAL", "FULL"):
-            raise ValueError(f"synchronous must be 'NORMAL' or 'FULL', not {synchronous!r}")
         self.path = os.path.abspath(path)  # chdir changes nothing, and no name means something else to SQLite
         self.max_bytes = max_bytes
         self._process = os.getpid()
@@ -90,20 +76,20 @@ class Spool:
                 self._owner.execute("BEGIN EXCLUSIVE")
                 self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
                 undo.callback(self._db.close)
-                self._prepare(synchronous)
+                self._prepare()
             except sqlite3.Error as exc:
                 why = "in use by another Spool" if "locked" in str(exc) else str(exc)
                 raise SpoolError(f"cannot open {self.path}: {why}") from exc
             undo.pop_all()
 
-    def _prepare(self, synchronous: str) -> None:
+    def _prepare(self) -> None:
         """Make a new file a spool, or see that it is one."""
         (application,) = self._db.execute("PRAGMA application_id").fetchone()
         if application != _APPLICATION and self._db.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
             raise SpoolError(f"cannot open {self.path}: it is a database, but no spool")
         for statement in (
             "PRAGMA journal_mode=WAL",
-            f"PRAGMA synchronous={synchronous}",
+            "PRAGMA synchronous=NORMAL",
             f"PRAGMA journal_size_limit={4 * tempo.MiB}",
             "BEGIN IMMEDIATE",  # a process killed in between leaves an empty file
             "CREATE TABLE IF NOT EXISTS records (id INTEGER PRIMARY KEY, data BLOB NOT NULL)",
@@ -219,7 +205,7 @@ class Spool:
     def _totals(self) -> tuple[int, int]:
         """Lock held. Return how many records the file holds, and what they count."""
         if self._held is None:
-            query = "SELECT count(*), coalesce(sum(max(1, length(data))), 0) FROM records"
+            query = "SELECT count(*), coalesce(sum(length(data)), 0) FROM records"
             count, nbytes = self._db.execute(query).fetchone()
             self._held = count, nbytes + count * RECORD_OVERHEAD
         return self._held
@@ -228,19 +214,14 @@ class Spool:
     def _change(self, records: int, nbytes: int) -> Iterator[None]:
         """Lock held. One transaction, all of it or nothing, whatever ends it: so many records, so many bytes more."""
         (count, held), self._held = self._totals(), None
-        try:
+        with self._db:
             self._db.execute("BEGIN IMMEDIATE")
             yield
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
         self._held = count + records, held + nbytes
 
 
 def _charge(records: list[bytes]) -> int:
-    return sum(max(1, len(record)) + RECORD_OVERHEAD for record in records)
+    return sum(map(len, records)) + len(records) * RECORD_OVERHEAD
 
 
 def _own(records: Iterable[bytes | memoryview]) -> list[bytes]:

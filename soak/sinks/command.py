@@ -6,18 +6,16 @@ from __future__ import annotations
 import argparse
 import tempfile
 import threading
-import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tempo
 from soak import cli, environment, interrupts, results
 from soak import config as settings
 from soak.calibration import calibrate
-from soak.cli import format_seconds, say
+from soak.cli import say
 from soak.config import Config
 from soak.debian import SetupError
 from soak.drive import drive
@@ -28,7 +26,6 @@ FAULTS = ("kill", "hang", "reset", "full", "refuse")
 """Killed and started again; stopped for a while; connections reset again and again; the disk full; and, of the http
 receiver alone, 503 for an answer."""
 FAULT_SECONDS = 3.0  # how long a fault lasts at most: a quarter of the load
-EVERY = 0.1  # seconds from one look at stats() to the next
 
 EXAMPLE = """\
 examples:
@@ -53,7 +50,7 @@ def add_parser(commands: Any) -> None:
 
 @dataclass
 class Row:
-    """One load on one sink, and what was seen meanwhile."""
+    """One load on one sink."""
 
     sink: str
     fault: str = "none"
@@ -61,26 +58,8 @@ class Row:
     ratio: float = 0.0  # of the rate with no dispatcher
     accepted: int = 0
     read: dict[str, Any] = field(default_factory=dict)  # of readback.ReadBack
-    stall_seconds: float = 0.0  # the longest time without a delivery
-    recovery_seconds: float | None = None  # from the end of the fault to the next delivery
     peak_buffered_bytes: int = 0
-    interrupted: bool = False
     problems: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._now = self._moved = 0.0
-        self._delivered = 0
-        self._healed: float | None = None  # when the fault ended
-
-    def sample(self, elapsed: float, stats: tempo.Stats) -> None:
-        """Take a look at the load: how long was nothing delivered, and when did it go on after the fault."""
-        self._now = elapsed
-        self.peak_buffered_bytes = stats.peak_buffered_bytes
-        if stats.delivered != self._delivered:
-            self._delivered, self._moved = stats.delivered, elapsed
-            if self._healed is not None and self.recovery_seconds is None:
-                self.recovery_seconds = max(0.0, elapsed - self._healed)
-        self.stall_seconds = max(self.stall_seconds, elapsed - self._moved)
 
     def load(self, target: str, config: Config, harmed: servers.Server | None = None) -> Row:
         """Load one sink, inject the fault meanwhile, read everything back."""
@@ -91,14 +70,13 @@ class Row:
             return self
         load = Load(config, place)
         with nullcontext() if harmed is None else self._injected(harmed, config.duration):
-            outcome = drive(config, config.duration, load, self.sample, EVERY)
+            outcome = drive(config, config.duration, load)
         self.problems += outcome.problems
-        self.interrupted = outcome.interrupted
         self.accepted = sum(load.accepted)
         self.delivered_per_second = load.delivered / outcome.seconds
+        self.peak_buffered_bytes = outcome.stats.peak_buffered_bytes if outcome.stats else 0
         if self.peak_buffered_bytes > config.max_buffered_bytes:
-            most = config.max_buffered_bytes
-            self.problems.append(f"{self.peak_buffered_bytes} bytes were buffered, more than {most}")
+            self.problems.append(f"{self.peak_buffered_bytes} bytes buffered, limit {config.max_buffered_bytes}")
         if place is not None:
             found = readback.read_back(place, load.accounts, config)
             self.problems += found.problems
@@ -107,21 +85,18 @@ class Row:
 
     @contextmanager
     def _injected(self, harmed: servers.Server, duration: float) -> Iterator[None]:
-        """Begin the fault when a quarter of the load is over, and end it after another, on its own thread."""
+        """Begin the fault after a quarter of the load, and end it after another, on a thread."""
         over = threading.Event()
-        lasts = min(FAULT_SECONDS, duration / 4)
 
         def inject() -> None:
             try:
                 if over.wait(duration / 4):
-                    return
-                harmed.harm(self.fault)
-                until = time.monotonic() + lasts
-                while (left := until - time.monotonic()) > 0 and not over.wait(min(left, lasts / 10)):
-                    if self.fault == "reset":
+                    raise RuntimeError("the load was over before it")
+                for number in range(10):
+                    if number == 0 or self.fault == "reset":
                         harmed.harm(self.fault)
+                    over.wait(min(FAULT_SECONDS, duration / 4) / 10)
                 harmed.heal(self.fault)
-                self._healed = self._now
             except Exception as error:
                 self.problems.append(f"the fault: {type(error).__name__}: {error}")
 
@@ -132,41 +107,35 @@ class Row:
         finally:
             over.set()
             thread.join(servers.START + 30)
-            if self._healed is None:
-                self.problems.append("the load was over before the fault")
+            if thread.is_alive():
+                self.problems.append("the fault did not end")
 
     def cells(self) -> dict[str, str]:
-        """Return what it says, by the headings of the table."""
-        read = self.read if self.read.get("read") else {}
         return {
             "sink": self.sink,
             "fault": self.fault,
             "events/s": f"{self.delivered_per_second:,.0f}",
             "of bare": f"{self.ratio:.3f}",
             "accepted": f"{self.accepted:,}",
-            "lost": str(read.get("lost", "")),
-            "repeated": str(read.get("repeated", "")),
-            "longest stall": format_seconds(self.stall_seconds),
-            "went on after": "" if self.recovery_seconds is None else format_seconds(self.recovery_seconds),
+            **{name: str(self.read[name]) if self.read.get("read") else "" for name in ("lost", "repeated")},
         }
 
 
 def main(options: argparse.Namespace) -> int:
-    """Load each sink; return the exit code."""
     config = settings.config_from(options, options.duration)
     files = results.Files(options.out, options.json, kind="sinks")
     rows: list[Row] = []
     left_out: list[str] = []
     with interrupts.kept(), tempfile.TemporaryDirectory(prefix="tempo-sinks-") as folder:
         Path(folder).chmod(0o711)  # PostgreSQL's user passes through
-        bare, interrupted = calibrate(config, config.pass_seconds(1.0, 3.0))
+        bare = calibrate(config, config.pass_seconds(1.0, 3.0))
         say(f"calibration: {bare:,.0f} events/s with no dispatcher")
         with closing(_loads(options, config, Path(folder), left_out)) as loads:
-            while not interrupted and (row := next(loads, None)) is not None:
+            while not interrupts.seen() and (row := next(loads, None)) is not None:
                 row.ratio = row.delivered_per_second / bare
                 rows.append(row)
                 say(", ".join([*(f"{head} {cell}" for head, cell in row.cells().items() if cell), *row.problems]))
-                interrupted |= row.interrupted or interrupts.take()
+        interrupted = interrupts.seen()
         result = {
             "started": files.started,
             "interrupted": interrupted,

@@ -2,8 +2,8 @@
 """Where consumers put batches: nowhere, into a file, or to a server.
 
 A place is a sink of ``soak/recipes`` that is emptied first (whatever its file, stream or table held is gone) and read
-back at the end. Its options stand behind a ``#``: ``redis://localhost:6379/0#stream=events&maxlen=1000000``. A client
-package is imported only when its place is used.
+back at the end. Behind ``http://...#`` stands the file in which the server stores what it is sent, if that can be read
+here. A client package is imported only when its place is used.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import inspect
 import os
-import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,8 +23,11 @@ from soak.recipes.file_sink import FileSink, rotated
 
 AVAILABLE = "null, file:PATH, http://..., redis://..., postgresql://... or nats://..."
 READ = 1000  # events of a server's answer when they are read back
+TIMEOUT = 2.0  # seconds that a server may take for an answer; then the sink tries again
 PATIENCE = 600.0
 """Seconds that a sink tries again: faults end before, and a soak that hangs is ended by its own patience."""
+NAME = "tempo-soak"  # of the stream or table
+ROTATE = 64 * cli.MIB
 
 Deliver = Callable[[tempo.Batch], object]
 
@@ -39,11 +40,11 @@ class Place:
     errors: tuple[type[Exception], ...] = (OSError,)  # and those of its client
     sink: Any = None
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, stored: str) -> None:
+        self.url, self._stored = url, Path(stored) if stored else None
 
-    open: Callable[..., None]
-    """Connect, and empty the place; takes the options that such a place has. Raises ImportError without its package."""
+    open: Callable[[], None]
+    """Connect, and empty the place. Raises ImportError without its package."""
 
     @contextlib.contextmanager
     def delivering(self) -> Iterator[Deliver]:
@@ -58,18 +59,6 @@ class Place:
     """Yield every event in the place, in its order."""
 
 
-def _yes(text: str) -> bool:
-    if text not in ("yes", "no"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
-    return text == "yes"
-
-
-_AMOUNTS: Any = {"rotate": cli.size, "keep": cli.count(10**9), "maxlen": cli.count(10**15), "timeout": cli.duration}
-_TEXTS: Any = {"fsync": _yes, "gzip": _yes, "stored": Path, "table": str, "stream": str, "subject": str}
-OPTIONS: Mapping[str, Callable[[str], Any]] = {**_AMOUNTS, **_TEXTS}
-"""Their types; which of them a place has, its ``open`` says."""
-
-
 def lines(path: Path) -> Iterator[bytes]:
     """Yield the lines of a file without their ends; one without an end is torn, and comes with a ``?`` before it."""
     with open(path, "rb") as file:
@@ -80,52 +69,51 @@ def lines(path: Path) -> Iterator[bytes]:
 class FilePlace(Place):
     """A file, emptied first, and what it was rotated to."""
 
-    def open(self, rotate: int | None = None, keep: int | None = None, fsync: bool = False) -> None:
+    def open(self) -> None:
         self._path = Path(self.url.partition(":")[2])
         self._path.touch()
-        self.readable = self._path.is_file() and keep is None
-        for path in (*rotated(self._path), *([self._path] if self._path.is_file() else [])):
+        self.readable = self._path.is_file()
+        for path in (*rotated(self._path), *([self._path] if self.readable else [])):
             path.unlink()
-        self.sink = FileSink(self._path, rotate_bytes=rotate, keep=keep, fsync=fsync, patience=PATIENCE)
+        self.sink = FileSink(self._path, rotate_bytes=ROTATE if self.readable else None, patience=PATIENCE)
 
     def read(self) -> Iterator[bytes]:
         return (line for path in (*rotated(self._path), self._path) for line in lines(path))
 
 
 class HttpPlace(Place):
-    """An endpoint that stores what it is sent as lines in the file ``stored``, if that can be read here."""
+    """An endpoint that stores what it is sent as lines in a file."""
 
     once = False
 
-    def open(self, gzip: bool = False, stored: Path | None = None, timeout: float = 10.0) -> None:
+    def open(self) -> None:
         from soak.recipes.http_sink import HttpSink  # noqa: PLC0415
 
-        self.sink = HttpSink(self.url, compress=gzip, timeout=timeout, tries=10_000, longest_pause=1.0)
-        self._stored, self.readable = stored or Path(), stored is not None
-        if stored is not None:
-            os.truncate(stored, 0)  # the receiver appends
+        self.sink = HttpSink(self.url, timeout=TIMEOUT, tries=10_000, longest_pause=1.0)
+        self.readable = self._stored is not None
+        if self._stored is not None:
+            os.truncate(self._stored, 0)  # the receiver appends
 
     def read(self) -> Iterator[bytes]:
-        return lines(self._stored)
+        return lines(self._stored or Path())
 
 
 class RedisPlace(Place):
     """A stream, deleted first."""
 
-    def open(self, stream: str = "tempo-soak", maxlen: int | None = None, timeout: float = 10.0) -> None:
+    def open(self) -> None:
         import redis  # noqa: PLC0415
 
         from soak.recipes.redis_sink import RedisSink  # noqa: PLC0415
 
         self.errors = (OSError, redis.RedisError, ValueError)
-        self._stream, self.readable = stream, maxlen is None
-        self._client: Any = redis.Redis.from_url(self.url, socket_timeout=timeout, socket_connect_timeout=timeout)
-        self.sink = RedisSink(self._client, stream, maxlen=maxlen, patience=PATIENCE)
-        self._client.delete(stream)
+        self._client: Any = redis.Redis.from_url(self.url, socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT)
+        self.sink = RedisSink(self._client, NAME, maxlen=None, patience=PATIENCE)
+        self._client.delete(NAME)
 
     def read(self) -> Iterator[bytes]:
         last = b"-"
-        while entries := self._client.xrange(self._stream, last, count=READ):
+        while entries := self._client.xrange(NAME, last, count=READ):
             yield from (fields[b"event"] for _, fields in entries)
             last = b"(" + entries[-1][0]
 
@@ -133,40 +121,37 @@ class RedisPlace(Place):
 class PostgresPlace(Place):
     """A table, emptied first."""
 
-    def open(self, table: str = "tempo_soak") -> None:
+    def open(self) -> None:
         import psycopg  # noqa: PLC0415
 
         from soak.recipes.postgresql_sink import PostgresSink  # noqa: PLC0415
 
         self.errors = (OSError, psycopg.Error)
         self._connect = partial(psycopg.connect, self.url)
-        self._name = psycopg.sql.Identifier(table)
-        self._select = psycopg.sql.SQL("SELECT event FROM {} ORDER BY id").format(self._name)
-        self.sink = PostgresSink(self.url, table, patience=PATIENCE)
+        self.sink = PostgresSink(self.url, NAME, patience=PATIENCE)
         self.sink.create_tables()
         with self._connect() as connection:
-            connection.execute(psycopg.sql.SQL("TRUNCATE {}").format(self._name))
+            connection.execute(f'TRUNCATE "{NAME}"')
 
     def read(self) -> Iterator[bytes]:
         with self._connect() as connection:
             cursor = connection.cursor("soak")  # a server-side one
             cursor.itersize = READ
-            for (event,) in cursor.execute(self._select):
+            for (event,) in cursor.execute(f'SELECT event FROM "{NAME}" ORDER BY id'):
                 yield event.encode()
 
 
 class NatsPlace(Place):
     """A JetStream stream on the disk, deleted first. Each consumer is an event loop with its own connection."""
 
-    def open(self, stream: str = "TEMPO-SOAK", subject: str = "tempo.soak", timeout: float = 10.0) -> None:
+    def open(self) -> None:
         import nats.errors  # noqa: PLC0415
 
         from soak.recipes.nats_sink import NatsSink  # noqa: PLC0415
 
         self.errors = (OSError, nats.errors.Error, asyncio.TimeoutError)
-        self._stream, self._subject = stream, subject
         self._connect = partial(nats.connect, self.url, error_cb=_quiet, allow_reconnect=False, connect_timeout=2)
-        self._new_sink = partial(NatsSink, self._connect, subject, timeout=timeout, patience=PATIENCE)
+        self._new_sink = partial(NatsSink, self._connect, NAME, timeout=TIMEOUT, patience=PATIENCE)
         asyncio.run(self._make())
 
     async def _make(self) -> None:
@@ -174,8 +159,8 @@ class NatsPlace(Place):
 
         async with await self._connect() as client:
             with contextlib.suppress(NotFoundError):
-                await client.jetstream().delete_stream(self._stream)
-            await client.jetstream().add_stream(name=self._stream, subjects=[self._subject])
+                await client.jetstream().delete_stream(NAME)
+            await client.jetstream().add_stream(name=NAME, subjects=[NAME])
 
     @contextlib.contextmanager
     def delivering(self) -> Iterator[Deliver]:
@@ -195,8 +180,8 @@ class NatsPlace(Place):
     async def _read(self) -> list[bytes]:
         async with await self._connect() as client:
             jetstream = client.jetstream()
-            there = (await jetstream.stream_info(self._stream)).state.messages
-            messages = await jetstream.subscribe(self._subject, ordered_consumer=True)
+            there = (await jetstream.stream_info(NAME)).state.messages
+            messages = await jetstream.subscribe(NAME, ordered_consumer=True)
             return [(await messages.next_msg(10)).data for _ in range(there)]
 
 
@@ -210,8 +195,11 @@ KINDS: Mapping[str, type[Place]] = {"file": FilePlace, "http": HttpPlace, "redis
 
 def parse(text: str) -> str:
     """Return ``text`` when it names a sink; otherwise raise ArgumentTypeError with what there is."""
-    if text != "null":
-        _split(text)
+    scheme, _, rest = text.partition(":")
+    if text != "null" and (scheme not in KINDS or ("#" in text and KINDS[scheme] is not HttpPlace)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a sink (available: {AVAILABLE})")
+    if text != "null" and (not rest.strip("/") or "\0" in rest):
+        raise argparse.ArgumentTypeError(f"{text!r} names no {'file' if scheme == 'file' else 'server'}")
     return text
 
 
@@ -222,34 +210,12 @@ def open_sink(text: str) -> Place | None:
     """
     if text == "null":
         return None
-    place, options = _split(text)
+    url, _, stored = text.partition("#")
+    place = KINDS[url.partition(":")[0]](url, stored)
     try:
-        place.open(**options)
+        place.open()
     except OSError:
         raise
     except place.errors as error:
         raise OSError(" ".join(str(error).split()) or type(error).__name__) from error
     return place
-
-
-def _split(text: str) -> tuple[Place, dict[str, Any]]:
-    url, _, tail = text.partition("#")
-    scheme, colon, rest = url.partition(":")
-    why = ""
-    if not colon or scheme not in KINDS:
-        why = f"is not a sink (available: {AVAILABLE})"
-    elif not rest.strip("/") or "\0" in rest:
-        why = "names no file" if scheme == "file" else f"names no server, as {scheme}://127.0.0.1 does"
-    if why:
-        raise argparse.ArgumentTypeError(f"{text!r} {why}")
-    place, options = KINDS[scheme](url), {}
-    known = inspect.signature(place.open).parameters
-    for part in filter(None, tail.split("&")):
-        name, _, value = part.partition("=")
-        if name not in known or not value:
-            raise argparse.ArgumentTypeError(f"{text!r}: {part!r} is no option of such a sink ({', '.join(known)})")
-        try:
-            options[name] = OPTIONS[name](urllib.parse.unquote(value))
-        except argparse.ArgumentTypeError as error:
-            raise argparse.ArgumentTypeError(f"{text!r}: {name}: {error}") from None
-    return place, options

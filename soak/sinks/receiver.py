@@ -7,7 +7,6 @@ next, and 507 when the disk is full. It ignores Idempotency-Key: what is repeate
 
 from __future__ import annotations
 
-import gzip
 import mmap
 import signal
 import sys
@@ -25,10 +24,7 @@ class Handler(BaseHTTPRequestHandler):
     refusing = False
 
     def do_POST(self) -> None:
-        """Store the body."""
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.headers.get("Content-Encoding") == "gzip":
-            body = gzip.decompress(body)
         self.send_response(503 if self.refusing else self.store(body))
         self.send_header("Content-Length", "0")
         self.end_headers()
@@ -50,7 +46,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def turn(*_: object) -> None:
-    """Refuse from now on, or no longer."""
+    """Refuse, or no longer."""
     Handler.refusing = not Handler.refusing
 
 

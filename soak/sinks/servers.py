@@ -44,15 +44,15 @@ class Kind(NamedTuple):
 
 KINDS = {
     "null": Kind("null", faults=()),
-    "file": Kind("file:{data}/events.ndjson#rotate=64MiB", faults=("full",)),
+    "file": Kind("file:{data}/events.ndjson", faults=("full",)),
     "http": Kind(
-        "http://127.0.0.1:{port}/events#timeout=2s&stored={data}/stored.ndjson",
+        "http://127.0.0.1:{port}/events#{data}/stored.ndjson",
         "-m soak.sinks.receiver {port} {data}/stored.ndjson",
         faults=("kill", "hang", "reset", "full", "refuse"),
     ),
     # Every command is in its file, and in the system's hands, before it answers.
     "redis": Kind(
-        "redis://127.0.0.1:{port}/0#timeout=2s",
+        "redis://127.0.0.1:{port}/0",
         "redis-server --port {port} --bind 127.0.0.1 --dir {data} --appendonly yes --save '' --loglevel warning",
         "redis-server",
     ),
@@ -68,7 +68,7 @@ KINDS = {
     ),
     # JetStream on the disk; a full one disables it.
     "nats": Kind(
-        "nats://127.0.0.1:{port}#timeout=2s",
+        "nats://127.0.0.1:{port}",
         "nats-server -a 127.0.0.1 -p {port} -js -sd {data}",
         "nats-server",
         forgives=False,
@@ -78,7 +78,6 @@ RELAY = Kind(command="-m soak.sinks.relay {port} {to}")  # between a sink and it
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on now."""
     with socket.socket() as listener:
         listener.bind((HOST, 0))
         return int(listener.getsockname()[1])
@@ -160,7 +159,6 @@ class Server:
             time.sleep(0.1)
 
     def alive(self) -> bool:
-        """Return whether its process runs."""
         return self._process is not None and self._process.poll() is None
 
     def signal(self, number: int) -> None:

@@ -109,12 +109,12 @@ def test_a_verdict_of_fail_is_exit_code_1_and_one_of_warn_is_not(
 
 def test_stress_that_is_not_done_in_time_fails() -> None:
     one = replace(settings_of(producers=2), duration=1.0)
-    counted, outcome = census.take(one, 5.0, each=10, every=0.001)
-    assert stress.judge(one, counted, outcome, 20).status == "pass"
-    late = stress.judge(one, counted, outcome, 21)
+    counted, _ = census.take(one, 5.0, each=10, every=0.001)
+    assert stress.judge(one, counted, 20).status == "pass"
+    late = stress.judge(one, counted, 21)
     assert (late.status, late.note.partition(";")[0]) == ("fail", "not done within 1.00 s: 20 of 21 payloads sent")
-    outcome.interrupted = True
-    assert stress.judge(one, counted, outcome, 21).status == "warn"
+    with mock.patch.object(interrupts, "_seen", 1):
+        assert stress.judge(one, counted, 21).status == "warn"
 
 
 # Options.
@@ -173,7 +173,7 @@ WRITERS: dict[str, tuple[str, Any, str]] = {
     "tune": ("--payload 64 --out", mock.patch.object(tune, "tune", found_by_tune), "CALIB"),
     "stress": ("--producers 2 --each 5 --json", contextlib.nullcontext(), '"delivered": 10'),
     "baseline": ("--runs 1 --name board --out", mock.patch.object(run, "run", return_value=ran_well()), '"ratio": 0.5'),
-    "report": ("--html", mock.patch.dict(sys.modules, WITHOUT_MATPLOTLIB), "PASS: well"),
+    "report": ("--out", mock.patch.dict(sys.modules, WITHOUT_MATPLOTLIB), "PASS: well"),
     "sinks": ("--only null --duration 0.1s --producers 2 --json", contextlib.nullcontext(), '"rows": ['),
 }
 """By command: its options before the path that it is given; what does its work; and a word of its results."""
@@ -195,10 +195,10 @@ def test_a_command_whose_file_cannot_be_written_says_so_and_tells_what_it_found(
         if options.endswith("--out"):  # the file's name in it is the command's own
             path = tmp_path / "full"
             path.mkdir()
-            for name in ("settings.json", "board.json"):
+            for name in ("settings.json", "board.json", "report.html"):
                 (path / name).symlink_to(FULL)
     more = ["--out", str(tmp_path)] if command in ("run", "stress", "sinks") else []
-    more = ["--run", str(result), "--png", str(tmp_path / "made.png")] if command == "report" else more
+    more = ["--run", str(result)] if command == "report" else more
     with at_work:
         assert main([command, *more, *options.split(), str(path)]) == 1
     told = capsys.readouterr()
@@ -278,7 +278,7 @@ def announce(module, name):
 
 def slow_flush(self, timeout=None):
     flushes.append(1)
-    if phase.startswith("flush") and len(flushes) == 3:  # of the load, after those of heap and census
+    if phase.startswith("flush") and len(flushes) == 4:  # of the load, after those of calibration, heap and census
         for number in range(int(phase[5:])):
             print(f"now: flush{number}", file=sys.stderr, flush=True)
             while interrupts._seen <= number:
@@ -335,19 +335,22 @@ def test_ctrl_c_in_each_part_of_a_run_ends_the_load_and_keeps_the_result(
     assert result["accepted"] == result["delivered"] > 0
 
 
+NOTHING = "soak: interrupted: there is no result"
+
+
 @pytest.mark.parametrize(
     ("argv", "phase", "words", "code", "last"),
     [
-        ("tune", "", ["payload size"], 130, "soak: interrupted"),
-        ("tune --payload 64", "drive", ["now: drive"], 130, "soak: interrupted: there are no settings"),
-        ("baseline --producers 2", "calibrate", ["now: calibrate"], 130, "interrupted: nothing is recorded"),
+        ("tune", "", ["payload size"], 130, NOTHING),
+        ("tune --payload 64", "drive", ["now: drive"], 130, NOTHING),
+        ("baseline --producers 2", "calibrate", ["now: calibrate"], 130, NOTHING),
         ("stress --each 1000000", "", ["stress: 256 producers"], 0, "written       "),
         (
             "run --producers 2 --duration 100ms --settings none",
             "flush2",
             ["now: flush0", "now: flush1"],
             130,
-            "soak: interrupted again: there is no result",
+            NOTHING,
         ),
     ],
     ids=["tune asking", "tune", "baseline", "stress", "a run a second time"],
@@ -370,7 +373,7 @@ def test_an_interrupt_is_not_kept_from_another_handler(number: signal.Signals) -
     try:
         with interrupts.kept():
             signal.raise_signal(number)
-            assert not interrupts.take()
+            assert not interrupts.seen()
     finally:
         signal.signal(number, before)
     assert came == [1]
@@ -383,7 +386,8 @@ def test_an_interrupt_ends_a_pass(work: str) -> None:
 
     with interrupts.kept():
         signal.raise_signal(signal.SIGINT)
-        assert (drive(one, 600.0, load) if work == "drive" else calibrate(one, 600.0)).interrupted
+        drive(one, 600.0, load) if work == "drive" else calibrate(one, 600.0)
+        assert interrupts.seen()
         assert work == "calibrate" or load.delivered == sum(load.accepted) > 0  # there is time to show that events flow
 
 
@@ -464,10 +468,19 @@ def test_a_recorded_baseline_is_found_by_machine_interpreter_and_settings(tmp_pa
         assert baseline.choose("auto", other, place, tmp_path)[0] is None
 
 
-def test_pi_on_a_raspberry_pi_runs_there(tmp_path: Path, capsys: Any) -> None:
-    with mock.patch.object(environment, "machine", return_value="Raspberry Pi 4 Model B Rev 1.4"):
-        assert main(["pi", "stress", "--producers", "2", "--each", "5", "--out", str(tmp_path)]) == 0
-    assert "not emulated" in capsys.readouterr().err
+ON_A_PI = """
+import sys
+from soak import environment
+from soak.__main__ import main
+
+environment.machine = lambda: "Raspberry Pi 4 Model B Rev 1.4"
+main(sys.argv[1:])
+"""
+
+
+def test_pi_on_a_raspberry_pi_runs_there(tmp_path: Path) -> None:
+    done = run_python("-c", ON_A_PI, "pi", "stress", "--producers", "2", "--each", "5", "--out", str(tmp_path))
+    assert done.returncode == 0 and "not emulated" in done.stderr
     (path,) = tmp_path.iterdir()
     assert json.loads(path.read_text(encoding="utf-8"))["delivered"] == 10
 
@@ -480,7 +493,7 @@ def test_pi_without_tools_or_without_a_place_for_them_says_so(tool: str | None, 
         assert main(["pi"]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     why = "no apt-get here: what is missing" if tool is None else f"cannot write '{cache}"
-    assert line.startswith(f"soak: {why}") and line.endswith("; nothing can be emulated")
+    assert line.startswith(f"soak: {why}")
 
 
 EMULATED = """
@@ -507,7 +520,7 @@ def test_pi_lets_what_is_emulated_end_in_its_own_way(number: int) -> None:
 
 
 @pytest.mark.parametrize("size", [None, 0, 1, 14, 15, 34, 35, 64, 10240])
-def test_events_have_their_size_and_probes_come_often_at_first(size: int | None) -> None:
+def test_events_have_their_size_and_one_of_a_stride_is_a_probe(size: int | None) -> None:
     sent = payloads.Sent(size)
     events = list(islice(payloads.events(size, 7, sent), 3000))
     if size is None:
@@ -516,7 +529,7 @@ def test_events_have_their_size_and_probes_come_often_at_first(size: int | None)
     else:
         assert set(map(len, events)) == {size}
     probes = [i for i, event in enumerate(events) if payloads.MARK in event]
-    assert probes == ([63, 191, 447, 959, 1983] if size is None or size >= payloads.PROBED_SIZE else [])
+    assert probes == ([0, 1024, 2048] if size is None or size >= payloads.PROBED_SIZE else [])
     assert sent.probes == len(probes)
 
 
@@ -532,7 +545,7 @@ def test_the_latencies_shown_are_those_counted() -> None:
 @pytest.mark.parametrize(("show", "lines"), [("live", 3), ("plain", 2), ("auto", 2), ("none", 0)])
 def test_a_run_without_rich_shows_plain_lines(show: str, lines: int, capsys: Any) -> None:
     without = mock.patch.dict(sys.modules, {"rich.console": None})
-    with without, make() as d, display.open_monitor(show, settings_of(), None, 1.0) as monitor:
+    with without, make() as d, display.Monitor(show, settings_of(), None, 1.0) as monitor:
         for elapsed in (0.5, 1.0):
             monitor.sample(elapsed, d.stats())
     assert len(capsys.readouterr().err.splitlines()) == lines

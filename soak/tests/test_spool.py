@@ -166,10 +166,8 @@ def test_a_call_that_interrupts_a_change_of_the_spool_is_refused(spool: Spool) -
 
 
 def test_a_bad_argument_of_the_spool_is_named_and_a_bad_record_not_shown(spool: Spool, tmp_path: Path) -> None:
-    bad: list[dict[str, Any]] = [{"max_bytes": 0}, {"max_bytes": 9, "synchronous": "OFF"}]
-    for arguments in bad:
-        with pytest.raises(ValueError, match=f"^{list(arguments)[-1]} must be "):
-            Spool(tmp_path / "other", **arguments)
+    with pytest.raises(ValueError, match=r"^max_bytes must be "):
+        Spool(tmp_path / "other", max_bytes=0)
     assert not (tmp_path / "other").exists()
     records: list[Any] = [b"secret", "secret", None, [b"a", "secret"]]
     for some in records:

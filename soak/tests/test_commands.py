@@ -23,7 +23,6 @@ from soak import verdict as judged
 from soak.__main__ import COMMANDS, main
 from soak.config import config_from
 from soak.tests.helpers import OnTerminal, run_python
-from soak.tests.test_report import WITHOUT_MATPLOTLIB, write_run
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -93,7 +92,8 @@ BAD = {
     " --producers=0 --consumers=two --payload=heavy --payload=2147483648"
     " --payload=10KB --payload=1e3 --payload=-1 --payload=99999999999999GiB"
     " --interval=0s --max-batch-bytes=320kilo --max-buffered-bytes=1.5 --consumer-delay=10 --on-full=drop --bulk=1.5"
-    " --sink=nowhere --out= --json= --baseline=nobody's --settings=nowhere.json --display=hologram",
+    " --sink=nowhere --sink=http:// --sink=file:x#rotate=heavy --sink=file:x#stream=y"
+    " --out= --json= --baseline=nobody's --settings=nowhere.json --display=hologram",
     "tune": "--probe=soon --payload=heavy",
     "stress": "--each=0 --limit=0",
     "baseline": "--runs=0 --name=auto",
@@ -125,31 +125,19 @@ def test_each_command_has_help_with_an_example(command: str, capsys: Any) -> Non
 
 # Files that cannot be written.
 
-WRITERS = {
-    "run": (" ".join(["--duration 50ms", *QUICK, "--json"]), '"delivered": '),
-    "stress": ("--producers 2 --each 5 --json", '"delivered": 10'),
-    "report": ("--out", "PASS: well"),
-    "sinks": ("--only null --duration 0.1s --producers 2 --json", '"rows": ['),
-}
-"""By command: its options before the path that it is given, and a word of its results."""
-
 
 @short_passes
-@pytest.mark.parametrize("command", WRITERS)
+@pytest.mark.parametrize("command", ["run --duration 50ms", "stress --each 5", "sinks --only null --duration 50ms"])
 def test_a_command_whose_file_cannot_be_written_says_so_and_tells_what_it_found(
     command: str, tmp_path: Path, capsys: Any
 ) -> None:
-    if command == "report":
-        pytest.importorskip("jinja2")
-    options, word = WRITERS[command]
-    result = write_run(tmp_path)
-    path = result / "deeper"
-    more = ["--run", str(result)] if command == "report" else ["--out", str(tmp_path)]
-    with mock.patch.dict(sys.modules, WITHOUT_MATPLOTLIB):
-        assert main([command, *more, *options.split(), str(path)]) == 1
+    path = tmp_path / "file" / "deeper"
+    (tmp_path / "file").touch()
+    assert main([*command.split(), "--producers", "2", "--out", str(tmp_path), "--json", str(path)]) == 1
     told = capsys.readouterr()
     (line,) = [line for line in told.err.splitlines() if "cannot write" in line]
-    assert line.startswith("soak: ") and str(path) in line and word in told.out
+    assert line.startswith("soak: ") and str(path) in line
+    assert '"config": {' in told.out
 
 
 LIMITED = """
@@ -246,27 +234,18 @@ def test_ctrl_c_ends_a_command_and_keeps_its_result_and_a_second_one_ends_it_at_
 
 @short_passes
 def test_what_tune_finds_is_what_a_run_uses_unless_an_option_says_otherwise(tmp_path: Path, capsys: Any) -> None:
-    place = {**environment.describe(), "memory_bytes": 32 << 20}
+    place = {**environment.describe(), "memory_bytes": 8 << 20}
     with mock.patch.object(environment, "describe", return_value=place):
         assert main(["tune", "--probe", "10ms", "--payload", "64", "--out", str(tmp_path)]) == 0
     told = capsys.readouterr().out
     assert told.startswith(("CALIBRATED: ", "PROVISIONAL: "))
-    share = re.search("([0-9.]+)% of 32", told)
+    share = re.search("([0-9.]+)% of 8", told)
     assert share is not None and 0.0 < float(share[1]) <= 12.5
     tuned = json.loads((tmp_path / "settings.json").read_text(encoding="utf-8"))["settings"]
     _, result = soak(tmp_path, "--settings", "auto", "--producers", "3")
     found = [result["config"][name] for name in ("payload", "producers", "max_buffered_bytes")]
     assert found == [64, 3, int(tuned["max_buffered_bytes"])]
     assert str(tmp_path / "settings.json") in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("text", ["", '{"settings": {"nobody": "1"}, "environment": {}}'])
-def test_a_file_that_holds_no_settings_is_named(text: str, tmp_path: Path, capsys: Any) -> None:
-    path = tmp_path / "settings.json"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(SystemExit):
-        main(["run", "--settings", str(path)])
-    assert f"argument --settings: {str(path)!r} holds no settings" in capsys.readouterr().err
 
 
 def test_a_recorded_baseline_is_found_by_machine_interpreter_and_settings(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gzip
 import http.server
@@ -11,7 +10,6 @@ import importlib
 import itertools
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -27,7 +25,7 @@ from soak.__main__ import main
 from soak.debian import SetupError
 from soak.load import Account
 from soak.recipes.file_sink import FileSink, rotated
-from soak.sinks import command, places, readback, servers
+from soak.sinks import command, readback, servers
 from soak.tests.helpers import LIMIT, OnTerminal, Worker, batch_of, run_python, wait_until
 from soak.tests.test_commands import soak
 
@@ -123,22 +121,7 @@ def test_the_http_sink_posts_again_under_the_same_key_and_raises_what_will_not_p
     assert keys[0] == keys[1] == keys[2] and len(set(keys)) == 4 and keys[5] == keys[6]
 
 
-# Places, and reading back.
-
-
-@pytest.mark.parametrize(
-    ("text", "why"),
-    [
-        ("nowhere", "is not a sink"),
-        ("http://", "names no server"),
-        ("file:x#rotate=heavy", "rotate: 'heavy' is not a size"),
-        ("file:x#stream=y", "is no option of such a sink"),
-    ],
-)
-def test_a_sink_that_is_none_is_named_with_the_reason(text: str, why: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match=re.escape(why)) as error:
-        places.parse(text)
-    assert repr(text) in str(error.value)
+# Reading back.
 
 
 def accepted_and_events() -> tuple[list[Account], list[bytes]]:

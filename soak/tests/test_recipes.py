@@ -132,9 +132,6 @@ def delivered(server: Child) -> list[bytes]:
     return printed(ended.out + ended.err)  # uWSGI and Celery turn the one into the other
 
 
-UVICORN = (sys.executable, "-m", "uvicorn", "--fd", "{fd}", "--no-access-log", "app_module:app")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("framework", ["starlette", "fastapi"])
 def test_the_asgi_recipe_drains_when_uvicorn_ends_and_answers_503_without_room(framework: str, tmp_path: Path) -> None:
@@ -143,7 +140,8 @@ def test_the_asgi_recipe_drains_when_uvicorn_ends_and_answers_503_without_room(f
     app = 'import fastapi\n\napp = fastapi.FastAPI(lifespan=lifespan)\napp.post("/track")(track)\n'
     limits = ("max_buffered_bytes=4 \\* tempo.MiB", "max_buffered_bytes=100, max_batch_bytes=None")
     as_module("asgi_app", tmp_path, limits, *([("(?m)^app = .*$", app)] if framework == "fastapi" else []))
-    with served(tmp_path, *UVICORN) as (server, port):
+    command = (sys.executable, "-m", "uvicorn", "--fd", "{fd}", "--no-access-log", "app_module:app")
+    with served(tmp_path, *command) as (server, port):
         assert [ask(port, "/track", b"event %d" % i)[0] for i in range(10)] == [202] * 10
         assert ask(port, "/track", bytes(50))[0] == 503
         assert delivered(server) == [b"event %d" % i for i in range(10)]

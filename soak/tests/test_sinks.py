@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,7 +24,7 @@ from soak.__main__ import main
 from soak.debian import SetupError
 from soak.load import Account
 from soak.recipes.file_sink import FileSink, rotated
-from soak.sinks import command, readback, servers
+from soak.sinks import readback, servers
 from soak.tests.helpers import LIMIT, OnTerminal, Worker, batch_of, run_python, wait_until
 from soak.tests.test_commands import soak
 
@@ -159,11 +158,6 @@ def test_reading_back_finds_what_is_wrong(
     assert len(found.problems) == len(expected)
 
 
-def test_reading_back_lets_a_sink_repeat_that_says_so() -> None:
-    accounts, events = accepted_and_events()
-    assert not readback.compare([*events, events[0]], accounts, None, once=False, ordered=True).problems
-
-
 short_passes = pytest.mark.usefixtures("short_passes")
 
 
@@ -250,17 +244,14 @@ def test_the_sinks_command_that_is_told_to_end_ends_its_server(tmp_path: Path) -
     assert not any(os.fsencode(folder) in command for command in commands)
 
 
-def test_the_sinks_command_says_that_it_was_interrupted_and_which_server_cannot_be_had(
-    tmp_path: Path, capsys: Any
-) -> None:
-    real = vars(command)["drive"]
-    interrupted = mock.patch.object(command, "drive", lambda *args: replace(real(*args), interrupted=True))
-    options = ["--producers", "2", "--duration", "0.2s", "--out", str(tmp_path)]
-    with interrupted, mock.patch.object(servers, "find", side_effect=SetupError("no apt-get here")):
-        assert main(["sinks", "--only", "nats,null,file", *options]) == 1
-    assert capsys.readouterr().out.startswith("INTERRUPTED: 1 of 1 loads well")
+def test_the_sinks_command_reads_back_and_leaves_out_a_server_that_cannot_be_had(tmp_path: Path) -> None:
+    options = ["--only", "nats,file", "--producers", "2", "--duration", "0.2s", "--out", str(tmp_path)]
+    with mock.patch.object(servers, "find", side_effect=SetupError("no apt-get here")):
+        assert main(["sinks", *options]) == 0
     (file,) = tmp_path.glob("sinks-*.json")
-    assert json.loads(file.read_text(encoding="utf-8"))["left_out"] == ["nats: no apt-get here"]
+    result = json.loads(file.read_text(encoding="utf-8"))
+    assert [(row["fault"], row["read"]["lost"]) for row in result["rows"]] == [("none", 0), ("full", 0)]
+    assert result["left_out"] == ["nats: no apt-get here"]
 
 
 @pytest.mark.slow

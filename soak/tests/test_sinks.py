@@ -123,15 +123,6 @@ def test_the_http_sink_posts_again_under_the_same_key_and_raises_what_will_not_p
 # Reading back.
 
 
-def accepted_and_events() -> tuple[list[Account], list[bytes]]:
-    """What two producers sent, and the same as one list in which their events alternate."""
-    accounts, sources = [Account(), Account()], [payloads.events(None, i, payloads.Sent(None)) for i in range(2)]
-    events = [next(source) for _ in range(10) for source in sources]
-    for i, event in enumerate(events):
-        accounts[i % 2].add(event)
-    return accounts, events
-
-
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -142,16 +133,17 @@ def accepted_and_events() -> tuple[list[Account], list[bytes]]:
         (lambda e: [*e[1::2], *e[::2]], {}),  # of two producers: nobody promised that
         (lambda e: [*e, b'{"id":"0009-1000000000"}'], {"strange": 1}),
         (lambda e: [*e, b"?"], {"strange": 1}),
-        (lambda e: [*e, e[0].replace(b"1000000000", b"9999999999")], {"strange": 1}),
-        (lambda e: [*e, e[0].replace(b"0000-1", b"-001-1")], {"strange": 1}),
         (lambda e: [e[0][:-1], *e[1:]], {"checksum_equal": False}),
     ],
-    ids=["equal", "lost", "repeated", "swapped", "other order", "stranger", "torn", "unsent", "negative", "changed"],
+    ids=["equal", "lost", "repeated", "swapped", "other order", "stranger", "torn", "changed"],
 )
 def test_reading_back_finds_what_is_wrong(
     change: Callable[[list[bytes]], list[bytes]], expected: dict[str, object]
 ) -> None:
-    accounts, events = accepted_and_events()
+    accounts, sources = [Account(), Account()], [payloads.events(None, i, payloads.Sent(None)) for i in range(2)]
+    events = [next(source) for _ in range(10) for source in sources]  # those of two producers alternate
+    for i, event in enumerate(events):
+        accounts[i % 2].add(event)
     found = readback.compare(change(events), accounts, None, once=True, ordered=True)
     kinds = {"lost": 0, "repeated": 0, "out_of_order": 0, "strange": 0, "checksum_equal": True}
     assert {kind: getattr(found, kind) for kind in kinds} == {**kinds, **expected}

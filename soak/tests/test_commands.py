@@ -92,7 +92,7 @@ BAD = {
     " --producers=0 --consumers=two --payload=heavy --payload=2147483648"
     " --payload=10KB --payload=1e3 --payload=-1 --payload=99999999999999GiB"
     " --interval=0s --max-batch-bytes=320kilo --max-buffered-bytes=1.5 --consumer-delay=10 --on-full=drop --bulk=1.5"
-    " --sink=nowhere --sink=http:// --sink=file:x#rotate=heavy --sink=file:x#stream=y"
+    " --sink=nowhere --sink=http:// --sink=file: --sink=file:x#stream=y"
     " --out= --json= --baseline=nobody's --settings=nowhere.json --display=hologram",
     "tune": "--probe=soon --payload=heavy",
     "stress": "--each=0 --limit=0",

@@ -154,11 +154,10 @@ short_passes = pytest.mark.usefixtures("short_passes")
 
 
 @short_passes
-def test_a_run_into_files_reads_every_event_back(tmp_path: Path) -> None:
-    code, result = soak(tmp_path, "--bulk", "50", "--sink", f"file:{tmp_path / 'events'}#rotate=100KiB")
+def test_a_run_into_a_file_reads_every_event_back(tmp_path: Path) -> None:
+    code, result = soak(tmp_path, "--bulk", "50", "--sink", f"file:{tmp_path / 'events'}")
     assert code == 0, result["problems"]
     assert result["sink"]["events"] == result["accepted"] > 0
-    assert len(list(tmp_path.glob("events.*"))) > 1
 
 
 @short_passes

@@ -183,17 +183,12 @@ class OnTerminal:
     """A Python process on a pseudo-terminal. A context manager, which ends the process."""
 
     def __init__(self, *args: str, **variables: str) -> None:
-        self.text = ""
-        self._end = time.monotonic() + LIMIT
+        self.text, self._end = "", time.monotonic() + LIMIT
         self._master, slave = os.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, *args],
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            cwd=ROOT,
-            env={**ENVIRONMENT, "TERM": "xterm", **variables},
-            start_new_session=True,
+        environment = {**ENVIRONMENT, "TERM": "xterm", **variables}
+        streams: Any = dict.fromkeys(("stdin", "stdout", "stderr"), slave)
+        self.process: subprocess.Popen[bytes] = subprocess.Popen(
+            [sys.executable, *args], cwd=ROOT, env=environment, start_new_session=True, **streams
         )
         os.close(slave)
 

@@ -19,7 +19,6 @@ class Events(tempo.Dispatcher):
 def handle(batch: tempo.Batch) -> None:
     view: memoryview = batch.data or batch[0] or batch[:1][0] or next(iter(batch))
     some: list[bytes] = batch.tolist()[: len(batch)]
-    print(batch.nbytes, view, some)
 
 def failed(error: BaseException, batch: tempo.Batch) -> None:
     print(error, batch.tolist())
@@ -27,20 +26,15 @@ def failed(error: BaseException, batch: tempo.Batch) -> None:
 async def consume(d: tempo.Dispatcher) -> int:
     total: int = sum([batch.nbytes async for batch in d])
     await d.aenqueue(b"a", timeout=1.0)
-    await d.ashutdown(timeout=1)
     async with Events(interval=1, max_buffered_bytes=1) as events:
         own: Events = events
         done: bool = await own.aflush(1.0)
     return total + done
 
 with Events(interval=0.25, max_batch_bytes=None, max_batch_items=500, max_buffered_bytes=4 * tempo.MiB) as d:
-    own: Events = d
     d.start(handle, on_error=failed, exit_timeout=1)
-    d.enqueue(b"a", 1.0)
     d.enqueue(memoryview(b"a"), timeout=None)
     count: int = d.enqueue_many([b"b", bytearray(b"c")], 1)
-    done: bool = d.flush(timeout=1.0)
-stats: tempo.Stats = d.stats()
 try:
     d.shutdown(timeout=1.0)
 except tempo.DrainTimeout as late:

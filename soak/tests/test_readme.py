@@ -21,7 +21,14 @@ EXAMPLES = {
 """By where they are."""
 
 
-@pytest.mark.parametrize("name", ["soak.cli", "soak.tune"])
+MODULES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted((ROOT / "soak").rglob("*.py"))
+    if path.parent.name != "tests" and "    >>> " in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_the_doctests_run(name: str) -> None:
     outcome = doctest.testmod(importlib.import_module(name))
     assert outcome.failed == 0

@@ -19,7 +19,7 @@ import pytest
 
 import tempo
 from soak.recipes.spool import RECORD_OVERHEAD, Spool, SpoolError, SpoolFull
-from soak.tests.helpers import ENVIRONMENT, LIMIT, make, run_python
+from soak.tests.helpers import ENVIRONMENT, make, run_python
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -67,29 +67,6 @@ def test_replay_sends_all_in_order_so_much_at_a_time(spool: Spool) -> None:
     assert (len(spool), spool.nbytes) == (0, 0)
 
 
-def test_a_handler_sends_what_was_not_delivered_when_its_sink_is_back(spool: Spool) -> None:
-    came: list[bytes] = []
-    away = [True]
-
-    def send(records: list[bytes]) -> None:
-        if away:
-            raise OSError("the sink is away")
-        came.extend(records)
-
-    def handler(batch: tempo.Batch) -> None:
-        send(batch.tolist())
-        spool.replay(send)
-
-    with make() as d:
-        d.start(handler, on_error=lambda exc, batch: spool.put(batch))
-        d.enqueue_many([b"1", b"2"])
-        assert d.flush(LIMIT)
-        assert (len(spool), came) == (2, [])
-        away.clear()
-        d.enqueue(b"3")
-    assert (len(spool), came) == (0, [b"3", b"1", b"2"])
-
-
 @pytest.mark.parametrize("closed", [False, True])
 def test_only_what_the_dispatcher_refuses_and_could_take_goes_to_the_spool(
     spool: Spool, path: Path, closed: bool
@@ -123,102 +100,33 @@ def test_a_full_spool_takes_all_of_a_call_or_nothing(path: Path) -> None:
     assert in_file(path) == [b"0000", b"1111", b"2222"]
 
 
-def test_a_full_disk_is_an_error_that_changes_nothing(spool: Spool, path: Path) -> None:
-    spool.put([b"first"])
-    (pages,) = spool._db.execute("PRAGMA page_count").fetchone()
-    spool._db.execute(f"PRAGMA max_page_count={pages}")  # so that SQLite meets the same as on a full disk
-    with pytest.raises(SpoolFull, match="full") as full:
-        spool.put([b"second", bytes(100_000), b"third"])
-    assert full.value.rest == [b"second", bytes(100_000), b"third"]
-    assert (len(spool), in_file(path)) == (1, [b"first"])
-    spool.put([b"fits"])
-    assert in_file(path) == [b"first", b"fits"]
-
-
-def test_a_change_that_does_not_come_to_its_end_changes_nothing(spool: Spool, path: Path) -> None:
-    sent: list[bytes] = []
-    spool.put([b"a"])
-    spool._db.set_progress_handler(lambda: True, 1)  # SQLite fails at its next step
-    with pytest.raises(SpoolError) as caught:
-        spool.put([b"b"])
-    assert caught.value.rest == [b"b"] and not spool._db.in_transaction
-    spool._db.set_progress_handler(lambda: len(sent) == 1, 1)  # when it was sent
-    with pytest.raises(SpoolError):
-        spool.replay(sent.extend)
-    spool._db.set_progress_handler(None, 1)
-    assert (len(spool), spool.nbytes, in_file(path)) == (1, 1 + RECORD_OVERHEAD, [b"a"])
-    assert (spool.replay(sent.extend), sent) == (1, [b"a", b"a"])  # what could not be deleted comes again
-
-
-def test_a_call_that_interrupts_a_change_of_the_spool_is_refused(spool: Spool) -> None:
-    refused: list[SpoolError] = []
-
-    def nested(statement: str) -> None:
-        if statement.startswith("INSERT"):
-            try:
-                spool.put([b"nested"])
-            except SpoolError as error:
-                refused.append(error)
-
-    spool._db.set_trace_callback(nested)
-    spool.put([b"outer"])
-    assert (len(spool), [error.rest for error in refused]) == (1, [[b"nested"]])
-
-
-def test_a_bad_argument_of_the_spool_is_named_and_a_bad_record_not_shown(spool: Spool, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^max_bytes must be "):
-        Spool(tmp_path / "other", max_bytes=0)
-    assert not (tmp_path / "other").exists()
-    records: list[Any] = [b"secret", "secret", None, [b"a", "secret"]]
-    for some in records:
-        with pytest.raises(TypeError, match=r"^(?!.*secret)"):
-            spool.put(some)
-    assert len(spool) == 0
-
-
 def test_one_spool_at_a_time_has_the_file(spool: Spool, path: Path) -> None:
     with pytest.raises(SpoolError, match="in use by another Spool"):
         Spool(path, max_bytes=1000)
     spool.put([b"left"])
     spool.close()
-    spool.close()
-    with pytest.raises(SpoolError, match="is closed") as caught:
+    with pytest.raises(SpoolError, match="is closed"):
         spool.put([b"late"])
-    assert caught.value.rest == [b"late"]
     with Spool(path, max_bytes=1) as again, pytest.raises(SpoolFull):  # a lower limit takes nothing away
         assert (len(again), again.nbytes) == (1, 4 + RECORD_OVERHEAD)
         again.put([b""])
 
 
-def test_a_file_that_is_no_spool_is_left_alone(path: Path) -> None:
-    with pytest.raises(SpoolError, match="cannot open"):
-        Spool(path / "no" / "such" / "folder", max_bytes=1000)
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        db.execute("CREATE TABLE records (mine)")
-    for content in (path.read_bytes(), b"some notes of mine\n" * 100):
-        path.write_bytes(content)
-        with pytest.raises(SpoolError, match=r"cannot open .*spool: .*database"):
-            Spool(path, max_bytes=1000)
-        assert path.read_bytes() == content
-
-
 FORKED = """
-import os, sys
+import os
 from soak.recipes.spool import Spool, SpoolError
 
 spool = Spool("spool", max_bytes=10_000)
 spool.put([b"before"])
-pid = os.fork()
-if pid == 0:
-    for call in (lambda: spool.put([b"child"]), lambda: len(spool)):
-        try:
-            call()
-        except SpoolError as exc:
-            print("let a child open its own" in str(exc), exc.rest)
+if not (pid := os.fork()):
+    try:
+        spool.put([b"child"])
+    except SpoolError as exc:
+        print(exc, flush=True)
     spool.close()
     del spool  # SQLite closes what it has
-    sys.exit()
-print(os.waitpid(pid, 0)[1], flush=True)
+    os._exit(0)
+os.waitpid(pid, 0)
 spool.put([b"after"])
 os._exit(0)  # as a kill: nothing is closed
 """
@@ -227,9 +135,7 @@ os._exit(0)  # as a kill: nothing is closed
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_is_refused_by_the_spool_and_its_exit_does_no_harm(path: Path) -> None:
     done = run_python("-c", FORKED, cwd=path.parent)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "True [b'child']\nTrue []\n0\n", "")
-    with Spool(path, max_bytes=10_000) as spool:
-        assert len(spool) == 2
+    assert "let a child open its own" in done.stdout and done.stderr == ""
     assert in_file(path) == [b"before", b"after"]
 
 

@@ -51,7 +51,7 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from io import BytesIO
-from itertools import accumulate, chain, repeat
+from itertools import accumulate, chain
 from operator import countOf
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, cast, overload
 
@@ -427,12 +427,13 @@ class _Pack:
     def batch(self, begin: int, end: int) -> Batch:
         """Return payloads begin to end as a batch; a single piece is handed over without a copy."""
         if end - begin < len(self.sizes):
-            if len(self.pieces) > 1:
-                self.pieces[:] = [b"".join(self.pieces)]
-                self.joined = 1
-            start = sum(self.sizes[:begin])
-            sizes = self.sizes[begin:end]
-            return Batch(self.pieces[0][start : start + sum(sizes)], sizes)
+            start, sizes = sum(self.sizes[:begin]), self.sizes[begin:end]
+            stop = start + sum(sizes)
+            if len(self.pieces[0]) < stop:  # join what it covers: a large batch may follow
+                n = bisect_left(list(accumulate(map(len, self.pieces))), stop) + 1
+                self.pieces[:n] = [b"".join(self.pieces[:n])]
+                self.joined = max(1, self.joined - n + 1)
+            return Batch(self.pieces[0][start:stop], sizes)
         return Batch(self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces), self.sizes)
 
     def trim(self, items: int, first: int) -> None:
@@ -466,6 +467,7 @@ class _Buffer:
         # Number of the first payload, batch. They count if that number is below taken.items.
         self.flight: tuple[int, Batch, int] | None = None  # what the handler has, or is about to get; its bytes
         self.undelivered: list[tuple[int, Batch]] = []  # discarded
+        self.unclaimed = [self.undelivered]  # empty once somebody has it
         # Touched without the lock; why that is safe is told in Theory.
         self.run = _Run(0, 0, 0, 0, _FOREVER, 0)
         self.nested: list[_Nested] = []  # of calls that interrupted a section, which counts them
@@ -708,6 +710,7 @@ class _Waiter:
     data = b""  # a producer: its payload,
     ticket = 0  # and its place in the line
     target = -1.0  # flush and shutdown: the number of payloads to be delivered
+    buffer: _Buffer | None = None  # by this one
     _condition: threading.Condition | None = None
 
     def alive(self) -> bool:
@@ -816,7 +819,7 @@ def _section(work: _Method) -> _Method:
 
 
 class _Batches(Iterator[Batch], AsyncIterator[Batch]):
-    """Iterator over a dispatcher's batches, for threads and coroutines; knows who is in the body of its loop."""
+    """Iterator over a dispatcher's batches, for threads and coroutines; knows whose loop it is."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
@@ -824,22 +827,24 @@ class _Batches(Iterator[Batch], AsyncIterator[Batch]):
         dispatcher._loops.append(weakref.ref(self, dispatcher._loops.remove))
 
     def __next__(self) -> Batch:
-        self._user = _nobody
-        try:
-            batch = self._dispatcher.get()
-        except Stopped:
-            raise StopIteration from None
         self._user = weakref.ref(threading.current_thread())
-        return batch
+        try:
+            return self._dispatcher.get()
+        except BaseException as exc:
+            self._user = _nobody
+            if isinstance(exc, Stopped):
+                raise StopIteration from None
+            raise
 
     async def __anext__(self) -> Batch:
-        self._user = _nobody
-        try:
-            batch = await self._dispatcher._await(_FOREVER, self._dispatcher._take, "delivered")
-        except Stopped:
-            raise StopAsyncIteration from None
         self._user = weakref.ref(_asyncio("current_task") or self)
-        return batch
+        try:
+            return await self._dispatcher._await(_FOREVER, self._dispatcher._take, "delivered")
+        except BaseException as exc:
+            self._user = _nobody
+            if isinstance(exc, Stopped):
+                raise StopAsyncIteration from None
+            raise
 
     def inside(self) -> bool:
         """Whether the caller is in this loop."""
@@ -1075,12 +1080,12 @@ class Dispatcher:
         if not self._may_wait():
             deadline = 0.0
         instead = "await aflush()" if deadline == _FOREVER else ""
-        return self._block(deadline, self._drain, "flush", self._buffer, instead)
+        return self._block(deadline, self._drain, "flush", instead)
 
     async def aflush(self, timeout: float | None = None) -> bool:
         """As `flush`, without blocking the event loop."""
         deadline = _deadline(timeout)
-        return await self._await(deadline if self._may_wait() else 0.0, self._drain, "flush", self._buffer)
+        return await self._await(deadline if self._may_wait() else 0.0, self._drain, "flush")
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Refuse new work, release blocked producers, and wait until everything accepted is delivered.
@@ -1100,17 +1105,17 @@ class Dispatcher:
             return
         waits = self._may_wait()
         instead = "await ashutdown(), async with" if waits and timeout is None else ""
-        done = self._block(deadline if waits else 0.0, self._drain, "shutdown", self._buffer, instead)
+        done = self._block(deadline if waits else 0.0, self._drain, "shutdown", instead)
         if not done and waits:
             self._give_up()
-        elif waits and self._thread is not None and not self._halted:  # it has delivered all, and only has to return
-            self._thread.join(_remaining(deadline))
+        elif waits and not self._halted and (thread := self._thread) is not None and thread.is_alive():
+            thread.join(_remaining(deadline))  # it has delivered all, and only has to return
 
     async def ashutdown(self, timeout: float | None = None) -> None:
         """As `shutdown`, without blocking the event loop."""
         deadline = _deadline(timeout)
         waits = self._may_wait()
-        done = await self._await(deadline if waits else 0.0, self._drain, "shutdown", self._buffer)
+        done = await self._await(deadline if waits else 0.0, self._drain, "shutdown")
         if not done and waits:
             self._give_up()
 
@@ -1164,7 +1169,10 @@ class Dispatcher:
 
     def _find_mutex(self) -> _Mutex:
         """The way into a section that is not the usual one: the first, one in a forked child, one at exit."""
-        if _after_fork(keep=True):
+        if _getpid() != _pid:
+            with _FORKS.setdefault(_getpid(), threading.RLock()):
+                if _getpid() != _pid:
+                    _after_fork(keep=True)
             self._ensure_thread()
         mutex = self._mutex
         if mutex is None:
@@ -1328,7 +1336,7 @@ class Dispatcher:
         due, consumers = self._buffer.due(), self._consumers
         if due <= self._now or (due < _FOREVER and self._hurried()):
             _wake(consumers, len(consumers))
-        elif not [waiter for waiter in consumers if waiter.thread and waiter.until <= due]:
+        elif not [waiter for waiter in consumers if waiter.thread and self._now <= waiter.until <= due]:
             for waiter in [waiter for waiter in consumers if waiter.until > due]:
                 waiter.wake()
                 consumers.remove(waiter)
@@ -1344,11 +1352,13 @@ class Dispatcher:
         if self._nested():
             buffer, charge = self._buffer, len(data) or 1
             self._left = True
-            if (run is None or run.withdraw(data)) and not (
-                self._phase is _RUNNING and charge <= self._max_buffered and buffer.accept_nested(data)
-            ):
-                raise self._refusal(charge)
-            return
+            if run is not None and not run.withdraw(data):
+                return
+            if self._phase is _RUNNING and charge <= self._max_buffered:
+                if buffer.accept_nested(data):
+                    return
+                buffer.pressed = True
+            raise self._refusal(charge)
         deadline = _deadline(timeout) if timeout != 0 and self._patient() else 0.0
         self._block(deadline, self._put, data, [] if run is None else [run])
         self._ensure_thread()
@@ -1446,8 +1456,10 @@ class Dispatcher:
             return view.tobytes()
 
     def _refusal(self, charge: int) -> Error:
-        """Note a refused payload, for the next section to count, and return why."""
+        """Note a refused payload, for a section to count, and return why."""
         self._refused.append(charge)
+        if len(self._refused) >= _REFUSALS and not self._nested():
+            self._stats()
         if self._phase is _SHUTTING_DOWN:
             return ShuttingDown("the dispatcher is shutting down")
         if self._phase is _STOPPED:
@@ -1497,19 +1509,19 @@ class Dispatcher:
         if what == "shutdown" and self._phase is _RUNNING:
             self._phase = _SHUTTING_DOWN
 
-    def _drain(self, waiter: _Waiter, over: bool, what: str, buffer: _Buffer, instead: str = "") -> bool | None:
+    def _drain(self, waiter: _Waiter, over: bool, what: str, instead: str = "") -> bool | None:
         """Lock held. Whether all that was accepted at the first look is delivered; None: wait.
 
         what, instead: as in `_close`.
         """
-        if self._buffer is not buffer:  # forked meanwhile
-            return True
+        buffer = self._buffer
         if waiter.target < 0:
+            waiter.buffer = buffer
             if what == "shutdown" and self._phase is _STOPPED:
                 return True
             self._close(what, instead)
             waiter.target = buffer.run.items if what == "flush" else _FOREVER
-        if self._delivered(waiter.target):
+        if self._delivered(waiter.target) or waiter.buffer is not buffer:  # a child, forked meanwhile
             return True
         if self._phase is _STOPPED:
             return waiter.target == _FOREVER and not self._halted
@@ -1525,7 +1537,7 @@ class Dispatcher:
     def _give_up(self) -> None:
         """shutdown has not seen the drain: stop, and raise why, unless it is done after all."""
         if self._halt(True):
-            raise DrainTimeout(self._claim(), self._buffer.in_flight()[1])
+            self._claim(self._buffer.in_flight()[1])
 
     @_section
     def _halt(self, giving_up: bool = False) -> bool:
@@ -1544,16 +1556,21 @@ class Dispatcher:
             buffer.take("discarded")
         return self._halted
 
-    def _claim(self) -> list[Batch]:
-        """Return the discarded batches, to one caller."""
-        undelivered = self._buffer.undelivered
-        mine: list[tuple[int, Batch]] = []
+    def _claim(self, in_flight: int | None = None) -> list[Batch]:
+        """Return the discarded batches, to one caller; where in_flight is given, raise DrainTimeout with them."""
+        unclaimed = self._buffer.unclaimed
+        mine: list[list[tuple[int, Batch]]] = []
         try:
-            # One step: neither an interrupt nor another thread comes in between.
-            mine.extend(map(undelivered.pop, repeat(-1, len(undelivered))))
-            return [batch for _, batch in reversed(mine)]
+            with contextlib.suppress(IndexError):  # somebody has them
+                mine.extend(map(unclaimed.pop, (-1,)))  # one step: no interrupt comes in between
+            batches = [batch for claimed in mine for _, batch in claimed]
+            if in_flight is not None:
+                raise DrainTimeout(batches, in_flight)
+            return batches
+        except DrainTimeout:
+            raise
         except BaseException:
-            undelivered.extend(reversed(mine))
+            unclaimed.extend(mine)
             raise
 
     @_section
@@ -1591,9 +1608,10 @@ class Dispatcher:
         Thread.start() waits for the new thread, and takes locks of its own: not with the lock held.
         """
         name = getattr(push.handler, "__qualname__", type(push.handler).__qualname__)
-        first = self._push is None
+        first, me = self._push is None, threading.get_ident()
         thread = None
         try:
+            self._waits[me] = True  # a signal handler may not wait for a thread that this one is about to start
             thread = threading.Thread(target=self._consume, args=(push,), name=f"tempo-{name}", daemon=True)
             error = self._adopt(thread, push)
             if self._thread is thread:
@@ -1606,6 +1624,8 @@ class Dispatcher:
             if isinstance(exc, RuntimeError):  # too many threads, or a sub-interpreter that may have none
                 raise RuntimeError(f"no thread can be started ({exc}): use pull mode, `for batch in d`") from exc
             raise
+        finally:
+            self._waits.pop(me, None)
         if error is not None:
             raise error
 
@@ -1629,24 +1649,24 @@ class Dispatcher:
 
     def _consume(self, push: _Push, until: float = _FOREVER) -> None:
         """Call the handler for each batch until the dispatcher stops, or a time; not in a child that it forks."""
-        buffer, failed = self._buffer, False
-        self._worker = threading.get_ident()
+        buffer, failed, me = self._buffer, False, threading.get_ident()
         try:
             while buffer is self._buffer and push is self._push and _monotonic() < until:
+                self._worker, before = me, buffer.flight
                 try:
                     batch = self._block(until, self._take, "in_flight", failed)
-                except (MemoryError, RecursionError) as exc:
+                except (Stopped, queue.Empty):
+                    return
+                except Exception as exc:  # no memory, perhaps for a lock; no room on the stack
                     self._report(exc, None)
-                    if buffer.flight is None or not buffer.in_flight()[1]:
+                    if buffer.flight is None or buffer.flight is before or not buffer.in_flight()[1]:
                         time.sleep(0.1)
                         continue
                     batch = buffer.flight[1]  # taken; the error came after that
                 failed = self._handle(push.handler, batch)
                 del batch  # it may not be kept while the next one is waited for
-        except (Stopped, queue.Empty):
-            pass
         finally:
-            if buffer is self._buffer:
+            if self._worker == me:
                 self._worker = 0
 
     def _handle(self, handler: _Handler, batch: Batch) -> bool:
@@ -1705,9 +1725,9 @@ def _wake(line: deque[_Waiter], n: int) -> None:
 
 def _asyncio(function: str) -> Any:
     """Call asyncio.current_task or get_running_loop; None where no event loop runs in this thread."""
-    asyncio = sys.modules.get("asyncio")
+    call = getattr(sys.modules.get("asyncio"), function, None)
     try:
-        return getattr(asyncio, function)() if asyncio is not None else None
+        return call and call()
     except RuntimeError:
         return None
 
@@ -1751,6 +1771,7 @@ def _limit(name: str, value: Any, unit: str = "bytes") -> int:
 # One hook each for fork and exit; the list keeps no dispatcher alive.
 _DISPATCHERS: list[weakref.ref[Dispatcher]] = []
 _MUTEXES: dict[type, _Mutex] = {}  # by the type of lock
+_FORKS: dict[int, Any] = {}  # by process id: threads of a child may notice a fork without hooks at the same time
 _getpid = os.getpid
 _pid = _getpid()
 _exiting = False  # from the exit hook on
@@ -1760,14 +1781,12 @@ def _dispatchers() -> list[Dispatcher]:
     return [d for reference in list(_DISPATCHERS) if (d := reference()) is not None]
 
 
-def _after_fork(keep: bool = False) -> bool:
+def _after_fork(keep: bool = False) -> None:
     """In a forked child: give every dispatcher fresh primitives and an empty buffer; what was accepted is the parent's.
 
-    keep: no hook ran at the fork; what this process has appended since is kept. Returns whether this is a new child.
+    keep: no hook ran at the fork; what this process has appended since is kept.
     """
     global _pid  # noqa: PLW0603
-    if _getpid() == _pid:
-        return False
     for mutex in list(_MUTEXES.values()):
         if not mutex.held():  # else it is this thread's, which has forked in a section
             if hasattr(mutex.lock, "_at_fork_reinit"):
@@ -1785,7 +1804,6 @@ def _after_fork(keep: bool = False) -> bool:
             d._buffer.accept(new, sizes, sum(sizes) + sizes.count(0), _monotonic())
             del run[: len(new)]
     _pid = _getpid()
-    return True
 
 
 def _at_exit() -> None:

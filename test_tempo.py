@@ -47,6 +47,7 @@ import tempo
 
 ROOT = Path(tempo.__file__).resolve().parent
 LONG = 3600.0  # seconds: an interval that does not end within a test
+CPYTHON = sys.implementation.name == "cpython"
 LIMIT = 30.0  # seconds that a test waits for something that must come
 INF, NAN = float("inf"), float("nan")
 SMALL = 100  # bytes: a buffer in which every payload is counted under the lock
@@ -1579,6 +1580,17 @@ def test_memory_stays_within_the_bound(size: int, limit: int, batch_limit: Any, 
     assert heap()[0] < 64 * tempo.KiB
 
 
+def test_memory_is_not_spent_on_a_small_batch_before_a_large_one(heap: Callable[[], tuple[int, int]]) -> None:
+    limit = 2 * tempo.MiB
+    d = holding(b"small", max_buffered_bytes=limit)
+    d.flush(timeout=0)
+    for _ in range(20_000):
+        d.enqueue(bytes(100))
+    before = heap()[0]
+    assert d.get(timeout=0).tolist() == [b"small"]
+    assert heap()[1] - before < limit // 4
+
+
 def test_memory_is_not_spent_on_what_enqueue_many_has_no_room_for(heap: Any) -> None:
     d = make(max_buffered_bytes=2 * tempo.MiB)
     assert refusal(d.enqueue_many, (bytearray(64 * tempo.KiB) for _ in range(600))) is tempo.QueueFull
@@ -1594,6 +1606,7 @@ def test_memory_is_not_spent_on_refusals(limit: int, heap: Any) -> None:
         before = heap()[0]
         for _ in range(count):
             assert refusal(d.enqueue, bytes(300)) is tempo.QueueFull
+        for _ in range(count):
             assert refusal(d.enqueue, too_large) is tempo.PayloadTooLarge
     assert d.stats().rejected == 2 * 1300
     assert heap()[0] - before < 4 * tempo.KiB
@@ -2011,7 +2024,8 @@ def test_nested_call_in_a_section_never_waits(nested: str) -> None:
     d.stats()
     assert outcomes == [outcome]
     assert d.stats().state == ("shutting_down" if nested == "shutdown" else "running")
-    assert d.get(timeout=0) if nested in ("flush", "shutdown") else not_due(d)  # the section has closed the batch
+    due = nested in ("flush", "shutdown", "enqueue without room")  # the section has closed the batch
+    assert d.get(timeout=0) if due else not_due(d)
     assert b"".join(payloads(d.stop())).count(b"n") == (40 if nested in ("enqueue", "enqueue_many") else 0)
 
 
@@ -2222,6 +2236,37 @@ def test_enqueue_stopped_at_each_step_is_accepted_once_or_refused(ends: bool, li
         assert came == [b"first", *[same] * (others + (refused is None))]
         assert balanced(d).accepted == len(came)
         inside.check(d)
+
+
+def test_shutdown_by_a_signal_at_any_step_of_a_loop_over_batches_does_not_wait_for_itself() -> None:
+    for steps in each_step():
+        d = holding(b"a", b"b", max_batch_bytes=1)
+        batches = d.batches()
+        worker = Worker(lambda: [next(batches), steps.run(d.shutdown, next, batches)])
+        assert payloads(worker.result()) == [b"a", b"b"]
+
+
+def test_stop_by_two_threads_at_once_hands_back_to_one_of_them() -> None:
+    for steps in each_step():
+        d, gate = holding(b"a", b"b", max_batch_bytes=1), Gate()
+        worker = Worker(steps.run, gate, d.stop)
+        wait_until(lambda: gate.entered.is_set() or not worker.is_alive())
+        mine = [] if inside.locked(d) else d.stop()
+        gate.go_on.set()
+        assert sorted([payloads(mine), payloads(worker.result())]) == [[], [b"a", b"b"]]
+
+
+def test_interrupt_anywhere_in_a_shutdown_out_of_time_leaves_the_rest_to_stop() -> None:
+    for steps in each_step():
+        d = holding(b"a", b"b")
+        came: list[tempo.Batch] = []
+        try:
+            steps.run(interrupt, d.shutdown, 0)
+        except tempo.DrainTimeout as late:
+            came = late.undelivered
+        except KeyboardInterrupt:
+            pass
+        assert payloads([*came, *d.stop()]) == [b"a", b"b"]
 
 
 @pytest.mark.skipif(not inside.stops_at_opcodes, reason="needs a tracer of single opcodes")

@@ -1429,6 +1429,7 @@ def test_errors_and_names_of_the_module_are_the_contracts() -> None:
         ({"max_batch_bytes": 2}, [b"", b"", b"a", b"", b"b"], [2, 2], [1]),
         ({"max_batch_bytes": 100}, [b""] * 1000, [100] * 10, []),
         ({"max_batch_items": 3}, [b"a", b"", b"ccc", b"d"], [3], [1]),
+        ({"max_batch_items": 3}, [b"a", b"", b"ccc"], [3], []),
         ({"max_batch_items": 1}, [b"a", b"b"], [1, 1], []),
         ({"max_batch_items": 500}, [b"x"] * 1201, [500, 500], [201]),
         ({"max_batch_items": 3, "max_batch_bytes": 4}, [b"aa", b"b", b"cc", b"d", b"e", b"f"], [2, 3], [1]),
@@ -2345,6 +2346,29 @@ def test_fork_gives_the_child_an_empty_dispatcher_of_its_own(fork: str, stopped:
     """)
     rest = "0 stopped []" if stopped else "0 running [[b'a', b'b']]"
     assert lines == ["0 0 0 running", "[b'c']", "stopped", rest]
+
+
+@FORKS
+def test_fork_while_another_thread_has_the_lock_gives_the_child_its_own(fork: str) -> None:
+    lines = program(f"""
+        def clock():
+            if threading.current_thread() is holder:
+                held.set()
+                go_on.wait()
+            return time.monotonic()
+        def child():
+            d.enqueue(b"child")
+            say(d.stop()[0].tolist())
+        d, held, go_on = make(), threading.Event(), threading.Event()
+        holder = threading.Thread(target=d.stats)
+        tempo._monotonic = clock
+        holder.start()
+        held.wait()
+        say(in_child(child, {fork}))
+        go_on.set()
+        holder.join()
+    """)
+    assert lines == ["[b'child']", "0"]
 
 
 @FORKS

@@ -919,7 +919,7 @@ class Dispatcher:
         self._left = False  # a nested call has left work for the section
         self._asked: list[str] = []  # by nested calls: "flush", "shutdown"
         self._refused: list[int] = []  # charges of refused payloads, not yet among the rejected
-        self._waits: dict[int, bool] = {}  # by identity, the threads that wait
+        self._waits: dict[int, bool] = {}  # by identity, the threads that wait or start the handler's
         self._worker = 0  # identity of the thread that calls the handler
 
     # -- Producers ---------------------------------------------------------------------------------------------------
@@ -1352,13 +1352,11 @@ class Dispatcher:
         if self._nested():
             buffer, charge = self._buffer, len(data) or 1
             self._left = True
-            if run is not None and not run.withdraw(data):
-                return
-            if self._phase is _RUNNING and charge <= self._max_buffered:
-                if buffer.accept_nested(data):
-                    return
-                buffer.pressed = True
-            raise self._refusal(charge)
+            open_for_it = self._phase is _RUNNING and charge <= self._max_buffered
+            if (run is None or run.withdraw(data)) and not (open_for_it and buffer.accept_nested(data)):
+                buffer.pressed |= open_for_it
+                raise self._refusal(charge)
+            return
         deadline = _deadline(timeout) if timeout != 0 and self._patient() else 0.0
         self._block(deadline, self._put, data, [] if run is None else [run])
         self._ensure_thread()

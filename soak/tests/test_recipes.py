@@ -166,9 +166,10 @@ def test_the_wsgi_recipe_drains_each_worker(tmp_path: Path, server_name: str) ->
     hook = "import os\ndef post_worker_init(worker):\n    open(f'{os.getpid()}.ready', 'w').close()\n"
     (tmp_path / "gunicorn.conf.py").write_text(hook, encoding="utf-8")
     with served(tmp_path, *command) as (server, port):
-        assert [ask(port, f"/event-{i:02d}")[0] for i in range(20)] == [202] * 20
+        clients = [Worker(ask, port, f"/event-{i:02d}") for i in range(40)]
+        assert [client.result()[0] for client in clients] == [202] * 40
         wait_until(lambda: kind == "uwsgi" or len(list(tmp_path.glob("*.ready"))) == 2, "both workers")
-        assert sorted(delivered(server)) == [b"/event-%02d" % i for i in range(20)]
+        assert sorted(delivered(server)) == [b"/event-%02d" % i for i in range(40)]
 
 
 @pytest.mark.slow

@@ -4,8 +4,6 @@
 Needs nats-py and tenacity.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import uuid

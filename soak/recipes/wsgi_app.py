@@ -14,8 +14,6 @@ at a worker's next call. ``--die-on-term`` lets SIGTERM end it, in place of a re
           --module wsgi_app:app
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

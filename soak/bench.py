@@ -165,14 +165,10 @@ def table(suite: Any, ratios: Any) -> str:
         median = ratio.median()
         shown = 1 / median if row.share else median
         spread = spread_of(ratio) * shown / median
-        times = [short(statistics.median(rounds_of(suite, name))) for name in (row.subject, row.control)]
+        times = [format_seconds(statistics.median(rounds_of(suite, name))) for name in (row.subject, row.control)]
         lines.append(f"{row.name:<32} {shown:>9.3g} {spread:>7.2g} {times[0]:>9} {times[1]:>9}")
     lines.append(f"on {environment.line(environment.describe())}; medians over the rounds")
     return "\n".join(lines)
-
-
-def short(seconds: float) -> str:
-    return f"{seconds * 1e9:,.0f} ns" if seconds < 1e-5 else format_seconds(seconds)
 
 
 def spread_of(benchmark: Any) -> float:

@@ -141,11 +141,13 @@ def format_size(value: float | None) -> str:
 def format_seconds(seconds: float | None) -> str:
     """Return a time in seconds as text; None was not measured.
 
-    >>> format_seconds(0.00001), format_seconds(0.0123), format_seconds(90.0), format_seconds(1800.0)
-    ('10 us', '12.3 ms', '90.00 s', '30.0 min')
+    >>> format_seconds(4.2e-7), format_seconds(1e-5), format_seconds(0.0123), format_seconds(90), format_seconds(1800)
+    ('420 ns', '10 us', '12.3 ms', '90.00 s', '30.0 min')
     """
     if seconds is None:
         return "not measured"
+    if 0 < seconds < 0.00001:
+        return f"{seconds * 1e9:,.0f} ns"
     if seconds < 0.001:
         return f"{seconds * 1e6:.0f} us"
     if seconds < 1.0:

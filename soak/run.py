@@ -157,13 +157,11 @@ def run(
         "peak_rss_bytes": peak_rss,
         "heap": {
             "bound_bytes": bound,
-            "allowance_bytes": allowance,
             "peak_buffered_bytes": fullest,
             "seconds": traced.load_seconds,
         },
         "census": vars(counted),
         "sink": None if found is None else vars(found),
-        "calibrations": {"before": before, "after": after, "used": "mean"},
         "baseline": None if compared is None else compared.name,
         "problems": problems,
         "config": asdict(config),

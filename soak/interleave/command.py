@@ -125,7 +125,6 @@ def until_broken(outcomes: Iterable[int | str], seconds: float = FOREVER) -> tup
 
 
 def add_parser(commands: Any) -> None:
-    """Add this command to the subparsers of ``python3 -m soak``."""
     purpose = "Stop tempo's calls at each of their bytecodes, let others run, check; then find the broken twins."
     add = cli.add_command(commands, "interleave", main, purpose, EPILOG)
     add("--only", default="", metavar="TEXT", help="only plans whose name contains this, and no twins")
@@ -135,7 +134,6 @@ def add_parser(commands: Any) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run the command; return its exit code."""
     begin = time.monotonic()
     plans = [plan for plan in PLANS if options.only in str(plan)]
     if not plans:

@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import faulthandler
 import functools
 import http.client
-import importlib.util
 import os
 import select
 import signal
@@ -20,8 +18,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import pytest
 
 import tempo
 
@@ -95,16 +91,6 @@ class Worker(threading.Thread):
         if self._error is not None:
             raise self._error
         return self._value
-
-
-def skip_what_is_not_installed(source: str) -> None:
-    """Skip the test when a source imports a package that is not there."""
-    for statement in ast.parse(source).body:
-        if isinstance(statement, (ast.Import, ast.ImportFrom)):
-            module = statement.module if isinstance(statement, ast.ImportFrom) else statement.names[0].name
-            name = str(module).partition(".")[0]
-            if importlib.util.find_spec(name) is None:
-                pytest.skip(f"{name} is not installed")
 
 
 def run_python(*args: str, cwd: Path = ROOT, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:

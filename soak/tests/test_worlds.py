@@ -102,13 +102,10 @@ class Sender:
             self.refused += 1
         self.unsure.difference_update(items)
 
-    def send(self, d: tempo.Dispatcher, size: int = 0, timeout: float | None = 0.0) -> bool:
-        """Enqueue one payload; return whether it was accepted."""
+    def send(self, d: tempo.Dispatcher, size: int = 0, timeout: float | None = 0.0) -> None:
         item = self.make(size)
-        before = len(self.accepted)
         with self.offering([item]):
             d.enqueue(item, timeout)
-        return len(self.accepted) > before
 
     def send_many(self, d: tempo.Dispatcher, n: int, timeout: float | None = 0.0) -> None:
         items = [self.make() for _ in range(n)]

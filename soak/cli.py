@@ -41,9 +41,9 @@ option, or a tool is missing, 130 interrupted
 
 def add_command(commands: Any, name: str, main: Callable[..., int], purpose: str, examples: str) -> Any:
     """Add a command to the subparsers of ``python3 -m soak``; return its parser's ``add_argument``."""
-    epilog = examples if "exit code:" in examples else examples + EXIT
+    texts = {"description": purpose, "epilog": examples + EXIT}
     style = argparse.RawDescriptionHelpFormatter
-    parser = commands.add_parser(name, description=purpose, epilog=epilog, formatter_class=style, allow_abbrev=False)
+    parser = commands.add_parser(name, **texts, formatter_class=style, allow_abbrev=False)
     parser.set_defaults(main=main, parser=parser)
     return parser.add_argument
 

@@ -155,11 +155,7 @@ def run(
         "ratio": ratio,
         "peak_heap_bytes": peak_heap,
         "peak_rss_bytes": peak_rss,
-        "heap": {
-            "bound_bytes": bound,
-            "peak_buffered_bytes": fullest,
-            "seconds": traced.load_seconds,
-        },
+        "heap": {"bound_bytes": bound, "peak_buffered_bytes": fullest, "seconds": traced.load_seconds},
         "census": vars(counted),
         "sink": None if found is None else vars(found),
         "baseline": None if compared is None else compared.name,

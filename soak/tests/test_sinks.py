@@ -26,7 +26,7 @@ from soak.load import Account
 from soak.recipes.file_sink import FileSink, rotated
 from soak.sinks import readback, servers
 from soak.tests.helpers import LIMIT, OnTerminal, Worker, batch_of, run_python, wait_until
-from soak.tests.test_commands import soak
+from soak.tests.test_commands import short_passes, soak
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -148,9 +148,6 @@ def test_reading_back_finds_what_is_wrong(
     kinds = {"lost": 0, "repeated": 0, "out_of_order": 0, "strange": 0, "checksum_equal": True}
     assert {kind: getattr(found, kind) for kind in kinds} == {**kinds, **expected}
     assert len(found.problems) == len(expected)
-
-
-short_passes = pytest.mark.usefixtures("short_passes")
 
 
 @short_passes

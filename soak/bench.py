@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import io
 import os
 import statistics
 import subprocess
@@ -19,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from soak import baseline, cli, environment, results
+from soak import baseline, cli, environment
 from soak.cli import Failure, format_seconds, say
 
 FOLDER = baseline.FOLDER / "bench"
@@ -112,8 +111,10 @@ def main(options: argparse.Namespace) -> int:
     ratios = ratios_of(pyperf, suite)
     print(table(suite, ratios))
     files = [(suite, options.json), *([(ratios, FOLDER / f"{options.record}.json")] if options.record else [])]
-    if not all(write(*file) for file in files):
-        return 1
+    for found, path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found.dump(str(path), replace=True)
+        print(f"written {path}", flush=True)
     if options.compare is None:
         return 0
     print(comparison(options.compare, ratios))
@@ -194,13 +195,3 @@ def comparison(before: Path, now: Any) -> str:
         now.dump(path)
         command = [sys.executable, "-m", "pyperf", "compare_to", "--table", str(before), path]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def write(suite: Any, path: Path) -> bool:
-    """Write a suite; tell in one line that it was written, or why it cannot be."""
-    text = io.StringIO()
-    suite.dump(text)
-    written = results.write(path, text.getvalue().encode())
-    if written:
-        print(f"written {path}", flush=True)
-    return written

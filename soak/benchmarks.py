@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import tempo
 from soak.calibration import calibrate
 from soak.cli import KIB, MIB, duration, names
-from soak.config import Config, config_from
+from soak.config import config_from
 from soak.drive import PATIENCE, drive
 from soak.load import Load
 from soak.payloads import MEAN as SIZE
@@ -375,17 +375,14 @@ async def loop_queue(module: str) -> float:
 # The soak's load, and its producers without a dispatcher: seconds an event.
 
 
-def soak_config(**settings: Any) -> Config:
-    """The defaults of ``run`` with some settings changed."""
-    return config_from(argparse.Namespace(**settings), 1.0)
-
-
-SOAKS = {
-    "soak_32": soak_config(),
-    "soak_32k": soak_config(max_batch_bytes=32 * KIB, max_buffered_bytes=4 * MIB),
-    "soak_1": soak_config(producers=1),
-    "soak_256": soak_config(producers=256),
+SETTINGS: dict[str, dict[str, int]] = {
+    "soak_32": {},
+    "soak_32k": {"max_batch_bytes": 32 * KIB, "max_buffered_bytes": 4 * MIB},
+    "soak_1": {"producers": 1},
+    "soak_256": {"producers": 256},
 }
+"""By name: what is not the default of ``run``."""
+SOAKS = {name: config_from(argparse.Namespace(**settings), 1.0) for name, settings in SETTINGS.items()}
 
 
 def soak(name: str, seconds: float) -> float:

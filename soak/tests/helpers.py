@@ -9,6 +9,7 @@ import functools
 import http.client
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import pytest
 
 import tempo
 
@@ -155,6 +158,12 @@ def served(folder: Path, *command: str) -> Iterator[tuple[Child, int]]:
     # Closed here, so that who connects when the server has ended is refused.
     with server:
         yield server, port
+
+
+def find_uwsgi() -> str:
+    """Return its path, or skip the test."""
+    found = shutil.which("uwsgi") or shutil.which("uwsgi", path=Path(sys.executable).parent)
+    return found or pytest.skip("uwsgi is not installed")
 
 
 def ask(port: int, path: str, body: bytes | None = None) -> tuple[int, str]:

@@ -10,7 +10,6 @@ import importlib
 import logging
 import random
 import re
-import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -35,6 +34,7 @@ from soak.tests.helpers import (
     Worker,
     ask,
     batch_of,
+    find_uwsgi,
     make,
     run_python,
     served,
@@ -153,10 +153,9 @@ def test_the_wsgi_recipe_drains_each_worker(tmp_path: Path, server_name: str) ->
     kind, *preload = server_name.split()
     as_module("wsgi_app", tmp_path)
     if kind == "uwsgi":
-        uwsgi = shutil.which("uwsgi") or shutil.which("uwsgi", path=Path(sys.executable).parent)
         flags = "--master --processes 2 --enable-threads --py-call-uwsgi-fork-hooks --die-on-term --need-app"
         options = f"--http-socket fd://{{fd}} {flags} --module app_module:app"
-        command = [uwsgi or pytest.skip("uwsgi is not installed"), *options.split()]
+        command = [find_uwsgi(), *options.split()]
     else:
         for package in ("gunicorn", "gevent")[: 1 + (kind == "gevent")]:
             pytest.importorskip(package)

@@ -20,7 +20,6 @@ import multiprocessing
 import os
 import queue
 import random
-import shutil
 import signal
 import sys
 import threading
@@ -36,13 +35,12 @@ from typing import Any
 import pytest
 
 import tempo
-from soak.tests.helpers import LIMIT, REPEAT, ROOT, Child, Ended, Worker, ask, served, wait_until
+from soak.tests.helpers import LIMIT, REPEAT, ROOT, Child, Ended, Worker, ask, find_uwsgi, served, wait_until
 
 RATE = 3000.0
 """Signals a second."""
 
 pytestmark = pytest.mark.slow
-posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
 
 def rounds(n: int) -> int:
@@ -344,7 +342,6 @@ def signals(call: str, seconds: float) -> None:
     assert nested.accepted, "the signal handler's payloads were never accepted"
 
 
-@posix
 @pytest.mark.parametrize("call", CALLS)
 def test_signal_handlers_may_enqueue_whatever_call_they_interrupt(call: str, tmp_path: Path) -> None:
     in_child(tmp_path, signals, call, REPEAT)
@@ -412,7 +409,6 @@ def interrupts(call: str, seconds: float) -> None:
     load.end(interrupted if call in TAKE else 0)
 
 
-@posix
 @pytest.mark.parametrize("call", [call for call in CALLS if call not in ASYNC])
 def test_keyboard_interrupt_in_any_call_loses_nothing_that_was_accepted(call: str, tmp_path: Path) -> None:
     in_child(tmp_path, interrupts, call, REPEAT)
@@ -505,7 +501,6 @@ def forks_under_load(push: bool, n: int) -> None:
         load.census.verify(load.d)
 
 
-@posix
 @pytest.mark.parametrize("push", [False, True])
 def test_forks_of_eight_threads_under_load_give_fresh_dispatchers(push: bool, tmp_path: Path) -> None:
     in_child(tmp_path, forks_under_load, push, rounds(8))
@@ -530,7 +525,6 @@ def forks_in_a_handler(n: int) -> None:
     assert mailbox.mine() == [b"%d" % i for i in range(n)]
 
 
-@posix
 def test_fork_in_a_handler_gives_the_child_a_working_dispatcher(tmp_path: Path) -> None:
     in_child(tmp_path, forks_in_a_handler, rounds(30))
 
@@ -601,11 +595,6 @@ def app(environ, start_response):
 """
 
 
-UWSGI = shutil.which("uwsgi") or shutil.which("uwsgi", path=os.path.dirname(sys.executable))
-
-
-@posix
-@pytest.mark.skipif(UWSGI is None, reason="uwsgi is not installed")
 def test_uwsgi_delivers_what_each_worker_accepted(tmp_path: Path) -> None:
     """By default uWSGI forks without Python's hooks; the flags that make it run them are in the recipe.
 
@@ -620,7 +609,7 @@ def test_uwsgi_delivers_what_each_worker_accepted(tmp_path: Path) -> None:
             status, answered[f"e{i}"] = ask(port, f"/e{i}")
             assert status == 202
 
-    with served(tmp_path, str(UWSGI), *options.split()) as (server, port):
+    with served(tmp_path, find_uwsgi(), *options.split()) as (server, port):
         for worker in [Worker(client, number) for number in range(4)]:
             worker.result()
         # Without --enable-threads its workers run no exit hook.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import io
 import os
 import statistics
 import subprocess
@@ -19,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from soak import baseline, cli, environment, results
+from soak import baseline, cli, environment
 from soak.cli import Failure, format_seconds, say
 
 FOLDER = baseline.FOLDER / "bench"
@@ -112,8 +111,10 @@ def main(options: argparse.Namespace) -> int:
     ratios = ratios_of(pyperf, suite)
     print(table(suite, ratios))
     files = [(suite, options.json), *([(ratios, FOLDER / f"{options.record}.json")] if options.record else [])]
-    if not all(write(*file) for file in files):
-        return 1
+    for found, path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found.dump(str(path), replace=True)
+        print(f"written {path}", flush=True)
     if options.compare is None:
         return 0
     print(comparison(options.compare, ratios))
@@ -165,14 +166,10 @@ def table(suite: Any, ratios: Any) -> str:
         median = ratio.median()
         shown = 1 / median if row.share else median
         spread = spread_of(ratio) * shown / median
-        times = [short(statistics.median(rounds_of(suite, name))) for name in (row.subject, row.control)]
+        times = [format_seconds(statistics.median(rounds_of(suite, name))) for name in (row.subject, row.control)]
         lines.append(f"{row.name:<32} {shown:>9.3g} {spread:>7.2g} {times[0]:>9} {times[1]:>9}")
     lines.append(f"on {environment.line(environment.describe())}; medians over the rounds")
     return "\n".join(lines)
-
-
-def short(seconds: float) -> str:
-    return f"{seconds * 1e9:,.0f} ns" if seconds < 1e-5 else format_seconds(seconds)
 
 
 def spread_of(benchmark: Any) -> float:
@@ -198,13 +195,3 @@ def comparison(before: Path, now: Any) -> str:
         now.dump(path)
         command = [sys.executable, "-m", "pyperf", "compare_to", "--table", str(before), path]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def write(suite: Any, path: Path) -> bool:
-    """Write a suite; tell in one line that it was written, or why it cannot be."""
-    text = io.StringIO()
-    suite.dump(text)
-    written = results.write(path, text.getvalue().encode())
-    if written:
-        print(f"written {path}", flush=True)
-    return written

@@ -18,7 +18,7 @@ import logging.handlers
 import os
 import queue
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from time import perf_counter
@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import tempo
 from soak.calibration import calibrate
 from soak.cli import KIB, MIB, duration, names
-from soak.config import Config, config_from
+from soak.config import config_from
 from soak.drive import PATIENCE, drive
 from soak.load import Load
 from soak.payloads import MEAN as SIZE
@@ -36,7 +36,7 @@ CHUNK = 512
 LARGE = 10 * KIB
 PAYLOADS = [b"%08d" % i + bytes(SIZE - 8) for i in range(CHUNK)] * 8
 """512 distinct ones, 100 KiB, eight times: as warm in the processor's caches as payloads that were just made."""
-BLOCKS = [os.urandom(LARGE) for _ in range(5 * MIB // LARGE)]
+BLOCKS = [os.urandom(LARGE) for _ in range(CHUNK)]
 CALLS, COUNT, SLOW_COUNT = len(PAYLOADS), 100_000, 20_000
 SOURCE = (PAYLOADS * (COUNT // CALLS + 1))[:COUNT]
 BATCH = 64 * KIB
@@ -73,18 +73,22 @@ def roomy(**limits: Any) -> tempo.Dispatcher:
 # Calls, on one thread.
 
 
-def timed(call: Callable[[bytes], object], refused: tuple[type[Exception], ...] = ()) -> float:
-    """Return what calling it with each payload takes; refused: what each call must raise."""
+def timed(call: Callable[[Any], object], source: Sequence[object] = PAYLOADS) -> float:
+    """Return what calling it with each payload takes."""
+    started = perf_counter()
+    for payload in source:
+        call(payload)
+    return perf_counter() - started
+
+
+def timed_refusals(call: Callable[[bytes], object], error: type[Exception]) -> float:
+    """Return what calling it with each payload takes, when each call must raise."""
     count = 0
     started = perf_counter()
-    if not refused:  # a try that nothing needs would be counted, too
-        for payload in PAYLOADS:
-            call(payload)
-        return perf_counter() - started
     for payload in PAYLOADS:
         try:
             call(payload)
-        except refused:
+        except error:
             count += 1
     seconds = perf_counter() - started
     assert count == CALLS
@@ -104,11 +108,7 @@ def enqueue() -> float:
 def enqueue_many() -> float:
     """``enqueue_many`` of lists of 512."""
     dispatcher = roomy()
-    chunks = [PAYLOADS[i : i + CHUNK] for i in range(0, CALLS, CHUNK)]
-    started = perf_counter()
-    for chunk in chunks:
-        dispatcher.enqueue_many(chunk)
-    seconds = perf_counter() - started
+    seconds = timed(dispatcher.enqueue_many, [PAYLOADS[i : i + CHUNK] for i in range(0, CALLS, CHUNK)])
     assert sum(map(len, dispatcher.stop())) == CALLS
     return seconds
 
@@ -127,7 +127,7 @@ def refusal() -> float:
     """``enqueue`` into a full buffer: ``QueueFull`` each time."""
     dispatcher = roomy(max_buffered_bytes=SIZE)
     dispatcher.enqueue(PAYLOADS[0])
-    seconds = timed(dispatcher.enqueue, (tempo.QueueFull,))
+    seconds = timed_refusals(dispatcher.enqueue, tempo.QueueFull)
     dispatcher.stop()
     return seconds
 
@@ -137,19 +137,22 @@ def queue_full() -> float:
     """``queue.Queue.put_nowait`` into a full queue: ``queue.Full`` each time."""
     target: queue.Queue[bytes] = queue.Queue(1)
     target.put(PAYLOADS[0])
-    return timed(target.put_nowait, (queue.Full,))
+    return timed_refusals(target.put_nowait, queue.Full)
 
 
-def whole_way(put: Callable[[bytes], object], take: Callable[[], memoryview]) -> float:
+def whole_way(
+    put: Callable[[bytes], object], take: Callable[[], memoryview], source: Sequence[bytes] = PAYLOADS
+) -> float:
     """512 payloads in, then taken as one packed batch, over and over."""
     last = memoryview(b"")
     started = perf_counter()
-    for first in range(0, CALLS, CHUNK):
-        for payload in PAYLOADS[first : first + CHUNK]:
+    for first in range(0, len(source), CHUNK):
+        for payload in source[first : first + CHUNK]:
             put(payload)
         last = take()
     seconds = perf_counter() - started
-    assert last == b"".join(PAYLOADS[-CHUNK:])
+    sent = source[-CHUNK:]  # not compared whole: a view is compared byte by byte
+    assert (last.nbytes, last[-SIZE:]) == (sum(map(len, sent)), sent[-1][-SIZE:])
     return seconds
 
 
@@ -169,14 +172,7 @@ def queue_way(kind: Callable[[], Any]) -> float:
 def large() -> float:
     """10 KiB payloads, 5 MiB of them, enqueued and taken as one batch; for ``instructions`` alone."""
     dispatcher = roomy(max_batch_bytes=5 * MIB, max_buffered_bytes=16 * MIB)
-    started = perf_counter()
-    for payload in BLOCKS:
-        dispatcher.enqueue(payload)
-    data = dispatcher.get().data
-    seconds = perf_counter() - started
-    assert data.nbytes == 5 * MIB
-    assert data[-LARGE:] == BLOCKS[-1]
-    return seconds
+    return whole_way(dispatcher.enqueue, lambda: dispatcher.get().data, BLOCKS)
 
 
 # From a producer's thread to a consumer's: from the first call until the consumer has seen the last payload.
@@ -244,15 +240,14 @@ def batcher(kind: Callable[[], Any], count: int = COUNT) -> float:
 
 
 # A buffer that is full long before its interval is over, and a consumer that waits; a bounded queue of the same size.
-full_room = {"interval": 0.05, "max_buffered_bytes": FULL_ROOM * SIZE, "max_batch_bytes": None}
-full_queue = partial(queue.Queue, FULL_ROOM)
-GROUPS["full"] = (
-    FULL_COUNT,
-    {
-        "full_buffer": lambda: handover(FULL_COUNT, **full_room),
-        "full_queue": lambda: batcher(full_queue, FULL_COUNT),
-    },
-)
+@subject("full", FULL_COUNT)
+def full_buffer() -> float:
+    return handover(FULL_COUNT, interval=0.05, max_buffered_bytes=FULL_ROOM * SIZE, max_batch_bytes=None)
+
+
+@subject("full", FULL_COUNT)
+def full_queue() -> float:
+    return batcher(partial(queue.Queue, FULL_ROOM), FULL_COUNT)
 
 
 def sent_by(send: Callable[[bytes], object], finish: Callable[[], object], received: list[int], each: int) -> float:
@@ -381,17 +376,14 @@ async def loop_queue(module: str) -> float:
 # The soak's load, and its producers without a dispatcher: seconds an event.
 
 
-def soak_config(**settings: Any) -> Config:
-    """The defaults of ``run`` with some settings changed."""
-    return config_from(argparse.Namespace(**settings), 1.0)
-
-
-SOAKS = {
-    "soak_32": soak_config(),
-    "soak_32k": soak_config(max_batch_bytes=32 * KIB, max_buffered_bytes=4 * MIB),
-    "soak_1": soak_config(producers=1),
-    "soak_256": soak_config(producers=256),
+SETTINGS: dict[str, dict[str, int]] = {
+    "soak_32": {},
+    "soak_32k": {"max_batch_bytes": 32 * KIB, "max_buffered_bytes": 4 * MIB},
+    "soak_1": {"producers": 1},
+    "soak_256": {"producers": 256},
 }
+"""By name: what is not the default of ``run``."""
+SOAKS = {name: config_from(argparse.Namespace(**settings), 1.0) for name, settings in SETTINGS.items()}
 
 
 def soak(name: str, seconds: float) -> float:

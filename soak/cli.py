@@ -41,9 +41,9 @@ option, or a tool is missing, 130 interrupted
 
 def add_command(commands: Any, name: str, main: Callable[..., int], purpose: str, examples: str) -> Any:
     """Add a command to the subparsers of ``python3 -m soak``; return its parser's ``add_argument``."""
-    epilog = examples if "exit code:" in examples else examples + EXIT
+    texts = {"description": purpose, "epilog": examples + EXIT}
     style = argparse.RawDescriptionHelpFormatter
-    parser = commands.add_parser(name, description=purpose, epilog=epilog, formatter_class=style, allow_abbrev=False)
+    parser = commands.add_parser(name, **texts, formatter_class=style, allow_abbrev=False)
     parser.set_defaults(main=main, parser=parser)
     return parser.add_argument
 
@@ -141,11 +141,13 @@ def format_size(value: float | None) -> str:
 def format_seconds(seconds: float | None) -> str:
     """Return a time in seconds as text; None was not measured.
 
-    >>> format_seconds(0.00001), format_seconds(0.0123), format_seconds(90.0), format_seconds(1800.0)
-    ('10 us', '12.3 ms', '90.00 s', '30.0 min')
+    >>> format_seconds(4.2e-7), format_seconds(1e-5), format_seconds(0.0123), format_seconds(90), format_seconds(1800)
+    ('420 ns', '10 us', '12.3 ms', '90.00 s', '30.0 min')
     """
     if seconds is None:
         return "not measured"
+    if 0 < seconds < 0.00001:
+        return f"{seconds * 1e9:,.0f} ns"
     if seconds < 0.001:
         return f"{seconds * 1e6:.0f} us"
     if seconds < 1.0:

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from soak.cli import Failure
+from soak.cli import Failure, say
 
 
 class SetupError(Failure):
@@ -16,13 +16,18 @@ class SetupError(Failure):
 
 
 def fetch(packages: Sequence[str], into: Path, architecture: str | None = None) -> None:
-    """Fetch packages and all that they depend on, with their signatures checked, and unpack them. Raises SetupError.
+    """Fetch packages and all that they depend on, with their signatures checked, and unpack them, if not done yet.
 
-    apt keeps its state next to ``into`` and knows of no installed package: so it fetches all of them.
+    Raises SetupError. apt keeps its state next to ``into`` and knows of no installed package: so it fetches all.
     """
+    done = into.with_name(f"{into.name}.done")
+    if done.exists():
+        return
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise SetupError(f"no {tool} here: what is missing would be fetched from Debian")
+    say(f"fetching {', '.join(packages)} from Debian into {into}")
+    shutil.rmtree(into, ignore_errors=True)
     log, state = into.with_name(f"{into.name}.log"), into.with_name(f"{into.name}.apt")
     try:
         for folder in (into, state / "lists" / "partial", state / "archives" / "partial"):
@@ -47,3 +52,4 @@ def fetch(packages: Sequence[str], into: Path, architecture: str | None = None) 
         for archive in sorted((state / "archives").glob("*.deb")):
             call("dpkg-deb", "-x", str(archive), str(into))
     shutil.rmtree(state)
+    done.touch()

@@ -10,8 +10,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import tempo
-
 ROOT = Path(__file__).resolve().parent.parent
 EMULATED = "SOAK_EMULATED_MACHINE"
 """The environment variable with which ``pi`` names what is emulated: /proc and /sys are the host's."""
@@ -23,16 +21,13 @@ def describe() -> dict[str, object]:
     implementation = platform.python_implementation()
     return {
         "machine": machine(),
-        "cpu": _cpu(),
         "architecture": platform.machine(),
         "cores": cores(),
         "memory_bytes": _memory(),
-        "kernel": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "interpreter": f"{implementation} {sys.version_info[0]}.{sys.version_info[1]}{'' if gil else ', no GIL'}",
         "build": " ".join(platform.python_build()),
         "compiler": platform.python_compiler(),
-        "tempo": tempo.__version__,
         "commit": _commit(),
     }
 

@@ -64,18 +64,12 @@ def run(command: list[str], variables: dict[str, str]) -> NoReturn:
 
 def provide() -> tuple[Path, Path, Path]:
     """Return the emulator, a folder with arm64's files, and its Python; fetch what is missing. Raises SetupError."""
-    root, done = CACHE / "root", CACHE / "done"
-    own = CACHE / "host" / "usr" / "bin" / EMULATOR
+    root, host = CACHE / "root", CACHE / "host"
     found = shutil.which(EMULATOR)
-    if found is None and not own.exists():
-        say(f"pi: fetching {EMULATOR}")
-        fetch(["qemu-user-static"], CACHE / "host")
-    if not done.exists():
-        say("pi: fetching Debian's arm64 python3")
-        shutil.rmtree(root, ignore_errors=True)
-        fetch(["python3"], root, architecture="arm64")
+    if found is None:
+        fetch(["qemu-user-static"], host)
+    fetch(["python3"], root, architecture="arm64")
     python = max((root / "usr" / "bin").glob("python3.[0-9]*[0-9]"), default=None)
     if python is None:
         raise SetupError(f"no python3 in {root}")
-    done.touch()
-    return Path(found) if found else own, root, python
+    return Path(found or host / "usr" / "bin" / EMULATOR), root, python

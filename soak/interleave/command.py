@@ -20,7 +20,7 @@ from soak.interleave.schedule import FOREVER, Schedule
 from soak.interleave.twins import TWINS, Twin
 
 POSSIBLE = sys.implementation.name == "cpython" and sys.version_info[:2] != (3, 12)  # to stop a thread at a bytecode
-EPILOG = "exit code: 0 all held and each twin was found, 1 not; example: python3 -m soak interleave --seconds 60"
+EXAMPLE = "example: python3 -m soak interleave --seconds 60\n"
 
 
 class Plan(NamedTuple):
@@ -125,9 +125,8 @@ def until_broken(outcomes: Iterable[int | str], seconds: float = FOREVER) -> tup
 
 
 def add_parser(commands: Any) -> None:
-    """Add this command to the subparsers of ``python3 -m soak``."""
     purpose = "Stop tempo's calls at each of their bytecodes, let others run, check; then find the broken twins."
-    add = cli.add_command(commands, "interleave", main, purpose, EPILOG)
+    add = cli.add_command(commands, "interleave", main, purpose, EXAMPLE)
     add("--only", default="", metavar="TEXT", help="only plans whose name contains this, and no twins")
     add("--twins", action="store_true", help="only the broken twins")
     add("--seconds", type=float, metavar="N", help="only a random sample, for so long")
@@ -135,7 +134,6 @@ def add_parser(commands: Any) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run the command; return its exit code."""
     begin = time.monotonic()
     plans = [plan for plan in PLANS if options.only in str(plan)]
     if not plans:

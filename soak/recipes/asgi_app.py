@@ -5,8 +5,6 @@ uvicorn may end by a signal, without Python's exit hooks. For FastAPI:
 ``app = FastAPI(lifespan=lifespan)`` and ``app.post("/track")(track)``.
 """
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 

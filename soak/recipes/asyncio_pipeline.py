@@ -5,8 +5,6 @@ A consumer that is cancelled loses nothing: the batch stays for the next one. `a
 repeated.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterable, Awaitable, Callable
 

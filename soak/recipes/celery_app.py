@@ -4,8 +4,6 @@
 celery --app celery_app worker --pool prefork
 """
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

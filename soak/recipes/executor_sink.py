@@ -5,8 +5,6 @@ As the interpreter ends, executors are closed before any exit hook runs: a drain
 new futures after shutdown". So the program closes the dispatcher, then the executor.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager

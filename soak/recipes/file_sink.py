@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Batches into a file, an event a line. Needs the standard library alone."""
 
-from __future__ import annotations
-
 import errno
 import glob
 import os
@@ -22,12 +20,7 @@ class FileSink:
     """
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        rotate_bytes: int | None = None,
-        fsync: bool = False,
-        patience: float = 60.0,
+        self, path: str | Path, *, rotate_bytes: int | None = None, fsync: bool = False, patience: float = 60.0
     ) -> None:
         """Open the file for appending. Raises OSError."""
         self.path = Path(path)
@@ -84,7 +77,7 @@ class FileSink:
         self._file.close()
 
 
-def rotated(path: str | os.PathLike[str]) -> list[Path]:
+def rotated(path: str | Path) -> list[Path]:
     """Return the files that were full, the oldest first."""
     current = Path(path)
     return sorted(current.parent.glob(glob.escape(current.name) + "." + "[0-9]" * 6))

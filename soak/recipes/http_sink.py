@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Batches to an HTTP endpoint, a POST each. Needs urllib3 (2)."""
 
-from __future__ import annotations
-
 import gzip
 import itertools
 import uuid

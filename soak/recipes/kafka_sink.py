@@ -5,8 +5,6 @@
 caller delivers again, can come twice.
 """
 
-from __future__ import annotations
-
 import confluent_kafka  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
 import tempo

@@ -2,8 +2,6 @@
 """A logging handler that ships records in batches, and whose ``flush()`` delivers, for functions that must send before
 they return, as in a serverless runtime."""
 
-from __future__ import annotations
-
 import logging
 import sys
 import threading

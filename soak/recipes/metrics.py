@@ -1,15 +1,10 @@
 # SPDX-License-Identifier: MIT
 """``stats()`` as metrics, read when they are scraped: for prometheus_client, and for OpenTelemetry."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tempo
-
-if TYPE_CHECKING:
-    from opentelemetry.metrics import Meter  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
 COUNTERS = ("accepted", "delivered", "failed", "rejected", "discarded", "batches")
 GAUGES = ("buffered", "buffered_bytes", "in_flight", "peak_buffered_bytes", "waiting_producers", "waiting_consumers")
@@ -34,8 +29,8 @@ class PrometheusCollector:
                 yield family
 
 
-def observe(meter: Meter, name: str, dispatcher: tempo.Dispatcher) -> None:
-    """Make OpenTelemetry's instruments for a dispatcher."""
+def observe(meter: Any, name: str, dispatcher: tempo.Dispatcher) -> None:
+    """Make OpenTelemetry's instruments for a dispatcher; meter: an ``opentelemetry.metrics.Meter``."""
     from opentelemetry.metrics import Observation  # type: ignore[import-untyped, import-not-found, unused-ignore]  # noqa: PLC0415
 
     def reader(figure: str) -> Any:

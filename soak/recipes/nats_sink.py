@@ -4,8 +4,6 @@
 Needs nats-py and tenacity.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import uuid
@@ -33,12 +31,7 @@ class NatsSink:
     """
 
     def __init__(
-        self,
-        connect: Callable[[], Awaitable[Client]],
-        subject: str = "tempo.events",
-        *,
-        timeout: float = 5.0,
-        patience: float = 60.0,
+        self, connect: Callable[[], Awaitable[Client]], subject: str, *, timeout: float = 5.0, patience: float = 60.0
     ) -> None:
         """connect: with ``allow_reconnect=False``: otherwise the client sends what it still has of a lost connection,
         out of order. The subject must belong to a stream."""

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Batches into a table of PostgreSQL. Needs psycopg (3) and tenacity."""
 
-from __future__ import annotations
-
 import threading
 import uuid
 

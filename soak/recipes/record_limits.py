@@ -5,8 +5,6 @@
 exact limits. ``fits(payload, KINESIS)`` is for the producer: what never fits is refused there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 

@@ -5,8 +5,6 @@ From one machine to many: consumer groups on the stream (XREADGROUP, XACK); on R
 stream a partition, such as ``events:{7}`` for the seventh, and a sink for each.
 """
 
-from __future__ import annotations
-
 import re
 import threading
 import uuid

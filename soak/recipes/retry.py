@@ -10,8 +10,6 @@
 While it retries, the next batch waits: order is kept, the buffer fills, and producers wait or see QueueFull.
 """
 
-from __future__ import annotations
-
 import sys
 import threading
 import time

@@ -5,8 +5,6 @@ Process managers send SIGTERM again, or to the whole group, while the drain is u
 SIGKILL: ``exit_timeout`` must be shorter.
 """
 
-from __future__ import annotations
-
 import signal
 import sys
 from types import FrameType

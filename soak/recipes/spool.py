@@ -22,8 +22,6 @@ process; a loss of power can take the file's last records too (``PRAGMA synchron
 through the file comes later. Call ``replay`` at the start, too, and when nothing else is sent.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sqlite3
@@ -181,7 +179,7 @@ class Spool:
                 self._db.close()
                 self._owner.close()
 
-    def __enter__(self) -> Spool:
+    def __enter__(self) -> "Spool":
         return self
 
     def __exit__(self, *_: object) -> None:

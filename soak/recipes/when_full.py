@@ -4,8 +4,6 @@
 Both count in ``dropped`` what they drop.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import queue

@@ -8,13 +8,12 @@ gevent worker must not enqueue before it is patched, as in ``post_fork``.
 
 uWSGI needs ``--enable-threads``, since without it no Python thread runs between requests, and
 ``--py-call-uwsgi-fork-hooks`` to run Python's fork hooks; without that flag tempo notices the fork by the process id,
-at a worker's next call. ``--die-on-term`` lets SIGTERM end it, in place of a reload.
+at a worker's next call. ``--die-on-term`` lets SIGTERM end it, in place of a reload; a worker that is in a request then
+runs no exit hook, so stop the traffic first.
 
     uwsgi --http-socket :8000 --master --processes 4 --enable-threads --py-call-uwsgi-fork-hooks --die-on-term \
           --module wsgi_app:app
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from soak import environment
-from soak.cli import say
 from soak.debian import SetupError, fetch
 
 CACHE = environment.ROOT / ".cache" / "servers"
@@ -89,12 +88,8 @@ def find(program: str, package: str) -> tuple[str, dict[str, str]]:
     found = shutil.which(program, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", *installed]))
     if found:
         return found, dict(os.environ)
-    root, done = CACHE / package, CACHE / f"{package}.done"
-    if not done.exists():
-        say(f"sinks: fetching {package} from Debian into {root}")
-        shutil.rmtree(root, ignore_errors=True)
-        fetch([package], root)
-        done.touch()
+    root = CACHE / package
+    fetch([package], root)
     for path in sorted([*root.glob(f"usr/**/bin/{program}"), *root.glob(f"usr/sbin/{program}")]):
         libraries = [str(folder) for folder in (*root.glob("lib/*-linux-*"), *root.glob("usr/lib/*-linux-*"))]
         return str(path), {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(libraries)}

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import faulthandler
 import functools
 import http.client
-import importlib.util
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -97,16 +96,6 @@ class Worker(threading.Thread):
         return self._value
 
 
-def skip_what_is_not_installed(source: str) -> None:
-    """Skip the test when a source imports a package that is not there."""
-    for statement in ast.parse(source).body:
-        if isinstance(statement, (ast.Import, ast.ImportFrom)):
-            module = statement.module if isinstance(statement, ast.ImportFrom) else statement.names[0].name
-            name = str(module).partition(".")[0]
-            if importlib.util.find_spec(name) is None:
-                pytest.skip(f"{name} is not installed")
-
-
 def run_python(*args: str, cwd: Path = ROOT, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
     """Run an interpreter; the caller looks at the outcome."""
     command = [sys.executable, *args]
@@ -169,6 +158,12 @@ def served(folder: Path, *command: str) -> Iterator[tuple[Child, int]]:
     # Closed here, so that who connects when the server has ended is refused.
     with server:
         yield server, port
+
+
+def find_uwsgi() -> str:
+    """Return its path, or skip the test."""
+    found = shutil.which("uwsgi") or shutil.which("uwsgi", path=Path(sys.executable).parent)
+    return found or pytest.skip("uwsgi is not installed")
 
 
 def ask(port: int, path: str, body: bytes | None = None) -> tuple[int, str]:

@@ -137,7 +137,6 @@ sys.exit(entry())
 
 
 def test_a_run_goes_on_when_the_disk_is_full_and_says_so_in_one_line(tmp_path: Path) -> None:
-    pytest.importorskip("resource")
     done = run_python("-c", LIMITED, "run", "--duration", "0.5s", *QUICK, "--out", str(tmp_path))
     result = json.loads(done.stdout)
     assert (done.returncode, result["interrupted"]) == (1, False)

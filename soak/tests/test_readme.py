@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from soak.tests.helpers import ROOT, run_python, skip_what_is_not_installed
+from soak.tests.helpers import ROOT, run_python
 
 EXAMPLES = {
     f"{document}:{text.count(chr(10), 0, block.start()) + 1}": block[1]
@@ -41,6 +41,5 @@ def test_both_readmes_have_examples() -> None:
 
 @pytest.mark.parametrize("place", EXAMPLES)
 def test_the_readmes_example_runs(place: str, tmp_path: Path) -> None:
-    skip_what_is_not_installed(EXAMPLES[place])
     done = run_python("-c", EXAMPLES[place], cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")

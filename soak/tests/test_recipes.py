@@ -10,7 +10,6 @@ import importlib
 import logging
 import random
 import re
-import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -25,6 +24,7 @@ from hypothesis import strategies as st
 import tempo
 from soak.recipes import asyncio_pipeline, executor_sink, record_limits, when_full
 from soak.recipes.logging_handler import BatchHandler
+from soak.sinks import servers
 from soak.tests.helpers import (
     LIMIT,
     LONG,
@@ -35,6 +35,7 @@ from soak.tests.helpers import (
     Worker,
     ask,
     batch_of,
+    find_uwsgi,
     make,
     run_python,
     served,
@@ -152,23 +153,27 @@ def test_the_asgi_recipe_drains_when_uvicorn_ends_and_answers_503_without_room(f
 def test_the_wsgi_recipe_drains_each_worker(tmp_path: Path, server_name: str) -> None:
     kind, *preload = server_name.split()
     as_module("wsgi_app", tmp_path)
+    stats = servers.free_port()
     if kind == "uwsgi":
-        uwsgi = shutil.which("uwsgi") or shutil.which("uwsgi", path=Path(sys.executable).parent)
         flags = "--master --processes 2 --enable-threads --py-call-uwsgi-fork-hooks --die-on-term --need-app"
-        options = f"--http-socket fd://{{fd}} {flags} --module app_module:app"
-        command = [uwsgi or pytest.skip("uwsgi is not installed"), *options.split()]
+        options = f"--http-socket fd://{{fd}} {flags} --module app_module:app --stats 127.0.0.1:{stats} --stats-http"
+        command = [find_uwsgi(), *options.split()]
     else:
         for package in ("gunicorn", "gevent")[: 1 + (kind == "gevent")]:
             pytest.importorskip(package)
         options = f"--bind fd://{{fd}} --workers 2 --threads 2 --worker-class {kind}"
         command = [sys.executable, "-m", "gunicorn", *options.split(), *preload, "app_module:app"]
-    # A worker that is told to end while it is still being set up may not hear it.
+    # A worker that is told to end while it is still being set up may not hear it; a busy one of uWSGI does not drain.
     hook = "import os\ndef post_worker_init(worker):\n    open(f'{os.getpid()}.ready', 'w').close()\n"
     (tmp_path / "gunicorn.conf.py").write_text(hook, encoding="utf-8")
     with served(tmp_path, *command) as (server, port):
-        assert [ask(port, f"/event-{i:02d}")[0] for i in range(20)] == [202] * 20
-        wait_until(lambda: kind == "uwsgi" or len(list(tmp_path.glob("*.ready"))) == 2, "both workers")
-        assert sorted(delivered(server)) == [b"/event-%02d" % i for i in range(20)]
+        clients = [Worker(ask, port, f"/event-{i:02d}") for i in range(40)]
+        assert [client.result()[0] for client in clients] == [202] * 40
+        if kind == "uwsgi":
+            wait_until(lambda: ask(stats, "/")[1].count('"status":"idle"') == 2, "both workers' rest")
+        else:
+            wait_until(lambda: len(list(tmp_path.glob("*.ready"))) == 2, "both workers")
+        assert sorted(delivered(server)) == [b"/event-%02d" % i for i in range(40)]
 
 
 @pytest.mark.slow

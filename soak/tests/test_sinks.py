@@ -26,7 +26,7 @@ from soak.load import Account
 from soak.recipes.file_sink import FileSink, rotated
 from soak.sinks import readback, servers
 from soak.tests.helpers import LIMIT, OnTerminal, Worker, batch_of, run_python, wait_until
-from soak.tests.test_commands import soak
+from soak.tests.test_commands import short_passes, soak
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -150,9 +150,6 @@ def test_reading_back_finds_what_is_wrong(
     assert len(found.problems) == len(expected)
 
 
-short_passes = pytest.mark.usefixtures("short_passes")
-
-
 @short_passes
 def test_a_run_into_a_file_reads_every_event_back(tmp_path: Path) -> None:
     code, result = soak(tmp_path, "--bulk", "50", "--sink", f"file:{tmp_path / 'events'}")
@@ -193,7 +190,7 @@ def have(kind: str) -> None:
     for package in (CLIENTS[kind], "tenacity"):
         pytest.importorskip(package)
     if package := servers.KINDS[kind].package:
-        with mock.patch.object(servers, "fetch", side_effect=SetupError("not installed")):
+        with mock.patch("soak.debian.shutil", which=lambda _: None):  # fetch nothing
             try:
                 servers.find("initdb" if kind == "postgresql" else package, package)
             except SetupError:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import sqlite3
 import subprocess
@@ -132,7 +131,6 @@ os._exit(0)  # as a kill: nothing is closed
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_is_refused_by_the_spool_and_its_exit_does_no_harm(path: Path) -> None:
     done = run_python("-c", FORKED, cwd=path.parent)
     assert "let a child open its own" in done.stdout and done.stderr == ""

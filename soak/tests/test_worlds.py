@@ -2,8 +2,8 @@
 """tempo in the worlds where its users meet it: forks, servers, exits, signals, finalizers, interrupts, event loops.
 
 Everything hostile runs in a child process with a time limit, by the public API alone. A child is either a short program
-or a function of this module (`in_child`); it fails by an exception, a hang, or a word on stderr. Celery's prefork pool
-is in test_recipes.py.
+or a function of this module (`in_child`); it fails by an exception, a hang, or a word on stderr. gunicorn and Celery's
+prefork pool are in test_recipes.py; what one call at a time can show is in test_tempo.py.
 
     python3 -m pytest soak/tests/test_worlds.py              # about a minute and a half
     REPEAT=20 python3 -m pytest soak/tests/test_worlds.py    # twenty times the rounds
@@ -20,7 +20,6 @@ import multiprocessing
 import os
 import queue
 import random
-import shutil
 import signal
 import sys
 import threading
@@ -28,7 +27,7 @@ import time
 import tracemalloc
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -36,13 +35,12 @@ from typing import Any
 import pytest
 
 import tempo
-from soak.tests.helpers import LIMIT, REPEAT, ROOT, Child, Ended, Worker, ask, served, wait_until
+from soak.tests.helpers import LIMIT, REPEAT, ROOT, Child, Ended, Worker, ask, find_uwsgi, served, wait_until
 
 RATE = 3000.0
 """Signals a second."""
 
 pytestmark = pytest.mark.slow
-posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
 
 def rounds(n: int) -> int:
@@ -55,11 +53,11 @@ GOOD = Ended(0, "", "")
 PYTHON = (sys.executable, "-X", "faulthandler")
 
 
-def program(folder: Path, source: str, *arguments: object, options: Sequence[str] = PYTHON) -> Child:
+def program(folder: Path, source: str, *arguments: object) -> Child:
     """Start a Python program of these lines."""
     path = folder / "program.py"
     path.write_text(source, encoding="utf-8")
-    return Child(folder, *options, str(path), *map(str, arguments))
+    return Child(folder, *PYTHON, str(path), *map(str, arguments))
 
 
 def in_child(folder: Path, scenario: Callable[..., object], *arguments: object) -> None:
@@ -102,13 +100,10 @@ class Sender:
             self.refused += 1
         self.unsure.difference_update(items)
 
-    def send(self, d: tempo.Dispatcher, size: int = 0, timeout: float | None = 0.0) -> bool:
-        """Enqueue one payload; return whether it was accepted."""
+    def send(self, d: tempo.Dispatcher, size: int = 0, timeout: float | None = 0.0) -> None:
         item = self.make(size)
-        before = len(self.accepted)
         with self.offering([item]):
             d.enqueue(item, timeout)
-        return len(self.accepted) > before
 
     def send_many(self, d: tempo.Dispatcher, n: int, timeout: float | None = 0.0) -> None:
         items = [self.make() for _ in range(n)]
@@ -347,7 +342,6 @@ def signals(call: str, seconds: float) -> None:
     assert nested.accepted, "the signal handler's payloads were never accepted"
 
 
-@posix
 @pytest.mark.parametrize("call", CALLS)
 def test_signal_handlers_may_enqueue_whatever_call_they_interrupt(call: str, tmp_path: Path) -> None:
     in_child(tmp_path, signals, call, REPEAT)
@@ -415,7 +409,6 @@ def interrupts(call: str, seconds: float) -> None:
     load.end(interrupted if call in TAKE else 0)
 
 
-@posix
 @pytest.mark.parametrize("call", [call for call in CALLS if call not in ASYNC])
 def test_keyboard_interrupt_in_any_call_loses_nothing_that_was_accepted(call: str, tmp_path: Path) -> None:
     in_child(tmp_path, interrupts, call, REPEAT)
@@ -508,7 +501,6 @@ def forks_under_load(push: bool, n: int) -> None:
         load.census.verify(load.d)
 
 
-@posix
 @pytest.mark.parametrize("push", [False, True])
 def test_forks_of_eight_threads_under_load_give_fresh_dispatchers(push: bool, tmp_path: Path) -> None:
     in_child(tmp_path, forks_under_load, push, rounds(8))
@@ -533,100 +525,8 @@ def forks_in_a_handler(n: int) -> None:
     assert mailbox.mine() == [b"%d" % i for i in range(n)]
 
 
-def use_afterwards(d: tempo.Dispatcher) -> None:
-    """Use a dispatcher in a child that was forked in the middle of one of its calls, and has finished that."""
-    d.flush(0)  # that call may have put its payload into the child's dispatcher
-    with contextlib.suppress(queue.Empty):
-        d.get(0)
-    assert balanced(d).buffered == 0, d.stats()
-    Worker(d.enqueue, b"child").result()
-    d.flush(0)
-    assert d.get(10).tolist() == [b"child"]
-    d.shutdown(10)
-
-
-def forks_in_a_signal_handler(n: int) -> None:
-    """A signal handler forks in the middle of a call; the child finishes that call, and uses the dispatcher."""
-    load = Load("forks", producers=0, consumers=0)  # a child forked in a wait for a lock waits for ever, tempo's or not
-    calls = Calls(load)
-    parent = os.getpid()
-    pids: list[int] = []
-    some = ("enqueue", "enqueue_waiting", "enqueue_many", "get", "flush", "stats")
-
-    def handler(_: int, frame: FrameType | None) -> None:
-        if inside_tempo(frame) and os.getpid() == parent and len(pids) < n:
-            pid = os.fork()
-            if pid:
-                pids.append(pid)
-            else:
-                signal.signal(signal.SIGALRM, signal.SIG_DFL)
-                signal.alarm(20)
-
-    signal.signal(signal.SIGALRM, handler)
-    with contextlib.suppress(tempo.Error):
-        while len(pids) < n and os.getpid() == parent:
-            signal.setitimer(signal.ITIMER_REAL, 0.003 * load.chance.random() + 1e-6)
-            getattr(calls, load.chance.choice(some))()
-    if os.getpid() != parent:
-        end_child(lambda: use_afterwards(load.d))
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    for pid in pids:
-        reap(pid)
-    load.end()
-
-
-@posix
-@pytest.mark.parametrize("scenario", [forks_in_a_handler, forks_in_a_signal_handler])
-def test_fork_within_a_call_of_tempo(scenario: Callable[[int], None], tmp_path: Path) -> None:
-    in_child(tmp_path, scenario, rounds(30))
-
-
-NO_HOOKS = """
-import ctypes, os, signal, sys, threading, time, tempo
-
-push, n = sys.argv[1] == "True", int(sys.argv[2])
-fork = ctypes.PyDLL(None).fork  # as a C library does, without Python's hooks
-came = {}
-handler = lambda batch: came.setdefault(os.getpid(), []).extend(batch.tolist())
-d = tempo.Dispatcher(interval=60, max_buffered_bytes=100_000, max_batch_items=1000)
-consume = lambda: [handler(batch) for batch in d]
-if push:
-    d.start(handler)
-else:
-    threading.Thread(target=consume, daemon=True).start()
-sent = []
-for i in range(n):
-    sent += [b"parent %d.%d" % (i, j) for j in range(10)]
-    for item in sent[-10:]:
-        d.enqueue(item)
-    time.sleep(0.02)  # all other threads wait, without asking for the GIL: CPython itself survives no other such fork
-    pid = fork()
-    if pid == 0:
-        signal.alarm(20)
-        mine = [b"child %d" % i for i in range(3000)]
-        for item in mine:
-            d.enqueue(item)
-        if not push:
-            threading.Thread(target=consume, daemon=True).start()
-        assert d.flush(15), d.stats()
-        # The parent's last payloads cannot be told from those that the child appended before tempo noticed the fork.
-        all = [item for item in came[os.getpid()] if item not in sent[-10:]]
-        assert all == mine, (len(all), all[:5])
-        os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert status == 0, status
-    assert d.flush(15), d.stats()
-d.shutdown(30)
-assert came[os.getpid()] == sent, came[os.getpid()][:5]
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="looks up the C library as on Linux")
-@pytest.mark.parametrize("push", [False, True])
-def test_fork_without_hooks_is_noticed_by_the_process_id(push: bool, tmp_path: Path) -> None:
-    with program(tmp_path, NO_HOOKS, push, rounds(20)) as child:
-        ended = child.end()
-        assert ended == GOOD, ended.err[-3000:]
+def test_fork_in_a_handler_gives_the_child_a_working_dispatcher(tmp_path: Path) -> None:
+    in_child(tmp_path, forks_in_a_handler, rounds(30))
 
 
 # Worlds that fork for us: each process writes what it delivers into a file of its own ---------------------------------
@@ -685,10 +585,7 @@ def test_multiprocessing_delivers_in_every_process(method: str, tmp_path: Path) 
 
 
 WSGI = """
-if MASTER:
-    d.enqueue(b"master")
-else:
-    time.sleep(0.1)  # the handler's thread waits then, and does not ask for the GIL
+time.sleep(0.1)  # the handler's thread waits then, and does not ask for the GIL
 
 def app(environ, start_response):
     d.enqueue(environ["PATH_INFO"][1:].encode(), timeout=10)
@@ -698,178 +595,73 @@ def app(environ, start_response):
 """
 
 
-def ask_often(port: int, n: int) -> dict[str, str]:
-    """Send n requests from four threads; return which process answered each."""
-    answered: dict[str, str] = {}
+def test_uwsgi_delivers_what_each_worker_accepted(tmp_path: Path) -> None:
+    """By default uWSGI forks without Python's hooks; the flags that make it run them are in the recipe.
+
+    Then the master must be quiet: a fork while another thread asks for the GIL hangs, in CPython itself.
+    """
+    (tmp_path / "application.py").write_text(EVENTS + WSGI, encoding="utf-8")
+    options = "--http-socket=fd://{fd} --master --processes=2 --die-on-term --module=application:app --disable-logging"
+    answered: dict[str, str] = {}  # which process answered each request
 
     def client(number: int) -> None:
-        for i in range(number, n, 4):
+        for i in range(number, rounds(400), 4):
             status, answered[f"e{i}"] = ask(port, f"/e{i}")
             assert status == 202
 
-    for worker in [Worker(client, number) for number in range(4)]:
-        worker.result()
-    return answered
-
-
-def serve(folder: Path, *command: str, n: int, master: bool = True, drains: bool = True) -> None:
-    """Run a server and end it; every request was delivered once, by the process that answered it.
-
-    master: the process that forks the workers enqueues too. drains: its workers always run Python's exit hooks.
-    """
-    (folder / "application.py").write_text(f"MASTER = {master}\n{EVENTS}{WSGI}", encoding="utf-8")
-    with served(folder, *command) as (server, port):
-        answered = ask_often(port, n)
-        if not drains:
-            wait_until(lambda: answered.keys() <= {*itertools.chain(*delivered(folder).values())}, "every event")
+    with served(tmp_path, find_uwsgi(), *options.split()) as (server, port):
+        for worker in [Worker(client, number) for number in range(4)]:
+            worker.result()
+        # Without --enable-threads its workers run no exit hook.
+        wait_until(lambda: answered.keys() <= {*itertools.chain(*delivered(tmp_path).values())}, "every event")
         ended = server.end(signal.SIGTERM)
         log = ended.out + ended.err
-        found = delivered(folder)
-        came = Counter(event for events in found.values() for event in events if event != "master")
+        found = delivered(tmp_path)
+        came = Counter(itertools.chain(*found.values()))
         assert came == Counter(dict.fromkeys(answered, 1)), (len(came), len(answered), log[-3000:])
-        wrong = [event for pid, events in found.items() for event in events if answered.get(event, pid) != pid]
-        assert not wrong and found.get(str(server.process.pid), ["master"]) == ["master"], (wrong[:5], log[-3000:])
-        assert "Traceback" not in log, log[-3000:]
-
-
-@posix
-@pytest.mark.parametrize("kind", ["sync", "gthread", "gevent"])
-def test_gunicorn_with_preload_delivers_what_each_worker_accepted(kind: str, tmp_path: Path) -> None:
-    for package in ("gunicorn", *(["gevent"] if kind == "gevent" else [])):
-        pytest.importorskip(package)
-    options = f"--preload --workers=2 --threads=2 --worker-class={kind} --bind=fd://{{fd}} application:app"
-    serve(tmp_path, sys.executable, "-m", "gunicorn", *options.split(), n=rounds(400))
-
-
-UWSGI = shutil.which("uwsgi") or shutil.which("uwsgi", path=os.path.dirname(sys.executable))
-
-
-@posix
-@pytest.mark.skipif(UWSGI is None, reason="uwsgi is not installed")
-@pytest.mark.parametrize("flags", ["", "--enable-threads --py-call-uwsgi-fork-hooks"])
-def test_uwsgi_delivers_what_each_worker_accepted(flags: str, tmp_path: Path) -> None:
-    """By default uWSGI forks without Python's hooks; the flags make it run them.
-
-    Without them the master must be quiet: a fork while another thread asks for the GIL hangs, in CPython itself.
-    """
-    options = "--http-socket=fd://{fd} --master --processes=2 --die-on-term --module=application:app --disable-logging"
-    serve(tmp_path, str(UWSGI), *options.split(), *flags.split(), n=rounds(400), master=bool(flags), drains=False)
+        wrong = [event for pid, events in found.items() for event in events if answered[event] != pid]
+        assert not wrong and "Traceback" not in log, (wrong[:5], log[-3000:])
 
 
 # Exits of the interpreter ---------------------------------------------------------------------------------------------
 
 EXIT = """
-import atexit, os, signal, sys, threading, time, tempo
+import atexit, sys, threading, time, tempo
 
-how, = sys.argv[1:]
-wait = threading.Event().wait
 accepted = open("accepted", "ab", buffering=0)
 came = open("delivered", "ab", buffering=0)
 
-def send(item):
-    try:
-        d.enqueue(item)
-    except tempo.Closed:
-        return
-    accepted.write(item + b"\\n")
-
 def handler(batch):
-    if "hang" in how and came.tell():
-        wait()
-    wait(0.005)
+    time.sleep(0.005)
     came.write(b"".join(item + b"\\n" for item in batch.tolist()))
 
-def on_error(exc, batch):
-    print(type(exc).__name__, len(batch), batch.nbytes, flush=True)
-
 def late():
-    wait(0.1)
+    time.sleep(0.1)
     for i in range(50):
-        send(b"late %d" % i)
+        try:
+            d.enqueue(b"late %d" % i)
+        except tempo.Closed:
+            return
+        accepted.write(b"late %d\\n" % i)
 
-def on_term(number, frame):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not end the drain
-    sys.exit(128 + number)
-
-signal.signal(signal.SIGTERM, on_term)
 d = tempo.Dispatcher(interval=60, max_buffered_bytes=10_000, max_batch_items=10)
-d.start(handler, on_error=on_error if "on_error" in how else None, exit_timeout=0.3 if "hang" in how else 30)
+d.start(handler, exit_timeout=30)
 for i in range(100):
-    send(b"%d" % i)
-if "atexit" in how:
+    d.enqueue(b"%d" % i)
+    accepted.write(b"%d\\n" % i)
+if sys.argv[1] == "atexit":
     atexit.register(late)
-if "thread" in how:
+else:
     threading.Thread(target=late).start()
-if "term" in how:
-    print("ready", flush=True)
-    wait()
-if "hang" in how:
-    while d.stats().in_flight == 0 or d.stats().delivered == 0:
-        wait(0.001)
-if "sys.exit" in how:
-    sys.exit(3)
-if "error" in how.split():
-    raise KeyError("the program's own")
 """
 
-EXITS = {
-    "end": 0,
-    "end, an atexit hook enqueues": 0,
-    "end, a thread enqueues": 0,
-    "sys.exit": 3,
-    "error of the program": 1,
-    "term": 143,
-    "term twice": 143,
-}
 
-
-@pytest.mark.parametrize("how", EXITS)
-def test_exit_delivers_what_was_accepted(how: str, tmp_path: Path) -> None:
-    with program(tmp_path, EXIT, how) as child:
-        if "term" in how:
-            assert child.process.stdout is not None and child.process.stdout.readline() == "ready\n"
-            child.process.terminate()
-            if "twice" in how:
-                wait_until(lambda: (tmp_path / "delivered").stat().st_size, "the drain")
-                child.process.terminate()
-        ended = child.end()
-    assert (ended.code, ended.out) == (EXITS[how], "")
-    assert ("KeyError" in ended.err) if "error" in how else not ended.err, ended.err
+@pytest.mark.parametrize("who", ["atexit", "a thread"])
+def test_exit_delivers_what_is_accepted_after_the_end_of_the_program(who: str, tmp_path: Path) -> None:
+    with program(tmp_path, EXIT, who) as child:
+        assert child.end() == GOOD
     accepted, came = [(tmp_path / name).read_text("utf-8").splitlines() for name in ("accepted", "delivered")]
     assert sorted(came) == sorted(accepted) and len(accepted) >= 100, (len(came), len(accepted))
-
-
-@pytest.mark.parametrize("told", ["stderr", "on_error"])
-def test_exit_with_a_hanging_handler_says_what_was_not_delivered(told: str, tmp_path: Path) -> None:
-    begin = time.monotonic()
-    with program(tmp_path, EXIT, f"hang, {told}") as child:
-        ended = child.end()
-    assert ended.code == 0 and time.monotonic() - begin < LIMIT / 2, ended
-    # Of ten batches one was delivered, and the handler has one: the other eight hold 80 payloads of two bytes.
-    if told == "on_error":
-        assert ended.out == "DrainTimeout 10 20\n" * 8 and "80" not in ended.err, ended
-    else:
-        assert ended.out == "" and len(ended.err.splitlines()) == 1, ended
-        assert "80 payloads" in ended.err and "160 bytes" in ended.err, ended
-
-
-PULL = """
-import sys, threading, tempo
-
-d = tempo.Dispatcher(interval=60, max_buffered_bytes=1000)
-threading.Thread(target=lambda: [None for batch in d], daemon=True).start()
-d.enqueue(b"one")
-if sys.argv[1] == "shutdown":
-    d.shutdown(30)
-"""
-
-
-@pytest.mark.parametrize("ending", ["shutdown", "nothing"])
-def test_exit_warns_of_payloads_that_a_pull_mode_dispatcher_still_holds(ending: str, tmp_path: Path) -> None:
-    with program(tmp_path, PULL, ending, options=[sys.executable, "-W", "always::ResourceWarning"]) as child:
-        ended = child.end()
-    assert (ended.code, ended.out) == (0, "")
-    assert ("ResourceWarning" in ended.err) == (ending == "nothing"), ended.err
 
 
 # gevent and eventlet --------------------------------------------------------------------------------------------------
@@ -1010,49 +802,6 @@ def cancellations(n: int) -> None:
     census.verify(d)
 
 
-def loops_that_end(n: int) -> None:
-    """Loops are stopped or closed while tasks of theirs wait; threads that wait too are served, and no loop is kept."""
-    for number in range(n):
-        d = tempo.Dispatcher(interval=0.01, max_buffered_bytes=100)
-        full = number % 2 == 0  # the tasks wait for room; else for a batch
-        if full:
-            d.enqueue(bytes(100))
-        loop = asyncio.new_event_loop()
-
-        async def waits() -> None:
-            await (d.aenqueue(b"task") if full else anext(aiter(d)))  # noqa: B023
-
-        tasks = [loop.create_task(waits()) for _ in range(3)]
-        for _ in range(10):
-            loop.call_soon(loop.stop)
-            loop.run_forever()
-        s = d.stats()
-        assert (s.waiting_producers, s.waiting_consumers) == ((3, 0) if full else (0, 3)), s
-        closed = number % 4 < 2
-        if closed:
-            loop.close()
-        if full:
-            later = Worker(d.enqueue, b"later", LIMIT)
-            items: list[bytes] = []
-            while b"later" not in items:
-                items += d.get(LIMIT).tolist()
-            later.result()
-        else:
-            batch = Worker(d.get, LIMIT)
-            for _ in range(4):  # a task that cannot go on may have been told of the first ones
-                d.enqueue(b"x")
-                d.flush(0)
-            assert batch.result()
-        d.stop()
-        for task in tasks:
-            task._log_destroy_pending = False  # type: ignore[attr-defined]
-        gone = weakref.ref(loop)
-        loop.close()
-        del loop, tasks, task
-        gc.collect()
-        assert gone() is None or not closed, "tempo keeps a loop alive"
-
-
 def loops_in_threads(n: int) -> None:
     """Several loops and several threads share a dispatcher."""
     load = Load("loops", producers=1, consumers=1)
@@ -1078,7 +827,7 @@ def loops_in_threads(n: int) -> None:
     load.end()
 
 
-@pytest.mark.parametrize("scenario, n", [(cancellations, 20), (loops_that_end, 8), (loops_in_threads, 50)])
+@pytest.mark.parametrize("scenario, n", [(cancellations, 20), (loops_in_threads, 50)])
 def test_asyncio(scenario: Callable[[int], None], n: int, tmp_path: Path) -> None:
     in_child(tmp_path, scenario, rounds(n))
 

@@ -152,7 +152,7 @@ def whole_way(
         last = take()
     seconds = perf_counter() - started
     sent = source[-CHUNK:]  # not compared whole: a view is compared byte by byte
-    assert (last.nbytes, last[-SIZE:]) == (sum(map(len, sent)), sent[-1][-SIZE:])
+    assert (last.nbytes, bytes(last[-SIZE:])) == (sum(map(len, sent)), sent[-1][-SIZE:])
     return seconds
 
 

@@ -1525,7 +1525,8 @@ def test_waiting_threads_look_up_once_a_second_at_most() -> None:
 
     before = slept()
     time.sleep(1.1)  # the one real wait: that nothing happens has no event
-    assert all(now - then <= 3 for then, now in zip(before, slept(), strict=True))
+    # Under load a thread that looked up also sleeps for the GIL, now and then.
+    assert all(now - then <= 8 for then, now in zip(before, slept(), strict=True))
     for d in (empty, open_, no_room):
         d.stop()
     assert [refusal(worker.result) for worker in waiting] == [tempo.Stopped] * 5

@@ -112,7 +112,8 @@ def largest_buffer(config: Config, memory: object) -> int:
     """Return the largest buffer whose bound for the heap is an eighth of the memory (unknown: of 512 MiB) at most."""
     share = (memory if isinstance(memory, int) else 512 * MIB) // SHARE_OF_MEMORY
     buffer = min(MOST_BUFFER, share)
-    while buffer > 1 and heap.bound(replace(config, max_buffered_bytes=buffer, producers=max(PRODUCERS))) > share:
+    most = replace(config, max_batch_bytes=None, producers=max(PRODUCERS))  # no limit of a batch may be recommended
+    while buffer > 1 and heap.bound(replace(most, max_buffered_bytes=buffer)) > share:
         buffer = buffer * 3 // 4
     return buffer
 

@@ -146,13 +146,13 @@ _monotonic: Callable[[], float] = functools.partial(time.monotonic)
 # another while a third thread does the reverse.  It is an RLock: a signal handler may come right after the acquire.
 #
 # Waiting.  Each waiter has a Condition of its own over the lock, or is a future of an event loop; it stands in a line,
-# and leaves it when it is woken.  A producer without room stands in `_line`; whoever makes room accepts its payload for
-# it, first come first served.  A thread then rests, for under a GIL all of them awake would keep the consumer from
-# running: one goes on for each eighth of the buffer that is taken, and all when a consumer is idle.  Consumers stand in
-# `_consumers`.  All are woken when a batch is due, and when one has begun that no waiting thread will time (a coroutine
-# is not trusted to: its loop may not run).  flush and shutdown stand in `_drainers`.  No thread waits longer than
-# _LOOK_UP without looking: a wake-up that a signal handler sends from the waiting thread itself, between its last look
-# and the wait, is lost.
+# and leaves it when it is woken, or at the end of the section in which its call ends.  A producer without room stands
+# in `_line`; whoever makes room accepts its payload for it, first come first served.  A thread then rests, for under a
+# GIL all of them awake would keep the consumer from running: one goes on for each eighth of the buffer that is taken,
+# and all when a consumer is idle.  Consumers stand in `_consumers`.  All are woken when a batch is due, and when one
+# has begun that no waiting thread will time (a coroutine is not trusted to: its loop may not run).  flush and shutdown
+# stand in `_drainers`.  No thread waits longer than _LOOK_UP without looking: a wake-up that a signal handler sends
+# from the waiting thread itself, between its last look and the wait, is lost.
 #
 # States.  running -> shutting_down -> stopped, or running -> stopped; never back.  The run is sealed before the phase
 # changes, and no credit is given after it.
@@ -326,6 +326,11 @@ class _Push(NamedTuple):
     exit_timeout: float
 
 
+def _charge(sizes: list[int]) -> int:
+    """What payloads of these sizes are charged: an empty one counts 1 byte."""
+    return sum(sizes) + (0 if all(sizes) else sizes.count(0))
+
+
 class _Taken(NamedTuple):
     """What has left the buffer, replaced by one store (I5)."""
 
@@ -464,10 +469,9 @@ class _Buffer:
         self.peak = 0
         self.pace = (0, 0.0, 0.0)  # payloads and time from which the pace is measured, and as it was measured last
         self.failed = (0, 0)  # payloads, bytes: the handler raised
-        # Number of the first payload, batch. They count if that number is below taken.items.
-        self.flight: tuple[int, Batch, int] | None = None  # what the handler has, or is about to get; its bytes
-        self.undelivered: list[tuple[int, Batch]] = []  # discarded
-        self.unclaimed = [self.undelivered]  # empty once somebody has it
+        # Batches with the number of their first payload: they are taken if that is below taken.items.
+        self.flight: tuple[int, Batch, int] | None = None  # what the handler has, or is about to get; and its bytes
+        self.undelivered: list[tuple[int, Batch]] = []  # discarded, and not handed back yet
         # Touched without the lock; why that is safe is told in Theory.
         self.run = _Run(0, 0, 0, 0, _FOREVER, 0)
         self.nested: list[_Nested] = []  # of calls that interrupted a section, which counts them
@@ -512,8 +516,7 @@ class _Buffer:
             if nested:
                 new += [entry.data for entry in nested if entry.accepted]
             sizes = list(map(len, new))
-            charge = sum(sizes) + (0 if all(sizes) else sizes.count(0))
-            self._commit(new, sizes, charge, when, run.served, before)
+            self._commit(new, sizes, _charge(sizes), when, run.served, before)
 
     def accept(self, new: Sequence[bytes], sizes: list[int], charge: int, now: float, served: int = 0) -> bool:
         """After a seal: accept payloads if all of them fit (I1)."""
@@ -638,7 +641,7 @@ class _Buffer:
         self.repair()
 
     def repair(self) -> None:
-        """Finish the last commit, or undo what was stored for one that did not happen. May be run again."""
+        """Finish the last commit, or undo what was stored for one that did not happen (I2). May be run again."""
         run, taken, packs = self.run, self.taken, self.packs
         if self.dirty:
             while packs and packs[-1].start >= run.items:
@@ -665,7 +668,7 @@ class _Buffer:
             self._replace(_Run(run.items, run.charge, run.items, run.charge, _FOREVER, run.served))
 
     def take(self, fate: str = "delivered") -> Batch:
-        """Take the front batch, which is closed; fate: "delivered", "in_flight" or "discarded".
+        """Take the front batch, which is closed (I5); fate: "delivered", "in_flight" or "discarded".
 
         The batch is made before it is taken, so that its bytes count until there is memory for it.
         """
@@ -703,14 +706,14 @@ class _Buffer:
 class _Waiter:
     """One blocked thread, on a Condition of its own over the lock. Everything here needs the lock."""
 
-    thread = True
+    thread = True  # not a coroutine
     stood = False  # in a line, perhaps still
     woken = True  # it need not wait
     until = _FOREVER  # a consumer: when it looks again by itself
     data = b""  # a producer: its payload,
     ticket = 0  # and its place in the line
     target = -1.0  # flush and shutdown: the number of payloads to be delivered
-    buffer: _Buffer | None = None  # by this one
+    buffer: _Buffer | None = None  # of this buffer; a forked child has another
     _condition: threading.Condition | None = None
 
     def alive(self) -> bool:
@@ -740,7 +743,6 @@ class _AsyncWaiter(_Waiter):
     """One waiting coroutine, woken through its event loop, which may be closed. Keeps neither loop nor task alive."""
 
     thread = False
-
     future: Callable[[], Any]  # a weak reference
 
     def alive(self) -> bool:
@@ -1107,7 +1109,7 @@ class Dispatcher:
         instead = "await ashutdown(), async with" if waits and timeout is None else ""
         done = self._block(deadline if waits else 0.0, self._drain, "shutdown", instead)
         if not done and waits:
-            self._give_up()
+            self._end(giving_up=True)
         elif waits and not self._halted and (thread := self._thread) is not None and thread.is_alive():
             thread.join(_remaining(deadline))  # it has delivered all, and only has to return
 
@@ -1117,7 +1119,7 @@ class Dispatcher:
         waits = self._may_wait()
         done = await self._await(deadline if waits else 0.0, self._drain, "shutdown")
         if not done and waits:
-            self._give_up()
+            self._end(giving_up=True)
 
     def stop(self) -> list[Batch]:
         """Stop at once; return the batches that no consumer received, which are now the caller's.
@@ -1128,8 +1130,7 @@ class Dispatcher:
         Raises:
             RuntimeError: called by a signal handler or finalizer that interrupted tempo; nothing changed.
         """
-        self._halt()
-        return self._claim()
+        return self._end()
 
     def stats(self) -> Stats:
         """Return a consistent snapshot. May be called from anywhere."""
@@ -1267,7 +1268,7 @@ class Dispatcher:
     @_section
     def _block(self, deadline: float, step: Callable[..., _T | None], *args: Any) -> _T:
         """Run step(waiter, over, *args) until it has a result; after each None wait, with the lock released."""
-        waiter, mutex, me = _Waiter(), self._find_mutex(), threading.get_ident()
+        waiter, mutex, me = _Waiter(), self._mutex or self._find_mutex(), threading.get_ident()
         try:
             while True:
                 result = step(waiter, self._now >= deadline, *args)
@@ -1342,7 +1343,7 @@ class Dispatcher:
                 consumers.remove(waiter)
 
     def _hurried(self) -> bool:
-        """Lock held. Whether the open batch is due whatever its age: a payload lacks room, or this is the drain."""
+        """Lock held. Whether the open batch is due whatever its age: a payload lacks room (I4), or it is the drain."""
         return self._phase is not _RUNNING or bool(self._line) or self._buffer.pressed
 
     # -- Producers' half ---------------------------------------------------------------------------------------------
@@ -1395,7 +1396,7 @@ class Dispatcher:
         if self._phase is not _RUNNING or (waits and self._line):
             return 0
         sizes = list(map(len, chunk))
-        n, charge = len(chunk), sum(sizes) + (0 if all(sizes) else sizes.count(0))
+        n, charge = len(chunk), _charge(sizes)
         run, total = buffer.run, accepted[0] + n
         try:
             while not buffer.accept(chunk, sizes, charge, self._now):
@@ -1532,14 +1533,24 @@ class Dispatcher:
         taken = self._buffer.taken
         return taken.items >= target and not taken.discarded_items and self._buffer.in_flight()[0] >= target
 
-    def _give_up(self) -> None:
-        """shutdown has not seen the drain: stop, and raise why, unless it is done after all."""
-        if self._halt(True):
-            self._claim(self._buffer.in_flight()[1])
+    def _end(self, giving_up: bool = False) -> list[Batch]:
+        """Stop at once; return what was discarded, to one caller. giving_up: raise DrainTimeout, unless drained."""
+        mine: list[tuple[int, Batch]] = []
+        try:
+            halted = self._halt(giving_up, mine)
+            batches = [batch for _, batch in mine]
+            if giving_up and halted:
+                raise DrainTimeout(batches, self._buffer.in_flight()[1])
+            return batches
+        except DrainTimeout:
+            raise
+        except BaseException:  # an interrupt: they are the next caller's
+            self._buffer.undelivered.extend(mine)
+            raise
 
     @_section
-    def _halt(self, giving_up: bool = False) -> bool:
-        """Stop, and discard what was not delivered; made to be called again when an exception ended it."""
+    def _halt(self, giving_up: bool, mine: list[tuple[int, Batch]]) -> bool:
+        """Stop, discard what was not delivered, and move it to mine; may be called again if an exception ended it."""
         if giving_up and self._halted:
             raise Stopped("stopped while it was shutting down")
         buffer = self._buffer
@@ -1552,24 +1563,10 @@ class Dispatcher:
             if buffer.due() != -_FOREVER:
                 buffer.cut()
             buffer.take("discarded")
+        n = len(buffer.undelivered)
+        mine += buffer.undelivered[:n]  # between this
+        del buffer.undelivered[:n]  # and this no signal is looked for
         return self._halted
-
-    def _claim(self, in_flight: int | None = None) -> list[Batch]:
-        """Return the discarded batches, to one caller; where in_flight is given, raise DrainTimeout with them."""
-        unclaimed = self._buffer.unclaimed
-        mine: list[list[tuple[int, Batch]]] = []
-        try:
-            with contextlib.suppress(IndexError):  # somebody has them
-                mine.extend(map(unclaimed.pop, (-1,)))  # one step: no interrupt comes in between
-            batches = [batch for claimed in mine for _, batch in claimed]
-            if in_flight is not None:
-                raise DrainTimeout(batches, in_flight)
-            return batches
-        except DrainTimeout:
-            raise
-        except BaseException:
-            unclaimed.extend(mine)
-            raise
 
     @_section
     def _stats(self) -> Stats:
@@ -1799,7 +1796,7 @@ def _after_fork(keep: bool = False) -> None:
         if keep and run.granted:
             new = run[: run.granted]
             sizes = list(map(len, new))
-            d._buffer.accept(new, sizes, sum(sizes) + sizes.count(0), _monotonic())
+            d._buffer.accept(new, sizes, _charge(sizes), _monotonic())
             del run[: len(new)]
     _pid = _getpid()
 

@@ -341,16 +341,6 @@ class _Taken(NamedTuple):
     discarded_charge: int = 0
 
 
-class _Nested:
-    """A payload offered by a call that interrupted a section of its own thread."""
-
-    __slots__ = ("accepted", "data")
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-        self.accepted = False
-
-
 class _Run(list[bytes]):
     """Payloads that producers append without the lock, and the totals of all that was accepted before them.
 
@@ -474,7 +464,7 @@ class _Buffer:
         self.undelivered: list[tuple[int, Batch]] = []  # discarded, and not handed back yet
         # Touched without the lock; why that is safe is told in Theory.
         self.run = _Run(0, 0, 0, 0, _FOREVER, 0)
-        self.nested: list[_Nested] = []  # of calls that interrupted a section, which counts them
+        self.nested: list[bytes] = []  # accepted by calls that interrupted a section, which counts them
         self.spare = _NO_LIMIT  # room that is left, while a payload waits for room or was refused
 
     def held(self) -> int:
@@ -485,7 +475,7 @@ class _Buffer:
         """Payloads and bytes accepted since the beginning, those that are not counted yet included."""
         run = self.run
         counted = run.before[2] if run.before is not None else 0  # and not removed yet
-        new = run[: run.granted] + [entry.data for entry in self.nested[counted:] if entry.accepted]
+        new = run[: run.granted] + self.nested[counted:]
         return run.items + len(new), run.charge + sum([len(payload) or 1 for payload in new])
 
     def in_flight(self) -> tuple[float, int, int]:
@@ -508,15 +498,16 @@ class _Buffer:
             self.repair()
         run = self.run
         run.places = 0  # first: who sees another value appended before the slice
-        nested = self.nested[:] if self.nested else None
+        nested = self.nested[:]
         if run.granted or nested:
             new: list[bytes] = run[: run.granted]
-            before = (run, len(new), len(nested or ()))
+            before = (run, len(new), len(nested))
             when = run.opened if new else now
-            if nested:
-                new += [entry.data for entry in nested if entry.accepted]
+            new += nested
             sizes = list(map(len, new))
-            self._commit(new, sizes, _charge(sizes), when, run.served, before)
+            after = self._store(new, sizes, _charge(sizes), when, run.served)
+            after.before = before
+            self._replace(after)
 
     def accept(self, new: Sequence[bytes], sizes: list[int], charge: int, now: float, served: int = 0) -> bool:
         """After a seal: accept payloads if all of them fit (I1)."""
@@ -525,7 +516,7 @@ class _Buffer:
         if self._ceiling(run) > self.max_buffered:
             run.claim = 0
             return False
-        self._commit(new, sizes, charge, now, served or run.served)
+        self._replace(self._store(new, sizes, charge, now, served or run.served))
         if len(sizes) == 1 and self.covers < charge <= self.most:
             self.covers = charge
         return True
@@ -535,20 +526,19 @@ class _Buffer:
 
         Counts all credit, and all that the section is about to use, as if it were buffered.
         """
-        entry = _Nested(data)
-        self.nested.append(entry)  # first: a call nested in this one must see it
-        run = self.run
-        if self._ceiling(run) > self.max_buffered:
-            self.nested.remove(entry)
-            return False
-        run.places = 0  # what follows stays behind this payload
-        run.granted = min(run.granted, len(run))
-        entry.accepted = True
-        return True
+        run, charge = self.run, len(data) or 1
+        run.claim += charge  # first: a call nested in this one must see it; it leaves the claim as it was
+        fits = self._ceiling(run) <= self.max_buffered
+        if fits:
+            run.places = 0  # what follows stays behind this payload
+            run.granted = min(run.granted, len(run))
+            self.nested.append(data)
+        run.claim -= charge
+        return fits
 
     def _ceiling(self, run: _Run) -> int:
         """Bytes that are buffered, or may become it by credit, claims and nested calls."""
-        pending = sum([len(entry.data) or 1 for entry in self.nested]) if self.nested else 0
+        pending = _charge(list(map(len, self.nested))) if self.nested else 0
         return run.charge - self.taken.charge + run.granted * run.covers + run.claim + pending
 
     def grant(self, now: float, told: bool) -> None:
@@ -584,16 +574,8 @@ class _Buffer:
             self.pace = (self.run.items, now, pace)
         return pace
 
-    def _commit(
-        self,
-        new: Sequence[bytes],
-        sizes: list[int],
-        charge: int,
-        now: float,
-        served: int,
-        before: tuple[_Run, int, int] | None = None,
-    ) -> None:
-        """Store payloads in packs, then accept them by one store: a run with the new totals (I2)."""
+    def _store(self, new: Sequence[bytes], sizes: list[int], charge: int, now: float, served: int) -> _Run:
+        """Store payloads in packs; return the run with the new totals, which accepts them (I2)."""
         run = self.run
         items, total, first, base, due = run.items, run.charge, run.first, run.base, run.due
         n, at, totals = len(new), 0, None
@@ -620,7 +602,7 @@ class _Buffer:
             if closes:
                 pack.ends.append(items - pack.start)
                 first, base, due = items, total, _FOREVER
-        self._replace(_Run(items, total, first, base, due, served), before)
+        return _Run(items, total, first, base, due, served)
 
     def _pack(self, begins: bool, items: int, total: int) -> _Pack:
         """Return the pack for the next payloads. begins: a batch begins with them."""
@@ -633,9 +615,8 @@ class _Buffer:
         self.packs.append(_Pack(items, total))
         return self.packs[-1]
 
-    def _replace(self, after: _Run, before: tuple[_Run, int, int] | None = None) -> None:
-        """Commit what was stored in the packs."""
-        after.before = before
+    def _replace(self, after: _Run) -> None:
+        """Commit what was stored in the packs, by one store."""
         self.run = after
         self.dirty = False
         self.repair()
@@ -1608,33 +1589,31 @@ class Dispatcher:
         try:
             self._waits[me] = True  # a signal handler may not wait for a thread that this one is about to start
             thread = threading.Thread(target=self._consume, args=(push,), name=f"tempo-{name}", daemon=True)
-            error = self._adopt(thread, push)
+            self._adopt(thread, push)
             if self._thread is thread:
                 thread.start()
         except BaseException as exc:
-            if self._thread is thread and not (thread and thread.is_alive()):  # else the exception came after that
-                self._thread = None
-                if first:
-                    self._push = None
+            if self._thread is not thread or (thread and thread.is_alive()):  # the exception came before or after
+                raise
+            self._thread = None
+            if first:
+                self._push = None
             if isinstance(exc, RuntimeError):  # too many threads, or a sub-interpreter that may have none
                 raise RuntimeError(f"no thread can be started ({exc}): use pull mode, `for batch in d`") from exc
             raise
         finally:
             self._waits.pop(me, None)
-        if error is not None:
-            raise error
 
     @_section
-    def _adopt(self, thread: threading.Thread, push: _Push) -> RuntimeError | None:
-        """Make thread the handler's, unless there is one; return why not, where that is an error."""
+    def _adopt(self, thread: threading.Thread, push: _Push) -> None:
+        """Make thread the handler's, unless there is one."""
         if self._push is not push:
             if self._phase is not _RUNNING:
-                return (Stopped if self._phase is _STOPPED else ShuttingDown)("start was called too late")
+                raise (Stopped if self._phase is _STOPPED else ShuttingDown)("start was called too late")
             if self._push is not None:
-                return RuntimeError("start was called before")
+                raise RuntimeError("start was called before")
         if self._thread is None:
             self._push, self._thread = push, thread
-        return None
 
     def _ensure_thread(self) -> None:
         """In a forked child: start the handler's thread again. The payload is accepted either way."""

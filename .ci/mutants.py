@@ -82,6 +82,7 @@ def test_all(db: WorkDB, items: list[WorkItem], jobs: int) -> None:
         outcome, output = pool.submit(run_tests, *TESTS).result()
         if outcome is not TestOutcome.SURVIVED:
             sys.exit(f"{output}\nthe tests fail without a change")
+        items = sorted(items, key=lambda item: item.mutations[0].start_pos)  # neighbours fail in the same tests
         done = as_completed([pool.submit(test, item) for item in items])
         for number, future in enumerate(done, 1):
             db.set_result(*future.result())

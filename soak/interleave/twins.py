@@ -50,5 +50,5 @@ TWINS = [
     Twin("what a nested call leaves is not looked for again", "enqueue inside stats in 'empty' with",
          "if not self._left:\n                return", "if True:\n                return"),
     Twin("nested call does not close the run", "enqueue two inside flush in 'closed",
-         "run.places = 0  # what follows stays behind this payload\n        run.granted =", "_ ="),
+         "run.places = 0  # what follows stays behind this payload\n            run.granted =", "_ ="),
 ]  # fmt: skip

@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: MIT
 """A soak with each of several interpreters, as a table in Markdown: is anything lost, how fast, in how much memory?
 
-    python3 .ci/interpreters.py --duration 1m python3.10 python3.13 "PYTHON_GIL=0 python3.13t" > soak/RESULTS.md
+    python3 .ci/interpreters.py --duration 1m python3.10 python3.13 "PYTHON_GIL=0 python3.13t"
 
 One after the other, so on a quiet machine. Anything lost is exit code 1.
 """
 
 import argparse
 import json
-import os
 import shlex
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,14 +47,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Soak tempo with several interpreters; print a table.")
     parser.add_argument("interpreters", nargs="+", metavar="COMMAND", help='"PYTHON_GIL=0 python3.13t", for example')
     parser.add_argument("--duration", default="1m", metavar="TIME", help="of each soak (%(default)s)")
-    parser.add_argument("--rows", action="store_true", help="only the rows, to be put to those of another run")
     options = parser.parse_args()
-    if not options.rows:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        machine = f"{os.uname().sysname} {os.uname().machine}, {os.cpu_count()} cores"
-        print(f"{date.today()}, commit {commit.stdout.strip()}, {machine}, {options.duration} each:\n\n{HEAD}")
+    print(HEAD, flush=True)
     wrong = 0
     for command in options.interpreters:
         text, bad = row(command, options.duration)

@@ -23,7 +23,7 @@ from soak.cli import Failure, format_seconds, say
 
 FOLDER = baseline.FOLDER / "bench"
 OUT = environment.ROOT / "soak" / "out" / "bench.json"
-GROUPS = {"calls": 20, "threads": 3, "full": 10, "peers": 3, "coroutines": 3, "soaks": 3}
+GROUPS = {"calls": 20, "threads": 3, "full": 10, "peers": 3, "coroutines": 3, "soaks": 3, "producers": 3}
 """And the values of a round: more where they take milliseconds."""
 PATIENCE = 900.0  # seconds after which a round of one group counts as hung
 FLOOR = 0.10
@@ -34,7 +34,7 @@ examples:
   python3 -m soak bench
   python3 -m soak bench --groups calls,soaks --rounds 3
   python3 -m soak bench --compare auto
-  python3 -m soak bench --python python3.14t --groups threads
+  python3 -m soak bench --python python3.14t --groups producers
 """
 
 
@@ -65,6 +65,8 @@ ROWS = (
     Row("32 KiB batches, of bare", "soak_32k", "soak_32k_bare", share=True),
     Row("1 producer, of bare", "soak_1", "soak_1_bare", share=True),
     Row("256 producers, of bare", "soak_256", "soak_256_bare", share=True),
+    *(Row(f"{number} producers / Queue", f"tempo_{number}", f"queue_{number}") for number in (1, 2, 4, 8)),
+    *(Row(f"{number} producers / SimpleQueue", f"tempo_{number}", f"simple_queue_{number}") for number in (1, 2, 4, 8)),
 )
 
 

@@ -175,16 +175,24 @@ def large() -> float:
     return whole_way(dispatcher.enqueue, lambda: dispatcher.get().data, BLOCKS)
 
 
-# From a producer's thread to a consumer's: from the first call until the consumer has seen the last payload.
+# From producers' threads to a consumer's: from the first call until the consumer has seen the last payload.
 
 
-def in_threads(count: int, produce: Callable[[list[bytes]], object], consume: Callable[[], int]) -> float:
-    """Return the seconds until both have ended; ``consume`` returns how many bytes came."""
-    source = SOURCE[:count]
-    with ThreadPoolExecutor(1) as pool:
+def in_threads(
+    produce: Callable[[list[bytes]], object],
+    finish: Callable[[], object],
+    consume: Callable[[], int],
+    count: int,
+    producers: int,
+) -> float:
+    """Return the seconds until all have ended; ``consume`` returns how many bytes came."""
+    share = SOURCE[: count // producers]
+    with ThreadPoolExecutor(producers + 1) as pool:
         started = perf_counter()
         received = pool.submit(consume)
-        produce(source)
+        for done in [pool.submit(produce, share) for _ in range(producers)]:
+            done.result()
+        finish()
         nbytes = received.result()
         seconds = perf_counter() - started
     assert nbytes == count * SIZE
@@ -192,29 +200,23 @@ def in_threads(count: int, produce: Callable[[list[bytes]], object], consume: Ca
 
 
 @subject("threads", COUNT)
-def handover(count: int = COUNT, **limits: Any) -> float:
-    """tempo; the producer waits for room."""
+def handover(count: int = COUNT, producers: int = 1, **limits: Any) -> float:
+    """tempo; a producer waits for room."""
     dispatcher = roomy(**{"interval": 0.01, "max_batch_bytes": BATCH, **limits})
 
     def produce(source: list[bytes]) -> None:
         enqueue = dispatcher.enqueue
         for payload in source:
             enqueue(payload, None)
-        dispatcher.shutdown()
 
-    return in_threads(count, produce, lambda: sum(taken.data.nbytes for taken in dispatcher))
+    consume = partial(sum, (taken.data.nbytes for taken in dispatcher))
+    return in_threads(produce, dispatcher.shutdown, consume, count, producers)
 
 
 @subject("threads", COUNT, queue_batcher=queue.Queue, simple_queue_batcher=queue.SimpleQueue)
-def batcher(kind: Callable[[], Any], count: int = COUNT) -> float:
+def batcher(kind: Callable[[], Any], count: int = COUNT, producers: int = 1) -> float:
     """The batcher that people write: a thread that takes from a queue until a batch is full or the queue is empty."""
     target = kind()
-
-    def produce(source: list[bytes]) -> None:
-        put = target.put
-        for payload in source:
-            put(payload)
-        put(None)
 
     def consume() -> int:
         get, get_nowait = target.get, target.get_nowait
@@ -236,7 +238,19 @@ def batcher(kind: Callable[[], Any], count: int = COUNT) -> float:
             received += len(b"".join(parts))
         return received
 
-    return in_threads(count, produce, consume)
+    return in_threads(partial(timed, target.put), partial(target.put, None), consume, count, producers)
+
+
+PRODUCERS = (1, 2, 4, 8)
+BATCHERS: dict[str, Callable[..., float]] = {
+    "tempo": handover,
+    "queue": partial(batcher, queue.Queue),
+    "simple_queue": partial(batcher, queue.SimpleQueue),
+}
+GROUPS["producers"] = (
+    COUNT,
+    {f"{name}_{number}": partial(call, producers=number) for name, call in BATCHERS.items() for number in PRODUCERS},
+)
 
 
 # A buffer that is full long before its interval is over, and a consumer that waits; a bounded queue of the same size.

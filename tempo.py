@@ -82,11 +82,10 @@ _LOOK_UP: Final = 1.0  # seconds after which a waiting thread looks up, whatever
 _EXIT_TIMEOUT: Final = 5.0  # seconds
 _CREDIT_ITEMS: Final = 1024  # payloads that one run accepts without the lock, at most
 _CREDIT_BYTES: Final = 64 * KiB  # and an eighth of the buffer: the bytes for which credit is given, at most
-_SMALL: Final = 512  # bytes: the largest payload that credit covers at first; smaller ones are joined when counted
+_SMALL: Final = 512  # bytes: the largest payload that credit covers at first; smaller ones are joined
 _SAMPLE: Final = 64  # payloads of a batch whose largest says what credit covers next,
 _RARE: Final = 8  # if it is at most so many times their mean
-_PIECE_BYTES: Final = 128 * KiB  # small payloads are joined in pieces of about this size
-_LOOSE: Final = 256  # small payloads that were accepted one by one are joined so many at a time
+_LOOSE: Final = 256  # small payloads are joined when there are more
 _PACK_ITEMS: Final = 256  # payloads, or
 _PACK_BYTES: Final = 16 * KiB  # bytes, from which a pack takes no further batch
 _CHUNK: Final = 512  # payloads that enqueue_many() admits in one section
@@ -386,7 +385,7 @@ class _Pack:
     A batch lies in one pack. Payloads of less than _SMALL bytes on average are joined, larger ones are not copied.
     """
 
-    __slots__ = ("base", "empties", "ends", "joined", "pieces", "sizes", "start")
+    __slots__ = ("base", "ends", "joined", "loose", "pieces", "sizes", "start")
 
     def __init__(self, start: int, base: int) -> None:
         self.start = start  # number of its first payload
@@ -394,30 +393,23 @@ class _Pack:
         self.sizes = array("I")  # of each payload
         self.pieces: list[bytes] = []  # the payloads back to back
         self.joined = 0  # pieces before this index are not joined again
+        self.loose = 0  # bytes of those that are not joined yet
         self.ends = array("I")  # where batches end, in payloads from its start
-        self.empties = False  # there may be empty payloads
 
     def append(self, new: Sequence[bytes], sizes: list[int], charge: int) -> None:
-        n = len(new)
-        if n > 1 and charge < _SMALL * n:
-            step = max(2, n * _PIECE_BYTES // charge)
-            for i in range(0, n, step):
-                self.pieces.append(b"".join(new[i : i + step] if step < n else new))
-        else:
-            self.pieces += new
-        if not all(sizes):
-            self.empties = True
+        self.pieces += new
+        self.loose += charge
         if charge >> 32:
             self.sizes = array("Q", self.sizes)
         self.sizes.fromlist(sizes)
 
-    def tidy(self, loose: int) -> None:
-        """Join the small pieces at the end if there are more than `loose`."""
-        if len(self.pieces) - self.joined > loose:
-            tail = self.pieces[self.joined :]
-            if sum(map(len, tail)) < _SMALL * len(tail):
-                self.pieces[self.joined :] = [b"".join(tail)]
-            self.joined = len(self.pieces)
+    def tidy(self, most: int) -> None:
+        """Join the pieces at the end if there are more than `most`, and they are small."""
+        n = len(self.pieces) - self.joined
+        if n > most:
+            if self.loose < _SMALL * n:
+                self.pieces[self.joined :] = [b"".join(self.pieces[self.joined :])]
+            self.joined, self.loose = len(self.pieces), 0
 
     def batch(self, begin: int, end: int) -> Batch:
         """Return payloads begin to end as a batch; a single piece is handed over without a copy."""
@@ -435,7 +427,7 @@ class _Pack:
         """Keep what is before payload number `items`, and the ends of batches up to payload number `first`."""
         del self.sizes[items - self.start :]
         del self.ends[bisect_right(self.ends, first - self.start) :]
-        self.joined = 0
+        self.joined = self.loose = 0
         self.pieces[:] = [b"".join(self.pieces)[: sum(self.sizes)]]
 
 
@@ -517,8 +509,6 @@ class _Buffer:
             run.claim = 0
             return False
         self._replace(self._store(new, sizes, charge, now, served or run.served))
-        if len(sizes) == 1 and self.covers < charge <= self.most:
-            self.covers = charge
         return True
 
     def accept_nested(self, data: bytes) -> bool:
@@ -659,7 +649,7 @@ class _Buffer:
         begin = taken.items - pack.start
         batch = pack.batch(begin, pack.ends[bisect_right(pack.ends, begin)])
         n = len(batch)
-        charge = batch.nbytes + (batch._sizes.count(0) if pack.empties else 0)
+        charge = batch.nbytes + (0 if all(batch._sizes) else batch._sizes.count(0))
         after = taken._replace(items=taken.items + n, charge=taken.charge + charge, batches=taken.batches + 1)
         if fate == "in_flight":
             self.flight = (taken.items, batch, charge)
@@ -1763,10 +1753,7 @@ def _after_fork(keep: bool = False) -> None:
     global _pid  # noqa: PLW0603
     for mutex in list(_MUTEXES.values()):
         if not mutex.held():  # else it is this thread's, which has forked in a section
-            if hasattr(mutex.lock, "_at_fork_reinit"):
-                mutex.lock._at_fork_reinit()
-            else:
-                mutex.__init__(threading.RLock())  # type: ignore[misc]
+            mutex.__init__(threading.RLock())  # type: ignore[misc]
         mutex.owner = 0
     for d in _dispatchers():
         run = d._buffer.run

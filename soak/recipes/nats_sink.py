@@ -18,10 +18,6 @@ from nats.js.api import Header, PubAck
 import tempo
 
 
-class Unacknowledged(Exception):
-    """The server has not acknowledged all events of a batch."""
-
-
 class NatsSink:
     """Publishes each event to a subject, a batch without waiting in between, and then awaits all acknowledgements.
 
@@ -40,14 +36,14 @@ class NatsSink:
         self._jetstream: JetStreamContext | None = None
         self._source, self._number = uuid.uuid4().hex, 0
         self._retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type((Unacknowledged, nats.errors.Error, OSError)),
+            retry=tenacity.retry_if_exception_type((nats.errors.Error, OSError)),
             wait=tenacity.wait_random_exponential(multiplier=0.05, max=2.0),
             stop=tenacity.stop_after_delay(patience),
             reraise=True,
         )
 
     async def deliver(self, batch: tempo.Batch) -> None:
-        """Publish a batch; return when the server has all of it. Raises Unacknowledged, nats.errors.Error, OSError."""
+        """Publish a batch; return when the server has all of it. Raises nats.errors.Error, OSError."""
         left = dict(enumerate(batch.tolist(), self._number))
         self._number += len(batch)
         await self._retrying(self._publish, left)
@@ -69,7 +65,7 @@ class NatsSink:
                 if future.done() and (problem := future.exception()) is None:
                     del left[number]
             if left:
-                raise Unacknowledged(f"{len(left)} events of a batch were not acknowledged") from problem
+                raise OSError(f"{len(left)} events of a batch were not acknowledged") from problem
         except BaseException:
             for future in waiting:
                 future.cancel()

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import tempo
@@ -39,7 +38,6 @@ OFFERED = 0.7  # of the highest rate is what paced producers send: at its limit 
 TICK = 0.01  # seconds between the bursts of a paced producer
 LEAST_BUFFER, FIRST_BUFFER, MOST_BUFFER = 16 * KIB, 2 * MIB, 1024 * MIB
 SHARE_OF_MEMORY = 8
-OUT = Path("soak/out")
 
 EXAMPLE = """\
 examples:
@@ -68,7 +66,7 @@ def add_parser(commands: Any) -> None:
     add = cli.add_command(commands, "tune", main, purpose, EXAMPLE)
     settings.add_settings(add, "payload", "interval")
     add("--probe", type=cli.duration, default="1s", metavar="TIME", help="of each of at most 44 probes (%(default)s)")
-    add("--out", type=cli.path, default=OUT, metavar="DIR", help="folder of the settings (%(default)s)")
+    add("--out", type=cli.path, default="soak/out", metavar="DIR", help="folder of the settings (%(default)s)")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -91,21 +89,19 @@ def main(options: argparse.Namespace) -> int:
     path = options.out / settings.FILE
     written = results.write(path, settings.as_file(found.config, place, not found.provisional, results.now()))
     if written:
-        user = "`make soak`" if options.out == OUT else f"a run with --out {options.out}"
-        lines.append(f"written       {path}: {user} uses them from now on")
+        lines.append(f"written       {path}: a run with this --out uses them from now on")
     print("\n".join(lines), flush=True)
     return 0 if written else 1
 
 
-def ask(read: Callable[[], str] = sys.stdin.readline, tries: int = 3) -> str | int:
-    """Ask on the terminal for a payload size; an empty answer, or too many bad ones, is the default."""
-    for _ in range(tries):
+def ask() -> str | int:
+    """Ask on the terminal for a payload size until the answer is one; an empty answer is the default."""
+    while True:
         print(f"payload size, such as 10KiB, or {TELEMETRY} [{TELEMETRY}]: ", end="", file=sys.stderr, flush=True)
         try:
-            return settings.payload(read().strip() or TELEMETRY)
+            return settings.payload(sys.stdin.readline().strip() or TELEMETRY)
         except argparse.ArgumentTypeError as error:
             say(str(error))
-    return TELEMETRY
 
 
 def largest_buffer(config: Config, memory: object) -> int:

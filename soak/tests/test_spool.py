@@ -59,7 +59,8 @@ def test_a_record_leaves_the_spool_when_it_was_sent_and_not_before(spool: Spool,
 def test_replay_sends_all_in_order_so_much_at_a_time(spool: Spool) -> None:
     records = [bytes([i]) * size for i, size in enumerate([100_000] * 5 + [0, 300_000, 1])]
     spool.put(records)
-    assert (len(spool), spool.nbytes) == (8, pytest.approx(800_000, rel=0.1))
+    assert len(spool) == 8
+    assert spool.nbytes == pytest.approx(800_000, rel=0.1)
     sent: list[list[bytes]] = []
     while spool.replay(sent.append):
         pass

@@ -131,11 +131,9 @@ def measure(path: Path, group: str, options: argparse.Namespace, quiet: bool) ->
     command += ["--duration", f"{options.duration * 1e9:.0f}ns", "--copy-env", "--values", str(GROUPS[group])]
     settings: Any = {"cwd": environment.ROOT, "env": {**os.environ, "PYTHONPATH": str(environment.ROOT)}}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, **settings)
-    except (subprocess.TimeoutExpired, OSError) as error:
-        raise Failure(f"{group}: {error}") from None
-    if done.returncode:
-        raise Failure(f"{group}: exit code {done.returncode}: {done.stderr[-300:]}")
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True, **settings)
+    except (subprocess.SubprocessError, OSError) as error:
+        raise Failure(f"{group}: {error} {(getattr(error, 'stderr', None) or '')[-300:]}") from None
     if done.stderr and not quiet:
         say(done.stderr.strip())
 

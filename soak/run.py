@@ -51,9 +51,7 @@ def add_parser(commands: Any) -> None:
 
 def main(options: argparse.Namespace) -> int:
     place = environment.describe()
-    config, note = configure(options, place)
-    if note:
-        say(note)
+    config = configure(options, place)
     try:
         sink = places.open_sink(config.sink)
     except OSError as error:
@@ -68,17 +66,18 @@ def main(options: argparse.Namespace) -> int:
     return 0 if result["verdict"]["overall"]["status"] != verdict.FAIL and files.well else 1
 
 
-def configure(options: argparse.Namespace, place: Mapping[str, object]) -> tuple[Config, str]:
-    """Return the settings: what the options say, then the file that --settings stands for; and a line about that."""
+def configure(options: argparse.Namespace, place: Mapping[str, object]) -> Config:
+    """Return the settings: what the options say, then the file that --settings stands for, which is told."""
     tuned: dict[str, str] = {}
-    note, auto = "", options.settings == Path("auto")
+    auto = options.settings == Path("auto")
     path: Path = options.out / settings.FILE if auto else options.settings
     if path.exists() if auto else path != Path("none"):
         try:
             tuned, note = settings.read_file(path, place)
         except ValueError as error:
             options.parser.error(f"argument --settings: {error}")
-    return settings.config_from(options, options.duration, options.sink, **tuned), note
+        say(note)
+    return settings.config_from(options, options.duration, options.sink, **tuned)
 
 
 def run(

@@ -78,10 +78,8 @@ def main(options: argparse.Namespace) -> int:
     first = settings.config_from(options, options.probe, **usual)
     most = largest_buffer(first, memory)
     if 2 * first.largest_payload > most:
-        raise Failure(
-            f"a buffer for two payloads of {format_size(first.largest_payload)} takes more than an eighth of this"
-            f" machine's memory ({format_size(most)}): there is nothing to recommend"
-        )
+        two = f"two payloads of {format_size(first.largest_payload)}"
+        raise Failure(f"nothing to recommend: a buffer for {two} takes over an eighth of the memory")
     first = replace(first, max_buffered_bytes=max(min(FIRST_BUFFER, most), 2 * first.largest_payload))
     with interrupts.kept():
         found = tune(first, options.probe, most, memory is not None)

@@ -143,10 +143,13 @@ class Server:
             return subprocess.Popen(words, env=variables, cwd=self.folder, user=self._user, **streams)
 
     def start(self) -> None:
-        """Start it, and wait until it answers. Raises SetupError."""
+        """Start it if it does not run, and wait until it answers. Raises SetupError.
+
+        Again and again: what a killed one has left (shared memory, a port) can take a moment to go.
+        """
         deadline = time.monotonic() + START
         while self.kind.command:
-            if not self.alive():  # what a killed one has left (shared memory, a port) can take a moment to go
+            if self._process is None or self._process.poll() is not None:
                 self._process = self._run(self.kind.command)
             with contextlib.suppress(OSError), socket.create_connection((HOST, self.port), 1.0):
                 if not self.kind.ready or self._run(self.kind.ready).wait() == 0:
@@ -155,9 +158,6 @@ class Server:
                 text = self._log.read_text(errors="replace").strip().splitlines()[-1:] or ["no word"]
                 raise SetupError(f"{self.kind.command.split()[0]} does not answer: {text[0]} (see {self._log})")
             time.sleep(0.1)
-
-    def alive(self) -> bool:
-        return self._process is not None and self._process.poll() is None
 
     def signal(self, number: int) -> None:
         """Send a signal to the process and all that it started."""

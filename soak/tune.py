@@ -125,9 +125,8 @@ def tune(first: Config, seconds: float, most: int, memory_known: bool) -> Found:
 
     def healthy(buffer: int) -> bool:
         """Send so many events a second from all producers together: is none refused?"""
-        paced = replace(config, max_buffered_bytes=buffer, on_full="raise")
-        load = Paced(paced, offered)
-        observe(paced, seconds, load)
+        load = Paced(replace(config, max_buffered_bytes=buffer, on_full="raise"), offered)
+        observe(load, seconds)
         return not load.refused
 
     least = min(max(LEAST_BUFFER, 1 << (2 * config.largest_payload).bit_length()), most)
@@ -145,7 +144,7 @@ def tune(first: Config, seconds: float, most: int, memory_known: bool) -> Found:
     gain = tried[best] / tried["none"] if tried["none"] else 1.0
     config, gain = (limits[best], gain) if gain >= WORTH else (limits["none"], 1.0)
 
-    rates = [observe(config, seconds) for _ in range(CONFIRM)]
+    rates = [observe(Load(config), seconds) for _ in range(CONFIRM)]
     if max(rates) > STEADY * min(rates):
         why.append(f"the rate is not steady: {min(rates):,.0f} to {max(rates):,.0f} events/s")
     if refused := sum(not healthy(config.max_buffered_bytes) for _ in range(CONFIRM)):
@@ -158,7 +157,7 @@ def _rates(what: str, choices: Mapping[Any, Config], seconds: float) -> dict[Any
     best = dict.fromkeys(choices, 0.0)
     for _ in range(ROUNDS):
         for text, config in choices.items():
-            best[text] = max(best[text], observe(config, seconds))
+            best[text] = max(best[text], observe(Load(config), seconds))
     say(f"{what}: " + ", ".join(f"{text} {rate:,.0f}/s" for text, rate in best.items()))
     return best
 
@@ -179,10 +178,9 @@ def find_edge(healthy: Callable[[int], bool], least: int, most: int) -> Edge:
     return Edge(None, refusing)
 
 
-def observe(config: Config, seconds: float, load: Load | None = None) -> float:
-    """Load as much as possible, or as ``load`` does; return the rate. Raises Failure when it goes wrong."""
-    load = load or Load(config)
-    outcome = drive(config, seconds, load)
+def observe(load: Load, seconds: float) -> float:
+    """Return the rate of a load. Raises Failure when it goes wrong."""
+    outcome = drive(load.config, seconds, load)
     if interrupts.seen():
         raise KeyboardInterrupt
     if outcome.problems:

@@ -2,7 +2,6 @@
 """Batches to an HTTP endpoint, a POST each. Needs urllib3 (2)."""
 
 import gzip
-import itertools
 import uuid
 
 import urllib3
@@ -41,14 +40,13 @@ class HttpSink:
         self._url, self._compress = url, compress
         encoding = {"Content-Encoding": "gzip"} if compress else {}
         self._headers = {"Content-Type": "application/x-ndjson", **encoding, **(headers or {})}
-        self._source, self._numbers = uuid.uuid4().hex, itertools.count(1)
 
     def deliver(self, batch: tempo.Batch) -> None:
         """Post a batch; return when the server has taken it. Raises urllib3.exceptions.HTTPError."""
         body = b"\n".join([*batch.tolist(), b""])
         if self._compress:
             body = gzip.compress(body, compresslevel=1)
-        headers = {**self._headers, "Idempotency-Key": f"{self._source}-{next(self._numbers)}"}
+        headers = {**self._headers, "Idempotency-Key": uuid.uuid4().hex}
         answer = self._pool.request("POST", self._url, body=body, headers=headers, redirect=False)
         if not 200 <= answer.status < 300:
             raise urllib3.exceptions.HTTPError(f"{self._url} answered {answer.status} {answer.reason}")

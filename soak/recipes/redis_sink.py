@@ -17,7 +17,7 @@ import tempo
 
 Client = redis.Redis | redis.RedisCluster
 LASTING = (redis.AuthenticationError, exceptions.AuthorizationError, exceptions.NoPermissionError)
-"""What another try does not mend. (A cluster's errors are not all RedisErrors.)"""
+"""What another try does not mend; all else is tried again. (A cluster's errors are not all RedisErrors.)"""
 
 
 class RedisSink:

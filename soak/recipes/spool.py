@@ -26,7 +26,7 @@ import contextlib
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import tempo
 
@@ -42,7 +42,7 @@ _SETUP = f"""
 class SpoolError(tempo.Error):
     """The file cannot be used. `.rest` are the records that are not in it, and remain with the caller."""
 
-    rest: Iterable[bytes] = ()
+    rest: Sequence[bytes] = ()
 
 
 class SpoolFull(SpoolError):
@@ -62,6 +62,7 @@ class Spool:
         if max_bytes <= 0:
             raise ValueError(f"max_bytes must be > 0, not {max_bytes}")
         self.path = os.path.abspath(path)  # chdir changes nothing, and no name means something else to SQLite
+        self.max_bytes = max_bytes
         self._process = os.getpid()
         self._replaying = threading.Lock()
         self._lock = threading.RLock()  # covers the connection

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from soak import baseline, cli, environment
 from soak.cli import Failure, format_seconds, say
@@ -38,36 +38,28 @@ examples:
 """
 
 
-class Row(NamedTuple):
-    """One comparison."""
-
-    name: str
-    subject: str
-    control: str
-    share: bool = False  # shown as the share of the control's rate, so the other way round
-
-
-ROWS = (
-    Row("enqueue / queue.Queue.put", "enqueue", "queue_put"),
-    Row("enqueue_many / enqueue", "enqueue_many", "enqueue"),
-    Row("refusal / queue.Full", "refusal", "queue_full"),
-    Row("whole way / queue.Queue", "way", "queue_way"),
-    Row("whole way / SimpleQueue", "way", "simple_queue_way"),
-    Row("threads / queue.Queue batcher", "handover", "queue_batcher"),
-    Row("threads / SimpleQueue batcher", "handover", "simple_queue_batcher"),
-    Row("threads / QueueListener", "handover", "queue_listener"),
-    Row("threads / OpenTelemetry", "handover", "opentelemetry"),
-    Row("threads / Kafka's test broker", "handover", "kafka"),
-    Row("full buffer / bounded Queue", "full_buffer", "full_queue"),
-    Row("coroutines / asyncio.Queue", "coroutines", "asyncio_queue"),
-    Row("coroutines / janus", "coroutines", "janus"),
-    Row("32 producers, of bare", "soak_32", "soak_32_bare", share=True),
-    Row("32 KiB batches, of bare", "soak_32k", "soak_32k_bare", share=True),
-    Row("1 producer, of bare", "soak_1", "soak_1_bare", share=True),
-    Row("256 producers, of bare", "soak_256", "soak_256_bare", share=True),
-    *(Row(f"{number} producers / Queue", f"tempo_{number}", f"queue_{number}") for number in (1, 2, 4, 8)),
-    *(Row(f"{number} producers / SimpleQueue", f"tempo_{number}", f"simple_queue_{number}") for number in (1, 2, 4, 8)),
-)
+ROWS = {
+    "enqueue / queue.Queue.put": ("enqueue", "queue_put"),
+    "enqueue_many / enqueue": ("enqueue_many", "enqueue"),
+    "refusal / queue.Full": ("refusal", "queue_full"),
+    "whole way / queue.Queue": ("way", "queue_way"),
+    "whole way / SimpleQueue": ("way", "simple_queue_way"),
+    "threads / queue.Queue batcher": ("handover", "queue_batcher"),
+    "threads / SimpleQueue batcher": ("handover", "simple_queue_batcher"),
+    "threads / QueueListener": ("handover", "queue_listener"),
+    "threads / OpenTelemetry": ("handover", "opentelemetry"),
+    "threads / Kafka's test broker": ("handover", "kafka"),
+    "full buffer / bounded Queue": ("full_buffer", "full_queue"),
+    "coroutines / asyncio.Queue": ("coroutines", "asyncio_queue"),
+    "coroutines / janus": ("coroutines", "janus"),
+    "32 producers, of bare": ("soak_32", "soak_32_bare"),
+    "32 KiB batches, of bare": ("soak_32k", "soak_32k_bare"),
+    "1 producer, of bare": ("soak_1", "soak_1_bare"),
+    "256 producers, of bare": ("soak_256", "soak_256_bare"),
+    **{f"{number} producers / Queue": (f"tempo_{number}", f"queue_{number}") for number in (1, 2, 4, 8)},
+    **{f"{number} producers / SimpleQueue": (f"tempo_{number}", f"simple_queue_{number}") for number in (1, 2, 4, 8)},
+}
+"""Comparisons by name: a subject and its control. A soak is shown as a share of the control's rate."""
 
 
 def add_parser(commands: Any) -> None:
@@ -131,11 +123,9 @@ def measure(path: Path, group: str, options: argparse.Namespace, quiet: bool) ->
     command += ["--duration", f"{options.duration * 1e9:.0f}ns", "--copy-env", "--values", str(GROUPS[group])]
     settings: Any = {"cwd": environment.ROOT, "env": {**os.environ, "PYTHONPATH": str(environment.ROOT)}}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, **settings)
-    except (subprocess.TimeoutExpired, OSError) as error:
-        raise Failure(f"{group}: {error}") from None
-    if done.returncode:
-        raise Failure(f"{group}: exit code {done.returncode}: {done.stderr[-300:]}")
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True, **settings)
+    except (subprocess.SubprocessError, OSError) as error:
+        raise Failure(f"{group}: {error} {(getattr(error, 'stderr', None) or '')[-300:]}") from None
     if done.stderr and not quiet:
         say(done.stderr.strip())
 
@@ -151,10 +141,10 @@ def ratios_of(pyperf: Any, suite: Any) -> Any:
     """Return the ratio of each row and round, as a suite."""
     notes = {f"soak_{key}": str(value) for key, value in environment.describe().items() if value is not None}
     benchmarks = []
-    for row in ROWS:
-        metadata = {"name": row.name, "unit": "second", **notes}
-        pairs = zip(rounds_of(suite, row.subject), rounds_of(suite, row.control))
-        runs = [pyperf.Run([ours / control], metadata=metadata, collect_metadata=False) for ours, control in pairs]
+    for name, (subject, control) in ROWS.items():
+        metadata = {"name": name, "unit": "second", **notes}
+        pairs = zip(rounds_of(suite, subject), rounds_of(suite, control))
+        runs = [pyperf.Run([ours / theirs], metadata=metadata, collect_metadata=False) for ours, theirs in pairs]
         if runs:
             benchmarks.append(pyperf.Benchmark(runs))
     return pyperf.BenchmarkSuite(benchmarks)
@@ -163,13 +153,13 @@ def ratios_of(pyperf: Any, suite: Any) -> Any:
 def table(suite: Any, ratios: Any) -> str:
     """Return the result for people: a line a row."""
     lines = [f"{'row':<32} {'measured':>9} {'spread':>7} {'tempo':>9} {'control':>9}"]
-    for row in (row for row in ROWS if row.name in ratios.get_benchmark_names()):
-        ratio = ratios.get_benchmark(row.name)
+    for name in ratios.get_benchmark_names():
+        ratio = ratios.get_benchmark(name)
         median = ratio.median()
-        shown = 1 / median if row.share else median
+        shown = 1 / median if ROWS[name][0].startswith("soak_") else median
         spread = spread_of(ratio) * shown / median
-        times = [format_seconds(statistics.median(rounds_of(suite, name))) for name in (row.subject, row.control)]
-        lines.append(f"{row.name:<32} {shown:>9.3g} {spread:>7.2g} {times[0]:>9} {times[1]:>9}")
+        times = [format_seconds(statistics.median(rounds_of(suite, measured))) for measured in ROWS[name]]
+        lines.append(f"{name:<32} {shown:>9.3g} {spread:>7.2g} {times[0]:>9} {times[1]:>9}")
     lines.append(f"on {environment.line(environment.describe())}; medians over the rounds")
     return "\n".join(lines)
 

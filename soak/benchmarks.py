@@ -389,14 +389,12 @@ async def loop_queue(module: str) -> float:
 
 # The soak's load, and its producers without a dispatcher: seconds an event.
 
-
-SETTINGS: dict[str, dict[str, int]] = {
+SETTINGS: dict[str, dict[str, int]] = {  # what is not the default of ``run``
     "soak_32": {},
     "soak_32k": {"max_batch_bytes": 32 * KIB, "max_buffered_bytes": 4 * MIB},
     "soak_1": {"producers": 1},
     "soak_256": {"producers": 256},
 }
-"""By name: what is not the default of ``run``."""
 SOAKS = {name: config_from(argparse.Namespace(**settings), 1.0) for name, settings in SETTINGS.items()}
 
 

@@ -98,6 +98,9 @@ class Outcome:
     def seconds(self) -> float:
         return self.load_seconds + (self.drain_seconds or 0.0)
 
+    def as_json(self) -> dict[str, object]:
+        return {**vars(self), "stats": None if self.stats is None else self.stats._asdict()}
+
 
 Sampler = Callable[[float, tempo.Stats], None]
 
@@ -106,9 +109,10 @@ def drive(config: Config, seconds: float, load: Load, sample: Sampler | None = N
     """Run a load for ``seconds`` on a new dispatcher, drain it and shut it down.
 
     ``sample(elapsed, stats)`` is called in this thread about every ``every`` seconds and once after the end. Under
-    ``interrupts.kept()`` the first interrupt ends the load early. Any other KeyboardInterrupt is raised, after the
-    threads were told to end.
+    ``interrupts.kept()`` the first interrupt ends the load early, and cuts each later one short. Any other
+    KeyboardInterrupt is raised, after the threads were told to end.
     """
+    seconds = min(HURRY, seconds) if interrupts.seen() else seconds
     outcome, crew, halt = Outcome(), Crew(), list[bool]()
     patience = PATIENCE + config.longest_drain
     dispatcher = tempo.Dispatcher(

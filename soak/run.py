@@ -19,7 +19,7 @@ from soak.calibration import calibrate
 from soak.cli import format_seconds, format_size, say
 from soak.config import Config
 from soak.display import DISPLAYS, Monitor, Stream
-from soak.drive import HURRY, Outcome, drive
+from soak.drive import Outcome, drive
 from soak.load import Latencies, Load
 from soak.sinks import places, readback
 
@@ -51,9 +51,7 @@ def add_parser(commands: Any) -> None:
 
 def main(options: argparse.Namespace) -> int:
     place = environment.describe()
-    config, note = configure(options, place)
-    if note:
-        say(note)
+    config = configure(options, place)
     try:
         sink = places.open_sink(config.sink)
     except OSError as error:
@@ -68,17 +66,18 @@ def main(options: argparse.Namespace) -> int:
     return 0 if result["verdict"]["overall"]["status"] != verdict.FAIL and files.well else 1
 
 
-def configure(options: argparse.Namespace, place: Mapping[str, object]) -> tuple[Config, str]:
-    """Return the settings: what the options say, then the file that --settings stands for; and a line about that."""
+def configure(options: argparse.Namespace, place: Mapping[str, object]) -> Config:
+    """Return the settings: what the options say, then the file that --settings stands for, which is told."""
     tuned: dict[str, str] = {}
-    note, auto = "", options.settings == Path("auto")
+    auto = options.settings == Path("auto")
     path: Path = options.out / settings.FILE if auto else options.settings
     if path.exists() if auto else path != Path("none"):
         try:
             tuned, note = settings.read_file(path, place)
         except ValueError as error:
             options.parser.error(f"argument --settings: {error}")
-    return settings.config_from(options, options.duration, options.sink, **tuned), note
+        say(note)
+    return settings.config_from(options, options.duration, options.sink, **tuned)
 
 
 def run(
@@ -91,31 +90,27 @@ def run(
 ) -> dict[str, Any]:
     """Run all passes and return the result, ready for JSON; place: of environment.describe, display: of DISPLAYS.
 
-    A first interrupt ends the pass that it comes in, and cuts those after it short. Raises Failure when the
-    machine cannot run the threads.
+    A first interrupt ends the pass that it comes in, and cuts those after it short. Raises Failure when the machine
+    cannot run the threads.
     """
     started = results.now()
     if stream is not None:
         head = {"type": "header", "schema": SCHEMA, "started": started}
         stream.write({**head, "config": asdict(config), "environment": place})
 
-    def length(least: float, most: float) -> float:
-        return HURRY if interrupts.seen() else config.pass_seconds(least, most)
-
-    before = calibrate(config, length(1.0, 3.0))
+    before = calibrate(config, config.pass_seconds(1.0, 3.0))
     say(f"calibration: {before:,.0f} events/s with no dispatcher")
-    peak_heap, traced = heap.measure(config, length(2.0, 4.0))
+    peak_heap, traced = heap.measure(config, config.pass_seconds(2.0, 4.0))
     fullest = traced.stats.peak_buffered_bytes if traced.stats else 0
     say(f"heap: peak {format_size(peak_heap)}, the buffer at most {format_size(fullest)} full")
-    counted, _ = census.take(config, length(1.0, 4.0))
+    counted, _ = census.take(config, config.pass_seconds(1.0, 4.0))
     say(f"census: {counted.accepted:,} events accepted, {counted.delivered:,} delivered, each checked")
     load = Load(config, sink)
-    duration = min(HURRY, config.duration) if interrupts.seen() else config.duration
-    say(f"load: {format_seconds(duration)}, {config.producers} producers, {config.consumers} consumers")
-    with Monitor(display, config, stream, duration, peak_heap) as monitor:
-        outcome = drive(config, duration, load, monitor.sample, monitor.every)
+    say(f"load: {format_seconds(config.duration)}, {config.producers} producers, {config.consumers} consumers")
+    with Monitor(display, config, stream, config.duration, peak_heap) as monitor:
+        outcome = drive(config, config.duration, load, monitor.sample, monitor.every)
     peak_rss = environment.peak_rss()
-    after = calibrate(config, length(1.0, 3.0))
+    after = calibrate(config, config.pass_seconds(1.0, 3.0))
     say(f"calibration: {after:,.0f} events/s again")
 
     figures, wrong = _figures(config, load, outcome, counted)
@@ -200,6 +195,7 @@ def _figures(config: Config, load: Load, outcome: Outcome, counted: census.Censu
         latencies.update(taken.latencies)
     mean = sum(load.accepted) / config.producers
     return {
+        **outcome.as_json(),
         "delivered_per_second": delivered / outcome.seconds if outcome.seconds else 0.0,
         "accepted": accepted,
         "rejected": refused,
@@ -209,12 +205,8 @@ def _figures(config: Config, load: Load, outcome: Outcome, counted: census.Censu
         "lost": max(0, accepted - delivered, missing) + counted.lost,
         "duplicated": max(0, delivered - accepted, -missing) + counted.duplicated,
         "batches": sum(taken.batches for taken in load.taken),
-        "load_seconds": outcome.load_seconds,
-        "drain_seconds": outcome.drain_seconds,
-        "shutdown_seconds": outcome.shutdown_seconds,
         "latency_seconds": latencies.as_json(),
         "slowest_producer_share": min(load.accepted) / mean if mean else None,
-        "stats": None if stats is None else stats._asdict(),
     }, problems
 
 

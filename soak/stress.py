@@ -50,13 +50,11 @@ def main(options: argparse.Namespace) -> int:
             "wanted": wanted,
             "interrupted": interrupts.seen(),
             "delivered_per_second": rate,
-            "drain_seconds": outcome.drain_seconds,
-            "shutdown_seconds": outcome.shutdown_seconds,
             "peak_rss_bytes": environment.peak_rss(),
             "lost": counted.lost,
             "duplicated": counted.duplicated,
+            **outcome.as_json(),
             **vars(counted),
-            "stats": None if outcome.stats is None else outcome.stats._asdict(),
             "config": asdict(config),
             "environment": place,
         }
@@ -74,17 +72,11 @@ def main(options: argparse.Namespace) -> int:
 
 def judge(config: Config, counted: census.CensusResult, wanted: int) -> verdict.Finding:
     """Return the verdict; what was not sent because of an interrupt is a warning."""
-    finding = verdict.judge_correctness(
-        problems=counted.problems,
-        lost=counted.lost,
-        duplicated=counted.duplicated,
-        rejected=counted.refused,
-        on_full=config.on_full,
-        remarks=counted.remarks,
-    )
+    found = {name: getattr(counted, name) for name in ("problems", "lost", "duplicated", "remarks")}
+    finding = verdict.judge_correctness(**found, rejected=counted.refused, on_full=config.on_full)
     sent = counted.accepted + counted.refused
     if finding.status != verdict.PASS or sent == wanted:
         return finding
-    why = "interrupted" if interrupts.seen() else f"not done within {format_seconds(config.duration)}"
-    status = verdict.WARN if interrupts.seen() else verdict.FAIL
+    late = f"not done within {format_seconds(config.duration)}"
+    status, why = (verdict.WARN, "interrupted") if interrupts.seen() else (verdict.FAIL, late)
     return verdict.Finding(status, f"{why}: {sent:,} of {wanted:,} payloads sent; {finding.note}")

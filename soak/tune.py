@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import tempo
@@ -39,7 +38,6 @@ OFFERED = 0.7  # of the highest rate is what paced producers send: at its limit 
 TICK = 0.01  # seconds between the bursts of a paced producer
 LEAST_BUFFER, FIRST_BUFFER, MOST_BUFFER = 16 * KIB, 2 * MIB, 1024 * MIB
 SHARE_OF_MEMORY = 8
-OUT = Path("soak/out")
 
 EXAMPLE = """\
 examples:
@@ -68,7 +66,7 @@ def add_parser(commands: Any) -> None:
     add = cli.add_command(commands, "tune", main, purpose, EXAMPLE)
     settings.add_settings(add, "payload", "interval")
     add("--probe", type=cli.duration, default="1s", metavar="TIME", help="of each of at most 44 probes (%(default)s)")
-    add("--out", type=cli.path, default=OUT, metavar="DIR", help="folder of the settings (%(default)s)")
+    add("--out", type=cli.path, default="soak/out", metavar="DIR", help="folder of the settings (%(default)s)")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -80,10 +78,8 @@ def main(options: argparse.Namespace) -> int:
     first = settings.config_from(options, options.probe, **usual)
     most = largest_buffer(first, memory)
     if 2 * first.largest_payload > most:
-        raise Failure(
-            f"a buffer for two payloads of {format_size(first.largest_payload)} takes more than an eighth of this"
-            f" machine's memory ({format_size(most)}): there is nothing to recommend"
-        )
+        two = f"two payloads of {format_size(first.largest_payload)}"
+        raise Failure(f"nothing to recommend: a buffer for {two} takes over an eighth of the memory")
     first = replace(first, max_buffered_bytes=max(min(FIRST_BUFFER, most), 2 * first.largest_payload))
     with interrupts.kept():
         found = tune(first, options.probe, most, memory is not None)
@@ -91,21 +87,19 @@ def main(options: argparse.Namespace) -> int:
     path = options.out / settings.FILE
     written = results.write(path, settings.as_file(found.config, place, not found.provisional, results.now()))
     if written:
-        user = "`make soak`" if options.out == OUT else f"a run with --out {options.out}"
-        lines.append(f"written       {path}: {user} uses them from now on")
+        lines.append(f"written       {path}: a run with this --out uses them from now on")
     print("\n".join(lines), flush=True)
     return 0 if written else 1
 
 
-def ask(read: Callable[[], str] = sys.stdin.readline, tries: int = 3) -> str | int:
-    """Ask on the terminal for a payload size; an empty answer, or too many bad ones, is the default."""
-    for _ in range(tries):
+def ask() -> str | int:
+    """Ask on the terminal for a payload size until the answer is one; an empty answer is the default."""
+    while True:
         print(f"payload size, such as 10KiB, or {TELEMETRY} [{TELEMETRY}]: ", end="", file=sys.stderr, flush=True)
         try:
-            return settings.payload(read().strip() or TELEMETRY)
+            return settings.payload(sys.stdin.readline().strip() or TELEMETRY)
         except argparse.ArgumentTypeError as error:
             say(str(error))
-    return TELEMETRY
 
 
 def largest_buffer(config: Config, memory: object) -> int:
@@ -131,9 +125,8 @@ def tune(first: Config, seconds: float, most: int, memory_known: bool) -> Found:
 
     def healthy(buffer: int) -> bool:
         """Send so many events a second from all producers together: is none refused?"""
-        paced = replace(config, max_buffered_bytes=buffer, on_full="raise")
-        load = Paced(paced, offered)
-        observe(paced, seconds, load)
+        load = Paced(replace(config, max_buffered_bytes=buffer, on_full="raise"), offered)
+        observe(load, seconds)
         return not load.refused
 
     least = min(max(LEAST_BUFFER, 1 << (2 * config.largest_payload).bit_length()), most)
@@ -151,7 +144,7 @@ def tune(first: Config, seconds: float, most: int, memory_known: bool) -> Found:
     gain = tried[best] / tried["none"] if tried["none"] else 1.0
     config, gain = (limits[best], gain) if gain >= WORTH else (limits["none"], 1.0)
 
-    rates = [observe(config, seconds) for _ in range(CONFIRM)]
+    rates = [observe(Load(config), seconds) for _ in range(CONFIRM)]
     if max(rates) > STEADY * min(rates):
         why.append(f"the rate is not steady: {min(rates):,.0f} to {max(rates):,.0f} events/s")
     if refused := sum(not healthy(config.max_buffered_bytes) for _ in range(CONFIRM)):
@@ -164,7 +157,7 @@ def _rates(what: str, choices: Mapping[Any, Config], seconds: float) -> dict[Any
     best = dict.fromkeys(choices, 0.0)
     for _ in range(ROUNDS):
         for text, config in choices.items():
-            best[text] = max(best[text], observe(config, seconds))
+            best[text] = max(best[text], observe(Load(config), seconds))
     say(f"{what}: " + ", ".join(f"{text} {rate:,.0f}/s" for text, rate in best.items()))
     return best
 
@@ -185,10 +178,9 @@ def find_edge(healthy: Callable[[int], bool], least: int, most: int) -> Edge:
     return Edge(None, refusing)
 
 
-def observe(config: Config, seconds: float, load: Load | None = None) -> float:
-    """Load as much as possible, or as ``load`` does; return the rate. Raises Failure when it goes wrong."""
-    load = load or Load(config)
-    outcome = drive(config, seconds, load)
+def observe(load: Load, seconds: float) -> float:
+    """Return the rate of a load. Raises Failure when it goes wrong."""
+    outcome = drive(load.config, seconds, load)
     if interrupts.seen():
         raise KeyboardInterrupt
     if outcome.problems:

@@ -26,26 +26,23 @@ class FileSink:
         self.path = Path(path)
         self._rotate_bytes, self._fsync, self._patience = rotate_bytes, fsync, patience
         self._lock = threading.Lock()
-        self._open()
-
-    def _open(self) -> None:
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         self._regular = self.path.is_file()
-        self._size = os.fstat(self._file.fileno()).st_size
 
     def deliver(self, batch: tempo.Batch) -> None:
         """Append a batch. Raises OSError when it cannot; nothing of the batch is in the file then."""
         text = b"".join(payload.replace(b"\n", b" ") + b"\n" for payload in batch.tolist())
         with self._lock:
-            if self._rotate_bytes is not None and self._size and self._size + len(text) > self._rotate_bytes:
+            size = os.fstat(self._file.fileno()).st_size
+            if self._rotate_bytes is not None and size and size + len(text) > self._rotate_bytes:
                 self._rotate()
+                size = 0
             try:
                 self._append(memoryview(text))
             except BaseException:
                 if self._regular:
-                    self._file.truncate(self._size)
+                    self._file.truncate(size)
                 raise
-            self._size += len(text)
 
     def _append(self, text: memoryview) -> None:
         deadline = time.monotonic() + self._patience
@@ -61,17 +58,13 @@ class FileSink:
             os.fsync(self._file.fileno())
 
     def _rotate(self) -> None:
-        """Begin a new file. The new one is opened before the old one is closed: a failure leaves all as it was."""
-        old, full = rotated(self.path), self._file
-        number = int(old[-1].suffix[1:]) + 1 if old else 1
-        aside = self.path.with_name(f"{self.path.name}.{number:06d}")
-        os.rename(self.path, aside)
-        try:
-            self._open()
-        except OSError:
-            os.rename(aside, self.path)
-            raise
+        """Begin a new file. It is opened under another name first: a failure leaves all as it was."""
+        old, new = rotated(self.path), self.path.with_name(f"{self.path.name}.new")
+        number, full = int(old[-1].suffix[1:]) + 1 if old else 1, self._file
+        self._file = open(new, "ab", buffering=0)  # noqa: SIM115
         full.close()
+        self.path.rename(self.path.with_name(f"{self.path.name}.{number:06d}"))
+        new.rename(self.path)
 
     def close(self) -> None:
         self._file.close()

@@ -2,7 +2,6 @@
 """Batches to an HTTP endpoint, a POST each. Needs urllib3 (2)."""
 
 import gzip
-import itertools
 import uuid
 
 import urllib3
@@ -31,27 +30,24 @@ class HttpSink:
         """timeout: seconds for connecting, and for each answer; longest_pause: seconds between two tries, at most."""
         retry = urllib3.Retry(
             total=tries - 1,
-            redirect=0,
             allowed_methods=None,  # POST too
             status_forcelist=(408, 425, 429, 500, 502, 503, 504, 507),
             backoff_factor=0.05,
             backoff_max=longest_pause,
             backoff_jitter=0.05,
-            raise_on_redirect=False,
         )
         self._pool = urllib3.PoolManager(retries=retry, timeout=urllib3.Timeout(timeout), maxsize=8)
         self._url, self._compress = url, compress
         encoding = {"Content-Encoding": "gzip"} if compress else {}
         self._headers = {"Content-Type": "application/x-ndjson", **encoding, **(headers or {})}
-        self._source, self._numbers = uuid.uuid4().hex, itertools.count(1)
 
     def deliver(self, batch: tempo.Batch) -> None:
         """Post a batch; return when the server has taken it. Raises urllib3.exceptions.HTTPError."""
         body = b"\n".join([*batch.tolist(), b""])
         if self._compress:
             body = gzip.compress(body, compresslevel=1)
-        headers = {**self._headers, "Idempotency-Key": f"{self._source}-{next(self._numbers)}"}
-        answer = self._pool.request("POST", self._url, body=body, headers=headers)
+        headers = {**self._headers, "Idempotency-Key": uuid.uuid4().hex}
+        answer = self._pool.request("POST", self._url, body=body, headers=headers, redirect=False)
         if not 200 <= answer.status < 300:
             raise urllib3.exceptions.HTTPError(f"{self._url} answered {answer.status} {answer.reason}")
 

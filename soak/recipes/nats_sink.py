@@ -18,10 +18,6 @@ from nats.js.api import Header, PubAck
 import tempo
 
 
-class Unacknowledged(Exception):
-    """The server has not acknowledged all events of a batch."""
-
-
 class NatsSink:
     """Publishes each event to a subject, a batch without waiting in between, and then awaits all acknowledgements.
 
@@ -38,38 +34,36 @@ class NatsSink:
         self._connect, self._subject, self._timeout = connect, subject, timeout
         self._client: Client | None = None
         self._jetstream: JetStreamContext | None = None
-        self._source, self._number = uuid.uuid4().hex, 0
         self._retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type((Unacknowledged, nats.errors.Error, OSError)),
+            retry=tenacity.retry_if_exception_type((nats.errors.Error, OSError)),
             wait=tenacity.wait_random_exponential(multiplier=0.05, max=2.0),
             stop=tenacity.stop_after_delay(patience),
             reraise=True,
         )
 
     async def deliver(self, batch: tempo.Batch) -> None:
-        """Publish a batch; return when the server has all of it. Raises Unacknowledged, nats.errors.Error, OSError."""
-        left = dict(enumerate(batch.tolist(), self._number))
-        self._number += len(batch)
-        await self._retrying(self._publish, left)
+        """Publish a batch; return when the server has all of it. Raises nats.errors.Error, OSError."""
+        name = uuid.uuid4().hex
+        await self._retrying(self._publish, {f"{name}-{i}": payload for i, payload in enumerate(batch.tolist())})
 
-    async def _publish(self, left: dict[int, bytes]) -> None:
-        """Publish what is left of a batch, and take out what is acknowledged."""
+    async def _publish(self, left: dict[str, bytes]) -> None:
+        """Publish what is left of a batch, by Nats-Msg-Id, and take out what is acknowledged."""
         if self._jetstream is None:
             self._client = await self._connect()
             self._jetstream = self._client.jetstream(publish_async_max_pending=100_000)
         publish = self._jetstream.publish_async
-        waiting: dict[asyncio.Future[PubAck], int] = {}
+        waiting: dict[asyncio.Future[PubAck], str] = {}
         try:
-            for number, payload in left.items():
-                headers = {Header.MSG_ID.value: f"{self._source}-{number}"}
-                waiting[await publish(self._subject, payload, wait_stall=self._timeout, headers=headers)] = number
+            for key, payload in left.items():
+                headers = {Header.MSG_ID.value: key}
+                waiting[await publish(self._subject, payload, wait_stall=self._timeout, headers=headers)] = key
             await asyncio.wait(waiting, timeout=self._timeout)
             problem = None
-            for future, number in waiting.items():
+            for future, key in waiting.items():
                 if future.done() and (problem := future.exception()) is None:
-                    del left[number]
+                    del left[key]
             if left:
-                raise Unacknowledged(f"{len(left)} events of a batch were not acknowledged") from problem
+                raise OSError(f"{len(left)} events of a batch were not acknowledged") from problem
         except BaseException:
             for future in waiting:
                 future.cancel()

@@ -5,7 +5,6 @@ From one machine to many: consumer groups on the stream (XREADGROUP, XACK); on R
 stream a partition, such as ``events:{7}`` for the seventh, and a sink for each.
 """
 
-import re
 import threading
 import uuid
 from typing import Any
@@ -16,22 +15,9 @@ from redis import exceptions
 
 import tempo
 
-TRANSIENT = (
-    *(redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError, redis.OutOfMemoryError, redis.WatchError),
-    # Of a cluster: a machine is away, has been replaced, or hands its slots over.
-    *(exceptions.ExecAbortError, exceptions.ClusterError, exceptions.AskError, exceptions.TryAgainError),
-    exceptions.SlotNotCoveredError,
-)
-LASTING = (redis.AuthenticationError, exceptions.AuthorizationError)  # connection errors that no other try mends
-PASSING = re.compile("(?:^|caused error: )(?:MISCONF|NOREPLICAS|CLUSTERDOWN|Redis Cluster cannot be connected)")
-"""What redis-py has no class for; of a command in a pipeline it says that first."""
-
-
-def is_transient(error: BaseException) -> bool:
-    """Return whether trying again may help."""
-    if isinstance(error, (redis.ResponseError, redis.RedisClusterException)) and PASSING.search(str(error)):
-        return True
-    return isinstance(error, TRANSIENT) and not isinstance(error, LASTING)
+Client = redis.Redis | redis.RedisCluster
+LASTING = (redis.AuthenticationError, exceptions.AuthorizationError, exceptions.NoPermissionError)
+"""What another try does not mend; all else is tried again. (A cluster's errors are not all RedisErrors.)"""
 
 
 class RedisSink:
@@ -43,12 +29,7 @@ class RedisSink:
     """
 
     def __init__(
-        self,
-        client: redis.Redis | redis.RedisCluster,
-        stream: str = "tempo",
-        *,
-        maxlen: int | None = 1_000_000,
-        patience: float = 60.0,
+        self, client: Client, stream: str = "tempo", *, maxlen: int | None = 1_000_000, patience: float = 60.0
     ) -> None:
         """client: with ``socket_timeout`` and ``socket_connect_timeout``: otherwise it waits for a hung server."""
         self._client, self._stream, self._maxlen = client, stream, maxlen
@@ -57,7 +38,8 @@ class RedisSink:
         self._number = 0
         self._lock = threading.Lock()
         self._retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(is_transient),
+            retry=tenacity.retry_if_exception_type((redis.RedisError, redis.RedisClusterException))
+            & tenacity.retry_if_not_exception_type(LASTING),
             wait=tenacity.wait_random_exponential(multiplier=0.05, max=2.0),
             stop=tenacity.stop_after_delay(patience),
             reraise=True,

@@ -26,21 +26,23 @@ import contextlib
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import tempo
 
-RECORD_OVERHEAD = 16  # bytes that a record counts in addition to its own: what SQLite takes for a row
 AT_ONCE = 256 * tempo.KiB  # how much of the file ``replay`` sends in one call, or one record, if that is larger
-_APPLICATION = 0x74706F73  # SQLite's application_id: says that a file is a spool
+_SETUP = f"""
+    PRAGMA journal_mode=WAL;
+    PRAGMA synchronous=NORMAL;
+    PRAGMA journal_size_limit={4 * tempo.MiB};
+    CREATE TABLE IF NOT EXISTS records (id INTEGER PRIMARY KEY, data BLOB NOT NULL);
+"""
 
 
 class SpoolError(tempo.Error):
     """The file cannot be used. `.rest` are the records that are not in it, and remain with the caller."""
 
-    def __init__(self, message: str, rest: list[bytes] | None = None) -> None:
-        super().__init__(message)
-        self.rest = rest or []
+    rest: Sequence[bytes] = ()
 
 
 class SpoolFull(SpoolError):
@@ -51,7 +53,7 @@ class Spool:
     """A bounded first-in-first-out file of records, for any thread, but not for signal handlers and finalizers. One
     process at a time has the file; a forked child opens its own.
 
-    max_bytes: of records, each counted with RECORD_OVERHEAD more. SQLite's log comes in addition, some MiB.
+    max_bytes: of the file, in pages of 4 KiB, two at least. SQLite's log comes in addition, some MiB.
 
     Raises: ValueError: a bad max_bytes. SpoolError: the file cannot be opened, is no spool, or is in use.
     """
@@ -63,54 +65,36 @@ class Spool:
         self.max_bytes = max_bytes
         self._process = os.getpid()
         self._replaying = threading.Lock()
-        self._lock = threading.RLock()  # covers everything below
-        self._closed = False
-        self._held: tuple[int, int] | None = None  # records in the file and what they count; None: to be counted
-        with contextlib.ExitStack() as undo:
+        self._lock = threading.RLock()  # covers the connection
+        with contextlib.ExitStack() as opened:
             try:
                 # An open transaction is a lock that ends with the process, however that ends; no child inherits it.
-                self._owner = sqlite3.connect(f"{self.path}-owner", timeout=0, check_same_thread=False)
-                undo.callback(self._owner.close)
-                self._owner.execute("BEGIN EXCLUSIVE")
-                self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
-                undo.callback(self._db.close)
-                self._prepare()
+                owner = sqlite3.connect(f"{self.path}-owner", timeout=0, check_same_thread=False)
+                opened.callback(owner.close)
+                owner.execute("BEGIN EXCLUSIVE")
+                self._db = sqlite3.connect(self.path, isolation_level="IMMEDIATE", check_same_thread=False)
+                opened.callback(self._db.close)
+                if self._ask("SELECT count(*) FROM sqlite_master WHERE name <> 'records'"):
+                    raise SpoolError(f"cannot open {self.path}: it is a database, but no spool")
+                self._db.executescript(_SETUP)
+                self._db.execute(f"PRAGMA max_page_count={max_bytes // self._ask('PRAGMA page_size') or 1}")
             except sqlite3.Error as exc:
                 why = "in use by another Spool" if "locked" in str(exc) else str(exc)
                 raise SpoolError(f"cannot open {self.path}: {why}") from exc
-            undo.pop_all()
-
-    def _prepare(self) -> None:
-        """Make a new file a spool, or see that it is one."""
-        (application,) = self._db.execute("PRAGMA application_id").fetchone()
-        if application != _APPLICATION and self._db.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
-            raise SpoolError(f"cannot open {self.path}: it is a database, but no spool")
-        for statement in (
-            "PRAGMA journal_mode=WAL",
-            "PRAGMA synchronous=NORMAL",
-            f"PRAGMA journal_size_limit={4 * tempo.MiB}",
-            "BEGIN IMMEDIATE",  # a process killed in between leaves an empty file
-            "CREATE TABLE IF NOT EXISTS records (id INTEGER PRIMARY KEY, data BLOB NOT NULL)",
-            f"PRAGMA application_id={_APPLICATION}",
-            "COMMIT",
-        ):
-            self._db.execute(statement)
+            self._opened = opened.pop_all()
 
     def put(self, records: Iterable[bytes | memoryview]) -> int:
         """Take all records (a batch), in order, or none; return how many. On return they are in the file.
 
         Raises: SpoolFull, SpoolError: nothing was taken; `.rest` are the records.
         """
-        owned = _own(records)
-        charge = _charge(owned)
-        with self._section(owned):
-            held = self._totals()[1]
-            if held + charge > self.max_bytes:
-                taken = f"{held} of {self.max_bytes} bytes are taken in {self.path}"
-                raise SpoolFull(f"no room for {charge} bytes: {taken}", owned)
-            if owned:
-                with self._change(len(owned), charge):
-                    self._db.executemany("INSERT INTO records (data) VALUES (?)", [(record,) for record in owned])
+        owned = [memoryview(record).tobytes() for record in records]
+        try:
+            with self._transaction():
+                self._db.executemany("INSERT INTO records (data) VALUES (?)", zip(owned))
+        except SpoolError as exc:
+            exc.rest = owned
+            raise
         return len(owned)
 
     def enqueue(self, dispatcher: tempo.Dispatcher, payload: bytes, timeout: float | None = 0.0) -> bool:
@@ -123,9 +107,9 @@ class Spool:
         Raises: PayloadTooLarge, and what `put` raises, with `.accepted`: so many were accepted by the dispatcher, and
             none of the others was taken.
         """
-        records = _own(payloads)
+        records = list(payloads)
         try:
-            return dispatcher.enqueue_many(records, timeout=timeout)
+            return dispatcher.enqueue_many(records, timeout)
         except (tempo.QueueFull, tempo.Closed) as exc:
             accepted = exc.accepted
         try:
@@ -143,41 +127,40 @@ class Spool:
         if not self._replaying.acquire(blocking=False):
             return 0
         try:
-            rows: list[tuple[int, bytes]] = []
-            nbytes = 0
-            with self._section():
-                for row in self._db.execute("SELECT id, data FROM records ORDER BY id"):
-                    nbytes += len(row[1])
-                    if rows and nbytes > AT_ONCE:
+            records: list[bytes] = []
+            last = nbytes = 0
+            with self._transaction():
+                for number, data in self._db.execute("SELECT id, data FROM records ORDER BY id"):
+                    nbytes += len(data)
+                    if records and nbytes > AT_ONCE:
                         break
-                    rows.append(row)
-            if rows:
-                records = [data for _, data in rows]
+                    records.append(data)
+                    last = number
+            if records:
                 send(records)
-                with self._section(), self._change(-len(rows), -_charge(records)):
-                    self._db.execute("DELETE FROM records WHERE id <= ?", (rows[-1][0],))
-            return len(rows)
+                with self._transaction():
+                    self._db.execute("DELETE FROM records WHERE id <= ?", (last,))
+            return len(records)
         finally:
             self._replaying.release()
 
     def __len__(self) -> int:
         """How many records the file holds."""
-        with self._section():
-            return self._totals()[0]
+        with self._transaction():  # first in, first out: there are no gaps
+            return self._ask("SELECT coalesce((SELECT max(id) FROM records) - (SELECT min(id) FROM records) + 1, 0)")
 
     @property
     def nbytes(self) -> int:
         """How much of `max_bytes` is taken."""
-        with self._section():
-            return self._totals()[1]
+        with self._transaction():
+            used = self._ask("PRAGMA page_count") - self._ask("PRAGMA freelist_count")
+            return used * self._ask("PRAGMA page_size")
 
     def close(self) -> None:
         """Close the file; what it holds is for whoever opens it next. Idempotent. In a forked child: nothing."""
-        if not self._closed and self._process == os.getpid():
-            with self._section():
-                self._closed = True
-                self._db.close()
-                self._owner.close()
+        if self._process == os.getpid():
+            with self._lock:
+                self._opened.close()
 
     def __enter__(self) -> "Spool":
         return self
@@ -185,45 +168,21 @@ class Spool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _ask(self, query: str) -> int:
+        (answer,) = self._db.execute(query).fetchone()
+        return int(answer)
+
     @contextlib.contextmanager
-    def _section(self, rest: list[bytes] | None = None) -> Iterator[None]:
-        """Hold the lock; turn SQLite's errors into SpoolError. rest: the records that then remain with the caller."""
+    def _transaction(self) -> Iterator[None]:
+        """Hold the lock; all of it or nothing, whatever ends it. Turn SQLite's errors into SpoolError."""
         if self._process != os.getpid():  # asked first: the lock may be held by a thread that is not here
-            raise SpoolError(f"{self.path} was opened in process {self._process}: let a child open its own", rest)
+            raise SpoolError(f"{self.path} was opened in process {self._process}: let a child open its own")
         with self._lock:
-            if self._closed or self._db.in_transaction:
-                why = "is closed" if self._closed else "was called by what interrupted it"
-                raise SpoolError(f"{self.path} {why}", rest)
             try:
-                yield
+                if self._db.in_transaction:
+                    raise SpoolError(f"{self.path} was called by what interrupted it")
+                with self._db:
+                    yield
             except sqlite3.Error as exc:
                 kind = SpoolFull if "full" in str(exc) else SpoolError  # error codes came with 3.11
-                raise kind(f"{self.path}: {exc}", rest) from exc
-
-    def _totals(self) -> tuple[int, int]:
-        """Lock held. Return how many records the file holds, and what they count."""
-        if self._held is None:
-            query = "SELECT count(*), coalesce(sum(length(data)), 0) FROM records"
-            count, nbytes = self._db.execute(query).fetchone()
-            self._held = count, nbytes + count * RECORD_OVERHEAD
-        return self._held
-
-    @contextlib.contextmanager
-    def _change(self, records: int, nbytes: int) -> Iterator[None]:
-        """Lock held. One transaction, all of it or nothing, whatever ends it: so many records, so many bytes more."""
-        (count, held), self._held = self._totals(), None
-        with self._db:
-            self._db.execute("BEGIN IMMEDIATE")
-            yield
-        self._held = count + records, held + nbytes
-
-
-def _charge(records: list[bytes]) -> int:
-    return sum(map(len, records)) + len(records) * RECORD_OVERHEAD
-
-
-def _own(records: Iterable[bytes | memoryview]) -> list[bytes]:
-    """Return the records as bytes: themselves, or copies. Raises TypeError, which never shows one."""
-    if isinstance(records, (str, bytes, bytearray, memoryview)):
-        raise TypeError(f"an iterable of records is wanted, not {type(records).__name__}")
-    return [record if type(record) is bytes else memoryview(record).tobytes() for record in records]
+                raise kind(f"{self.path}: {exc}") from exc

@@ -6,8 +6,9 @@ from __future__ import annotations
 import argparse
 import tempfile
 import threading
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from soak.calibration import calibrate
 from soak.cli import say
 from soak.config import Config
 from soak.debian import SetupError
-from soak.drive import drive
+from soak.drive import describe, drive
 from soak.load import Load
 from soak.sinks import places, readback, servers
 
@@ -68,9 +69,15 @@ class Row:
         except OSError as error:
             self.problems.append(f"cannot be opened: {error}")
             return self
-        load = Load(config, place)
-        with nullcontext() if harmed is None else self._injected(harmed, config.duration):
-            outcome = drive(config, config.duration, load)
+        load, over = Load(config, place), threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            fault = pool.submit(self._inject, harmed, config.duration / 4, over)
+            try:
+                outcome = drive(config, config.duration, load)
+            finally:
+                over.set()
+        if (failure := fault.exception()) is not None:
+            self.problems.append(f"the fault: {describe(failure)}")
         self.problems += outcome.problems
         self.accepted = sum(load.accepted)
         self.delivered_per_second = load.delivered / outcome.seconds
@@ -83,42 +90,22 @@ class Row:
             self.read = vars(found)
         return self
 
-    @contextmanager
-    def _injected(self, harmed: servers.Server, duration: float) -> Iterator[None]:
-        """Begin the fault after a quarter of the load, and end it after another, on a thread."""
-        over = threading.Event()
+    def _inject(self, harmed: servers.Server | None, quarter: float, over: threading.Event) -> None:
+        """Begin the fault after a quarter of the load, and end it after another."""
+        if harmed is None:
+            return
+        if over.wait(quarter):
+            raise RuntimeError("the load was over before it")
+        for number in range(10):
+            if number == 0 or self.fault == "reset":
+                harmed.harm(self.fault)
+            over.wait(min(FAULT_SECONDS, quarter) / 10)
+        harmed.heal(self.fault)
 
-        def inject() -> None:
-            try:
-                if over.wait(duration / 4):
-                    raise RuntimeError("the load was over before it")
-                for number in range(10):
-                    if number == 0 or self.fault == "reset":
-                        harmed.harm(self.fault)
-                    over.wait(min(FAULT_SECONDS, duration / 4) / 10)
-                harmed.heal(self.fault)
-            except Exception as error:
-                self.problems.append(f"the fault: {type(error).__name__}: {error}")
-
-        thread = threading.Thread(target=inject, name="fault", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join(servers.START + 30)
-            if thread.is_alive():
-                self.problems.append("the fault did not end")
-
-    def cells(self) -> dict[str, str]:
-        return {
-            "sink": self.sink,
-            "fault": self.fault,
-            "events/s": f"{self.delivered_per_second:,.0f}",
-            "of bare": f"{self.ratio:.3f}",
-            "accepted": f"{self.accepted:,}",
-            **{name: str(self.read[name]) if self.read.get("read") else "" for name in ("lost", "repeated")},
-        }
+    def __str__(self) -> str:
+        rate = f"{self.delivered_per_second:>11,.0f} events/s, {self.ratio:.3f} of bare, {self.accepted:,} accepted"
+        found = [f", {self.read[name]} {name}" for name in ("lost", "repeated") if self.read.get("read")]
+        return "".join([f"{self.sink:<11} {self.fault:<7}", rate, *found, *(f"; {one}" for one in self.problems)])
 
 
 def main(options: argparse.Namespace) -> int:
@@ -134,7 +121,7 @@ def main(options: argparse.Namespace) -> int:
             while not interrupts.seen() and (row := next(loads, None)) is not None:
                 row.ratio = row.delivered_per_second / bare
                 rows.append(row)
-                say(", ".join([*(f"{head} {cell}" for head, cell in row.cells().items() if cell), *row.problems]))
+                say(str(row))
         interrupted = interrupts.seen()
         result = {
             "started": files.started,
@@ -163,7 +150,7 @@ def _loads(
                     if fault == "full" and not server.small:
                         left_out.append(f"{name}, full disk: no file system may be mounted here")
                     elif fault == "reset":
-                        with servers.Server(servers.RELAY, folder / f"{name}-relay", to=server.port) as relay:
+                        with servers.Server(servers.relay(server.port), folder / f"{name}-relay") as relay:
                             yield Row(name, fault).load(server.url(relay.port), config, relay)
                     else:
                         yield Row(name, fault).load(server.url(server.port), config, server)
@@ -176,12 +163,7 @@ def _loads(
 
 
 def _summary(rows: Sequence[Row], left_out: Sequence[str], interrupted: bool) -> list[str]:
-    """Return a table in Markdown, and what else there is to say."""
-    failed = [row for row in rows if row.problems]
-    word = "FAIL" if failed or not rows else "INTERRUPTED" if interrupted else "PASS"
-    headings = list(Row("").cells())
-    table = [headings, ["---"] * len(headings), *(list(row.cells().values()) for row in rows)]
-    lines = [f"{word}: {len(rows) - len(failed)} of {len(rows)} loads well", ""]
-    lines += [f"| {' | '.join(cells)} |" for cells in table]
-    lines += ["", *(f"left out: {text}" for text in left_out)]
-    return lines + [f"{row.sink}, {row.fault}: {problem}" for row in failed for problem in row.problems]
+    well = sum(not row.problems for row in rows)
+    word = "FAIL" if well < max(1, len(rows)) else "INTERRUPTED" if interrupted else "PASS"
+    head = f"{word}: {well} of {len(rows)} loads well"
+    return [head, *map(str, rows), *(f"left out: {text}" for text in left_out)]

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,139 +33,100 @@ ROTATE = 64 * cli.MIB
 Deliver = Callable[[tempo.Batch], object]
 
 
+@dataclass
 class Place:
     """A sink, and what was put into it."""
 
-    once = True  # False: after a fault, an event may be there more often
-    readable = True  # False: it cannot be read back
-    errors: tuple[type[Exception], ...] = (OSError,)  # and those of its client
-    sink: Any = None
+    sink: Any
+    read: Callable[[], Iterator[bytes]] | None  # yields every event in the place, in its order; None: cannot be read
+    once: bool = True  # False: after a fault, an event may be there more often
 
-    def __init__(self, url: str, stored: str) -> None:
-        self.url, self._stored = url, Path(stored) if stored else None
-
-    open: Callable[[], None]
-    """Connect, and empty the place. Raises ImportError without its package."""
-
-    @contextlib.contextmanager
-    def delivering(self) -> Iterator[Deliver]:
-        """Yield what delivers a batch, to one consumer."""
-        yield self.sink.deliver
+    def delivering(self) -> AbstractContextManager[Deliver]:
+        """Return what delivers a batch, to one consumer."""
+        return nullcontext(self.sink.deliver)
 
     def close(self) -> None:
         """Let go of the sink; then the place can be read."""
         self.sink.close()
 
-    read: Callable[[], Iterator[bytes]]
-    """Yield every event in the place, in its order."""
+
+Open = Callable[[str, str], Place]
 
 
 def lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a file without their ends; one without an end is torn, and comes with a ``?`` before it."""
-    with open(path, "rb") as file:
-        for line in file:
-            yield line[:-1] if line.endswith(b"\n") else b"?" + line
+    """Yield the lines of a file, rotated or not, without their ends; a torn one comes with a ``?`` before it."""
+    for part in (*rotated(path), path):
+        with open(part, "rb") as file:
+            for line in file:
+                yield line[:-1] if line.endswith(b"\n") else b"?" + line
 
 
-class FilePlace(Place):
+def open_file(url: str, _: str) -> Place:
     """A file, emptied first, and what it was rotated to."""
-
-    def open(self) -> None:
-        self._path = Path(self.url.partition(":")[2])
-        self._path.touch()
-        self.readable = self._path.is_file()
-        for path in (*rotated(self._path), *([self._path] if self.readable else [])):
-            path.unlink()
-        self.sink = FileSink(self._path, rotate_bytes=ROTATE if self.readable else None, patience=PATIENCE)
-
-    def read(self) -> Iterator[bytes]:
-        return (line for path in (*rotated(self._path), self._path) for line in lines(path))
+    path = Path(url.partition(":")[2])
+    path.touch()
+    regular = path.is_file()
+    for old in (*rotated(path), *([path] if regular else [])):
+        old.unlink()
+    sink = FileSink(path, rotate_bytes=ROTATE if regular else None, patience=PATIENCE)
+    return Place(sink, partial(lines, path) if regular else None)
 
 
-class HttpPlace(Place):
+def open_http(url: str, stored: str) -> Place:
     """An endpoint that stores what it is sent as lines in a file."""
+    from soak.recipes.http_sink import HttpSink  # noqa: PLC0415
 
-    once = False
-
-    def open(self) -> None:
-        from soak.recipes.http_sink import HttpSink  # noqa: PLC0415
-
-        self.sink = HttpSink(self.url, timeout=TIMEOUT, tries=10_000, longest_pause=1.0)
-        self.readable = self._stored is not None
-        if self._stored is not None:
-            os.truncate(self._stored, 0)  # the receiver appends
-
-    def read(self) -> Iterator[bytes]:
-        return lines(self._stored or Path())
+    sink = HttpSink(url, timeout=TIMEOUT, tries=10_000, longest_pause=1.0)
+    if stored:
+        os.truncate(stored, 0)  # the receiver appends
+    return Place(sink, partial(lines, Path(stored)) if stored else None, once=False)
 
 
-class RedisPlace(Place):
+def open_redis(url: str, _: str) -> Place:
     """A stream, deleted first."""
+    import redis  # noqa: PLC0415
 
-    def open(self) -> None:
-        import redis  # noqa: PLC0415
+    from soak.recipes.redis_sink import RedisSink  # noqa: PLC0415
 
-        from soak.recipes.redis_sink import RedisSink  # noqa: PLC0415
+    client: Any = redis.Redis.from_url(url, socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT)
+    client.delete(NAME)
 
-        self.errors = (OSError, redis.RedisError, ValueError)
-        self._client: Any = redis.Redis.from_url(self.url, socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT)
-        self.sink = RedisSink(self._client, NAME, maxlen=None, patience=PATIENCE)
-        self._client.delete(NAME)
-
-    def read(self) -> Iterator[bytes]:
+    def read() -> Iterator[bytes]:
         last = b"-"
-        while entries := self._client.xrange(NAME, last, count=READ):
+        while entries := client.xrange(NAME, last, count=READ):
             yield from (fields[b"event"] for _, fields in entries)
             last = b"(" + entries[-1][0]
 
+    return Place(RedisSink(client, NAME, maxlen=None, patience=PATIENCE), read)
 
-class PostgresPlace(Place):
+
+def open_postgresql(url: str, _: str) -> Place:
     """A table, emptied first."""
+    import psycopg  # noqa: PLC0415
 
-    def open(self) -> None:
-        import psycopg  # noqa: PLC0415
+    from soak.recipes.postgresql_sink import PostgresSink  # noqa: PLC0415
 
-        from soak.recipes.postgresql_sink import PostgresSink  # noqa: PLC0415
+    sink = PostgresSink(url, NAME, patience=PATIENCE)
+    sink.create_tables()
+    with psycopg.connect(url) as connection:
+        connection.execute(f'TRUNCATE "{NAME}"')
 
-        self.errors = (OSError, psycopg.Error)
-        self._connect = partial(psycopg.connect, self.url)
-        self.sink = PostgresSink(self.url, NAME, patience=PATIENCE)
-        self.sink.create_tables()
-        with self._connect() as connection:
-            connection.execute(f'TRUNCATE "{NAME}"')
-
-    def read(self) -> Iterator[bytes]:
-        with self._connect() as connection:
+    def read() -> Iterator[bytes]:
+        with psycopg.connect(url) as connection:
             cursor = connection.cursor("soak")  # a server-side one
             cursor.itersize = READ
             for (event,) in cursor.execute(f'SELECT event FROM "{NAME}" ORDER BY id'):
                 yield event.encode()
 
+    return Place(sink, read)
+
 
 class NatsPlace(Place):
-    """A JetStream stream on the disk, deleted first. Each consumer is an event loop with its own connection."""
+    """Each consumer is an event loop with a connection, which ends with the consumer."""
 
-    def open(self) -> None:
-        import nats.errors  # noqa: PLC0415
-
-        from soak.recipes.nats_sink import NatsSink  # noqa: PLC0415
-
-        self.errors = (OSError, nats.errors.Error, asyncio.TimeoutError)
-        self._connect = partial(nats.connect, self.url, error_cb=_quiet, allow_reconnect=False, connect_timeout=2)
-        self._new_sink = partial(NatsSink, self._connect, NAME, timeout=TIMEOUT, patience=PATIENCE)
-        asyncio.run(self._make())
-
-    async def _make(self) -> None:
-        from nats.js.errors import NotFoundError  # noqa: PLC0415
-
-        async with await self._connect() as client:
-            with contextlib.suppress(NotFoundError):
-                await client.jetstream().delete_stream(NAME)
-            await client.jetstream().add_stream(name=NAME, subjects=[NAME])
-
-    @contextlib.contextmanager
+    @contextmanager
     def delivering(self) -> Iterator[Deliver]:
-        loop, sink = asyncio.new_event_loop(), self._new_sink()
+        loop, sink = asyncio.new_event_loop(), self.sink()
         try:
             yield lambda batch: loop.run_until_complete(sink.deliver(batch))
             loop.run_until_complete(sink.close())
@@ -172,31 +134,47 @@ class NatsPlace(Place):
             loop.close()
 
     def close(self) -> None:
-        """Each consumer has closed its connection."""
+        pass
 
-    def read(self) -> Iterator[bytes]:
-        return iter(asyncio.run(self._read()))
 
-    async def _read(self) -> list[bytes]:
-        async with await self._connect() as client:
-            jetstream = client.jetstream()
-            there = (await jetstream.stream_info(NAME)).state.messages
-            messages = await jetstream.subscribe(NAME, ordered_consumer=True)
+def open_nats(url: str, _: str) -> Place:
+    """A JetStream stream on the disk, deleted first."""
+    import nats  # noqa: PLC0415
+    from nats.js.errors import NotFoundError  # noqa: PLC0415
+
+    from soak.recipes.nats_sink import NatsSink  # noqa: PLC0415
+
+    async def quiet(_: Exception) -> None:
+        """Replace the client's default, which prints each error."""
+
+    connect = partial(nats.connect, url, error_cb=quiet, allow_reconnect=False, connect_timeout=2)
+
+    async def make() -> None:
+        async with await connect() as client:
+            with suppress(NotFoundError):
+                await client.jetstream().delete_stream(NAME)
+            await client.jetstream().add_stream(name=NAME, subjects=[NAME])
+
+    async def read() -> list[bytes]:
+        async with await connect() as client:
+            there = (await client.jetstream().stream_info(NAME)).state.messages
+            messages = await client.jetstream().subscribe(NAME, ordered_consumer=True)
             return [(await messages.next_msg(10)).data for _ in range(there)]
 
+    asyncio.run(make())
+    sink = partial(NatsSink, connect, NAME, timeout=TIMEOUT, patience=PATIENCE)
+    return NatsPlace(sink, lambda: iter(asyncio.run(read())))
 
-async def _quiet(_: Exception) -> None:
-    """Replace the default of the NATS client, which prints each error."""
 
-
-_OTHERS = {"https": HttpPlace, "rediss": RedisPlace, "postgresql": PostgresPlace, "nats": NatsPlace}
-KINDS: Mapping[str, type[Place]] = {"file": FilePlace, "http": HttpPlace, "redis": RedisPlace, **_OTHERS}
+_OTHERS = {"https": open_http, "rediss": open_redis, "postgresql": open_postgresql, "nats": open_nats}
+KINDS: Mapping[str, Open] = {"file": open_file, "http": open_http, "redis": open_redis, **_OTHERS}
+"""What opens and empties a place, of its address and what stands behind the ``#``."""
 
 
 def parse(text: str) -> str:
     """Return ``text`` when it names a sink; otherwise raise ArgumentTypeError with what there is."""
     scheme, _, rest = text.partition(":")
-    if text != "null" and (scheme not in KINDS or ("#" in text and KINDS[scheme] is not HttpPlace)):
+    if text != "null" and (scheme not in KINDS or ("#" in text and KINDS[scheme] is not open_http)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a sink (available: {AVAILABLE})")
     if text != "null" and (not rest.strip("/") or "\0" in rest):
         raise argparse.ArgumentTypeError(f"{text!r} names no {'file' if scheme == 'file' else 'server'}")
@@ -211,11 +189,9 @@ def open_sink(text: str) -> Place | None:
     if text == "null":
         return None
     url, _, stored = text.partition("#")
-    place = KINDS[url.partition(":")[0]](url, stored)
     try:
-        place.open()
-    except OSError:
+        return KINDS[url.partition(":")[0]](url, stored)
+    except (OSError, ImportError):
         raise
-    except place.errors as error:
+    except Exception as error:  # each client has its own
         raise OSError(" ".join(str(error).split()) or type(error).__name__) from error
-    return place

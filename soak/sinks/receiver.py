@@ -7,6 +7,7 @@ next, and 507 when the disk is full. It ignores Idempotency-Key: what is repeate
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import signal
 import sys
@@ -32,14 +33,12 @@ class Handler(BaseHTTPRequestHandler):
     def store(self, body: bytes) -> int:
         """Append; return the answer: with nothing of it in the file when the disk is full."""
         with self.lock:
-            size, view = self.file.seek(0, 2), memoryview(body)
-            try:
-                while view:
-                    view = view[self.file.write(view) :]
-            except OSError:
-                self.file.truncate(size)
-                return 507
-        return 204
+            size = self.file.seek(0, 2)
+            with contextlib.suppress(OSError):
+                if self.file.write(body) == len(body):
+                    return 204
+            self.file.truncate(size)
+            return 507
 
     def log_message(self, *_: object) -> None:
         """Print nothing."""

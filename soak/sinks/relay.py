@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Between a sink and its server, a process: ``python3 -m soak.sinks.relay PORT TO``.
+"""Between a sink and its server, which must be up, a process: ``python3 -m soak.sinks.relay PORT TO``.
 
 It passes bytes on both ways; at SIGUSR1 it resets every connection, in the middle of whatever passes.
 """
@@ -22,8 +22,7 @@ async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
         while data := await reader.read(1 << 16):
             writer.write(data)
             await writer.drain()
-    with contextlib.suppress(OSError, RuntimeError):
-        writer.close()
+    writer.close()
 
 
 async def main(port: int, to: int) -> None:
@@ -31,11 +30,7 @@ async def main(port: int, to: int) -> None:
     writers: set[asyncio.StreamWriter] = set()
 
     async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            other_reader, other_writer = await asyncio.open_connection(HOST, to)
-        except OSError:
-            writer.transport.abort()
-            return
+        other_reader, other_writer = await asyncio.open_connection(HOST, to)
         writers.update((writer, other_writer))
         await asyncio.gather(pump(reader, other_writer), pump(other_reader, writer))
         writers.difference_update((writer, other_writer))

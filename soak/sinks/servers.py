@@ -29,7 +29,7 @@ ROOM = "4g"  # what the small disk holds before it is full; it is memory, and ta
 
 
 class Kind(NamedTuple):
-    """A server: what names its sink, and what starts it; {port}, {data} and {to} are filled in."""
+    """A server: what names its sink, and what starts it; {port} and {data} are filled in."""
 
     url: str = ""
     command: str = ""  # empty: there is no process
@@ -73,7 +73,11 @@ KINDS = {
         forgives=False,
     ),
 }
-RELAY = Kind(command="-m soak.sinks.relay {port} {to}")  # between a sink and its server; SIGUSR1 resets all connections
+
+
+def relay(to: int) -> Kind:
+    """Return what stands between a sink and its server's port; SIGUSR1 resets all connections."""
+    return Kind(command=f"-m soak.sinks.relay {{port}} {to}")
 
 
 def free_port() -> int:
@@ -106,10 +110,9 @@ def mount(path: Path, *options: str) -> None:
 class Server:
     """A server process, its data in ``folder/data``. A context manager that starts and ends it."""
 
-    def __init__(self, kind: Kind, folder: Path, small: bool = False, to: int = 0, more: str = "") -> None:
-        """small: its data on a disk that can be full, if that may be; to: of a relay; more: words of its command."""
+    def __init__(self, kind: Kind, folder: Path, small: bool = False) -> None:
+        """small: its data on a disk that can be full, if that may be."""
         self.kind, self.folder, self.data, self.port = kind, folder, folder / "data", free_port()
-        self._to, self._more = to, more
         self._user = "nobody" if not kind.as_root and os.geteuid() == 0 else None
         self._process: subprocess.Popen[bytes] | None = None
         self._log = folder / "log.txt"
@@ -129,7 +132,7 @@ class Server:
 
     def _run(self, text: str) -> subprocess.Popen[bytes]:
         """Start a program as the server's user, in its folder; its output goes to the log. Raises SetupError."""
-        words = [word.format(port=self.port, data=self.data, to=self._to) for word in shlex.split(text)]
+        words = [word.format(port=self.port, data=self.data) for word in shlex.split(text)]
         variables = {**os.environ, "PYTHONPATH": str(environment.ROOT)}
         if self.kind.package:
             words[0], variables = find(words[0], self.kind.package)
@@ -140,11 +143,14 @@ class Server:
             return subprocess.Popen(words, env=variables, cwd=self.folder, user=self._user, **streams)
 
     def start(self) -> None:
-        """Start it, and wait until it answers. Raises SetupError."""
+        """Start it if it does not run, and wait until it answers. Raises SetupError.
+
+        Again and again: what a killed one has left (shared memory, a port) can take a moment to go.
+        """
         deadline = time.monotonic() + START
         while self.kind.command:
-            if not self.alive():  # what a killed one has left (shared memory, a port) can take a moment to go
-                self._process = self._run(f"{self.kind.command} {self._more}")
+            if self._process is None or self._process.poll() is not None:
+                self._process = self._run(self.kind.command)
             with contextlib.suppress(OSError), socket.create_connection((HOST, self.port), 1.0):
                 if not self.kind.ready or self._run(self.kind.ready).wait() == 0:
                     return
@@ -152,9 +158,6 @@ class Server:
                 text = self._log.read_text(errors="replace").strip().splitlines()[-1:] or ["no word"]
                 raise SetupError(f"{self.kind.command.split()[0]} does not answer: {text[0]} (see {self._log})")
             time.sleep(0.1)
-
-    def alive(self) -> bool:
-        return self._process is not None and self._process.poll() is None
 
     def signal(self, number: int) -> None:
         """Send a signal to the process and all that it started."""
@@ -189,10 +192,9 @@ class Server:
             mount(self.data, "-o", f"remount,size={ROOM}")
             if not self.kind.forgives:
                 self.kill()
-        if fault in ("kill", "full") and not self.alive():
-            self.start()
-        elif fault in ("hang", "reset", "refuse"):
+        elif fault != "kill":
             self.signal(signal.SIGCONT if fault == "hang" else signal.SIGUSR1)
+        self.start()
 
     def __enter__(self) -> Server:
         try:

@@ -252,7 +252,8 @@ def test_the_redis_sink_goes_on_when_a_machine_of_its_cluster_comes_back(tmp_pat
     with contextlib.ExitStack() as stack:
         options = "--cluster-enabled yes --cluster-node-timeout 1000 --cluster-port"
         kind, folders = servers.KINDS["redis"], [tmp_path / f"server {bus}" for bus in buses]
-        made = [servers.Server(kind, folder, more=f"{options} {bus}") for folder, bus in zip(folders, buses)]
+        kinds = [kind._replace(command=f"{kind.command} {options} {bus}") for bus in buses]
+        made = [servers.Server(kind, folder) for kind, folder in zip(kinds, folders)]
         found = [stack.enter_context(server) for server in made]
         nodes = [stack.enter_context(redis.Redis(port=server.port, **patient)) for server in found]
         for i, node in enumerate(nodes):

@@ -17,10 +17,11 @@ from unittest import mock
 import pytest
 
 import tempo
-from soak.recipes.spool import RECORD_OVERHEAD, Spool, SpoolError, SpoolFull
+from soak.recipes.spool import Spool, SpoolError, SpoolFull
 from soak.tests.helpers import ENVIRONMENT, make, run_python
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
+PAGES_OF_AN_EMPTY_ONE = 2 * 4096
 
 
 @pytest.fixture
@@ -52,18 +53,20 @@ def test_a_record_leaves_the_spool_when_it_was_sent_and_not_before(spool: Spool,
             spool.replay(mock.Mock(side_effect=error))
     assert spool.replay(send) == 2
     assert in_file(path) == [b"meanwhile"]
-    assert (len(spool), spool.nbytes) == (1, 9 + RECORD_OVERHEAD)
+    assert (len(spool), spool.nbytes) == (1, PAGES_OF_AN_EMPTY_ONE)
 
 
 def test_replay_sends_all_in_order_so_much_at_a_time(spool: Spool) -> None:
     records = [bytes([i]) * size for i, size in enumerate([100_000] * 5 + [0, 300_000, 1])]
     spool.put(records)
+    assert len(spool) == 8
+    assert spool.nbytes == pytest.approx(800_000, rel=0.1)
     sent: list[list[bytes]] = []
     while spool.replay(sent.append):
         pass
     assert [record for some in sent for record in some] == records
     assert [len(some) for some in sent] == [2, 2, 2, 1, 1]
-    assert (len(spool), spool.nbytes) == (0, 0)
+    assert (len(spool), spool.nbytes) == (0, PAGES_OF_AN_EMPTY_ONE)
 
 
 @pytest.mark.parametrize("closed", [False, True])
@@ -84,19 +87,22 @@ def test_only_what_the_dispatcher_refuses_and_could_take_goes_to_the_spool(
     assert d.stats().buffered == (0 if closed else 3)
 
 
-def test_a_full_spool_takes_all_of_a_call_or_nothing(path: Path) -> None:
-    one = 4 + RECORD_OVERHEAD
-    with Spool(path, max_bytes=3 * one) as spool:
-        spool.put([b"0000"])
-        with pytest.raises(SpoolFull, match=f"no room for {3 * one} bytes: {one} of {3 * one} bytes are taken") as full:
-            spool.put([b"1111", b"2222", b"3333"])
-        assert (full.value.rest, in_file(path)) == ([b"1111", b"2222", b"3333"], [b"0000"])
-        spool.put([b"1111", b"2222"])
+def test_a_full_spool_takes_all_of_a_call_or_nothing_and_has_room_again(path: Path) -> None:
+    records = [b"%05d" % i * 800 for i in range(20)]  # a page each
+    with Spool(path, max_bytes=20 * 4096) as spool:
+        spool.put(records[:10])
+        with pytest.raises(SpoolFull, match=f"{path}: .*full") as full:
+            spool.put(records)
+        assert (full.value.rest, in_file(path)) == (records, records[:10])
+        spool.put(records[10:12])
         with pytest.raises(SpoolFull) as full:
-            spool.enqueue_many(make(max_buffered_bytes=8), [b"aaaa", b"bbbb", b"cccc"])
-        assert (full.value.accepted, full.value.rest) == (2, [b"cccc"])
-        assert (len(spool), spool.nbytes) == (3, 3 * one)
-    assert in_file(path) == [b"0000", b"1111", b"2222"]
+            spool.enqueue_many(make(max_buffered_bytes=8000), records)
+        assert (full.value.accepted, full.value.rest) == (2, records[2:])
+        assert 12 * 4096 < spool.nbytes <= 20 * 4096
+        assert spool.replay(lambda sent: None) == 12
+        spool.put(records[:12])
+    assert in_file(path) == records[:12]
+    assert path.stat().st_size <= 20 * 4096
 
 
 def test_one_spool_at_a_time_has_the_file(spool: Spool, path: Path) -> None:
@@ -104,11 +110,23 @@ def test_one_spool_at_a_time_has_the_file(spool: Spool, path: Path) -> None:
         Spool(path, max_bytes=1000)
     spool.put([b"left"])
     spool.close()
-    with pytest.raises(SpoolError, match="is closed"):
+    with pytest.raises(SpoolError, match="closed"):
         spool.put([b"late"])
     with Spool(path, max_bytes=1) as again, pytest.raises(SpoolFull):  # a lower limit takes nothing away
-        assert (len(again), again.nbytes) == (1, 4 + RECORD_OVERHEAD)
-        again.put([b""])
+        assert len(again) == 1
+        again.put([bytes(4096)])
+
+
+def test_what_is_no_spool_is_left_alone(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE other (data)")
+    before = path.read_bytes()
+    with pytest.raises(SpoolError, match="it is a database, but no spool"):
+        Spool(path, max_bytes=1000)
+    assert path.read_bytes() == before
+    path.write_bytes(b"text" * 1000)
+    with pytest.raises(SpoolError, match="not a database"):
+        Spool(path, max_bytes=1000)
 
 
 FORKED = """

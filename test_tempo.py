@@ -1353,6 +1353,8 @@ def test_errors_and_names_of_the_module_are_the_contracts() -> None:
         "DrainTimeout": (tempo.Error, TimeoutError),
     }  # fmt: skip
     assert {name: getattr(tempo, name).__bases__ for name in errors} == errors
+    assert str(tempo.DrainTimeout([])) == "not drained in time: 0 batches (0 payloads) undelivered"
+    assert inspect.signature(tempo.Dispatcher.start).parameters["exit_timeout"].default == 5.0
     assert sorted(tempo.__all__) == sorted([*errors, "Batch", "Dispatcher", "Stats", "GiB", "KiB", "MiB"])
     assert (tempo.KiB, tempo.MiB, tempo.GiB) == (1 << 10, 1 << 20, 1 << 30)
     assert re.fullmatch(r"\d+\.\d+\.\d+", tempo.__version__)
@@ -1930,7 +1932,7 @@ ENDING = ("stop", "shutdown")
 INSIDE: dict[str, tuple[Callable[[tempo.Dispatcher], Any], Any]] = {  # nested calls, and what they return or raise
     "enqueue": (lambda d: d.enqueue(b"n" * 40, timeout=None), None),
     "enqueue without room": (lambda d: d.enqueue(b"n" * 41, timeout=None), tempo.QueueFull),
-    "enqueue too large": (lambda d: d.enqueue(bytes(101)), tempo.PayloadTooLarge),
+    "enqueue too large": (lambda d: d.enqueue(bytes(1025)), tempo.PayloadTooLarge),
     "enqueue_many": (lambda d: d.enqueue_many([b"n" * 20, bytearray(b"n" * 20)], timeout=None), 2),
     "aenqueue": (lambda d: run_async(d.aenqueue(b"n" * 40)), RuntimeError),
     "get": (lambda d: d.get(), queue.Empty),
@@ -1938,14 +1940,15 @@ INSIDE: dict[str, tuple[Callable[[tempo.Dispatcher], Any], Any]] = {  # nested c
     "flush": (lambda d: d.flush(), False),
     "shutdown": (lambda d: d.shutdown(), None),
     "stop": (lambda d: d.stop(), RuntimeError),
-    "stats": (lambda d: (d.stats().accepted, d.stats().buffered_bytes, d.stats().state), (2, 60, "running")),
+    "stats": (lambda d: (d.stats().accepted, d.stats().rejected, d.stats().state), (2, 0, "running")),
 }
 
 
 @each("nested", INSIDE)
-def test_nested_call_in_a_section_never_waits(nested: str) -> None:
+@each("sizes", [(30, 30), (472, 512)], ids=["without credit", "with credit, used up"])
+def test_nested_call_in_a_section_never_waits(nested: str, sizes: tuple[int, int]) -> None:
     work, outcome = INSIDE[nested]
-    d = holding(b"a" * 30, b"a" * 30, max_buffered_bytes=100)
+    d = holding(*map(bytes, sizes), max_buffered_bytes=sum(sizes) + 40)
     outcomes: list[Any] = []
 
     def interrupting() -> None:
@@ -2099,6 +2102,15 @@ def test_interrupt_anywhere_in_a_wait_that_times_out_leaves_nothing_behind(wait:
         came = payloads([*drained(d), *drained(d)])
         assert came in ([bytes(99)], [bytes(99), b"no room"])  # the interrupted call may have been accepted
         assert works(d) == []
+
+
+def test_interrupt_anywhere_in_a_nested_enqueue_without_room_leaves_nothing_behind() -> None:
+    for steps in each_step():
+        d = holding(bytes(60), max_buffered_bytes=100)
+        inside.in_section(lambda: raised(steps.run, interrupt, d.enqueue, bytes(41)))
+        d.stats()
+        inside.set_clock()
+        assert works(d) == [bytes(60)]
 
 
 @LIMITS

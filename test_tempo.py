@@ -93,18 +93,19 @@ class inside:  # noqa: N801 - a namespace
         assert not buffer.dirty
         first = buffer.packs[0] if buffer.packs else None
         at, base = (first.start, first.base) if first else (run.items, run.charge)
-        ends = [0, taken.items]
+        ends = [0]
         assert at <= taken.items <= run.first <= run.items, "I2"
         for pack in buffer.packs:
             assert (pack.start, pack.base) == (at, base), "I2"
             assert sum(map(len, pack.pieces)) == sum(pack.sizes), "I2"
             ends += [at + end for end in pack.ends]
             at += len(pack.sizes)
+            assert ends == sorted(ends) and ends[-1] <= at, "I2"
             base += sum(max(1, size) for size in pack.sizes)
         assert (at, base) == (run.items, run.charge), "I2"
 
         # The open batch begins where another ends, is below its limit, and is due only if it has a payload.
-        assert run.first in ends, "I4"
+        assert run.first in (*ends, taken.items), "I4"
         assert (run.due == INF) == (not pending), "I4"
         assert not pending or opened < (buffer.max_batch or INF), "I4"
         if run.places:
@@ -1484,7 +1485,7 @@ def heap() -> Iterator[Callable[[], tuple[int, int]]]:
 
 @each(
     ("size", "limit", "batch_limit"),
-    [(0, 64, None), (1, 64, None), (0, 64, 64), (64, 1024, None), (64, 128, 64), (64, 64, "flush"), (163, 1024, 32768),
+    [(0, 64, None), (2, 64, None), (0, 64, 64), (64, 1024, None), (64, 128, 64), (64, 64, "flush"), (163, 1024, 32768),
      (511, 400, None), (1000, 1024, None), (1000, 1024, 64), (10240, 1024, 32768)],
 )  # fmt: skip
 def test_memory_stays_within_the_bound_and_none_is_kept(size: int, limit: int, batch_limit: Any, heap: Any) -> None:
@@ -2149,6 +2150,17 @@ def test_interrupt_anywhere_in_an_enqueue_owes_nobody_a_wake_up(way: str) -> Non
         if not d.stats().accepted:
             d.enqueue(b"a")
         assert waiting.result().tolist() == [b"a"]
+
+
+def test_interrupt_anywhere_in_an_enqueue_many_leaves_all_or_nothing_of_it() -> None:
+    for steps in each_step():
+        d = holding(b"a", max_batch_items=2)
+        with contextlib.suppress(KeyboardInterrupt):
+            steps.run(interrupt, d.enqueue_many, [b"b", b"c", b"d"])
+        d.enqueue_many([b"e", b"f"])
+        inside.check(d)
+        whole = [[b"a", b"b"], [b"c", b"d"], [b"e", b"f"]]
+        assert lists(drained(d)) in (whole, [[b"a", b"e"], [b"f"]])
 
 
 # Behaviour: a thread stopped anywhere, while others go on

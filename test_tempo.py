@@ -1264,6 +1264,7 @@ SHAPES: dict[str, tuple[list[bytes], int | None]] = {
     "packed": ([b"%d" % i * (i % 5) for i in range(4000)], None),
     "cut": ([b"%d" % i * (i % 5) for i in range(4000)], 997),
     "large": ([bytes([i % 256]) * 1000 for i in range(500)], None),
+    "long runs": ([numbered(i, 500) for i in range(1500)], None),
     "mixed": ([b"%d" % i * (i * 37 % 200) for i in range(1500)], 5003),
 }
 

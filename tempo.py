@@ -419,7 +419,6 @@ class _Pack:
             if len(self.pieces[0]) < stop:  # join what it covers: a large batch may follow
                 n = bisect_left(list(accumulate(map(len, self.pieces))), stop) + 1
                 self.pieces[:n] = [b"".join(self.pieces[:n])]
-                self.joined = max(1, self.joined - n + 1)
             return Batch(self.pieces[0][start:stop], sizes)
         return Batch(self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces), self.sizes)
 
@@ -687,9 +686,6 @@ class _Waiter:
     buffer: _Buffer | None = None  # of this buffer; a forked child has another
     _condition: threading.Condition | None = None
 
-    def alive(self) -> bool:
-        return True
-
     def wake(self) -> None:
         """Wake it; whoever calls takes it out of its line then, or the next section wakes it again."""
         if self._condition is not None:
@@ -701,7 +697,7 @@ class _Waiter:
         condition = self._condition = self._condition or threading.Condition(lock)
         try:
             if not self.woken:
-                condition.wait(max(0.0, seconds))
+                condition.wait(seconds)
         except BaseException:
             try:
                 condition.notify(0)
@@ -715,10 +711,6 @@ class _AsyncWaiter(_Waiter):
 
     thread = False
     future: Callable[[], Any]  # a weak reference
-
-    def alive(self) -> bool:
-        future = self.future()
-        return future is not None and not future.get_loop().is_closed()
 
     def wake(self) -> None:
         future = self.future()
@@ -763,7 +755,7 @@ def _section(work: _Method) -> _Method:
         mutex = self._mutex
         if mutex is None or _getpid() != _pid or _exiting:
             mutex = self._find_mutex()
-        buffer, outer, before = self._buffer, mutex.mine(me), _WITH_LEAKS and mutex.held()
+        outer, before = mutex.mine(me), _WITH_LEAKS and mutex.held()
         if outer and self._busy:
             raise RuntimeError("called by a signal handler or finalizer that interrupted tempo")
         try:
@@ -774,15 +766,14 @@ def _section(work: _Method) -> _Method:
                     self._now = _monotonic()
                     return work(self, *args)
                 finally:
-                    if self._busy or self._buffer is buffer:  # not in a child that a signal handler has just forked
-                        try:
-                            self._settle()
-                        except BaseException:
-                            self._settle()
-                            raise
-                        finally:  # stores: no signal is looked for between them
-                            self._busy = False
-                            mutex.owner = me if outer else 0
+                    try:
+                        self._settle()
+                    except BaseException:
+                        self._settle()
+                        raise
+                    finally:  # stores: no signal is looked for between them
+                        self._busy = False
+                        mutex.owner = me if outer else 0
         except BaseException:
             if _WITH_LEAKS and not before and mutex.held():
                 mutex.lock.release()  # pragma: no cover - not on 3.11 to 3.13
@@ -1387,15 +1378,11 @@ class Dispatcher:
         while line:
             waiter = line[0]
             if waiter.ticket > buffer.run.served:
-                if not waiter.alive():
-                    line.popleft()
-                    continue
                 n = len(waiter.data)
                 if self._phase is not _RUNNING or not buffer.accept(
                     (waiter.data,), [n], n or 1, self._now, waiter.ticket
                 ):
                     return
-            waiter.data = b""
             if waiter.thread:
                 self._resting.append(waiter)
             else:

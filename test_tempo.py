@@ -790,19 +790,11 @@ def test_consumer_ends_after_the_drain_or_at_once_after_stop_though_it_waits(way
     assert payloads(d) == consume(d, way) == []
 
 
-def test_consumers_that_wait_share_batches_and_pass_their_wake_up_on() -> None:
+def test_consumers_that_wait_share_batches() -> None:
     d = make(max_batch_bytes=1, interval=0.5)
     workers = [taker(d, way) for way in ("get", "async for", "batches")]
     d.enqueue_many([b"a", b"b", b"c"])
     assert sorted(payloads(worker.result() for worker in workers)) == [b"a", b"b", b"c"]
-
-    for _ in range(50):
-        leaving, staying = Worker(d.get, timeout=0.001), Worker(d.get)
-        d.enqueue(b"x")
-        with contextlib.suppress(queue.Empty):
-            leaving.result()
-            d.enqueue(b"x")  # the leaving one had the first
-        assert staying.result().tolist() == [b"x"]
 
 
 def test_task_cancelled_while_it_waits_loses_nothing_and_passes_its_batch_on() -> None:
@@ -945,16 +937,22 @@ def test_handler_and_get_lose_nothing_by_a_memory_error(monkeypatch: pytest.Monk
         monkeypatch.undo()  # once
         raise MemoryError
 
-    d = holding(b"a", b"b", max_batch_bytes=1)
+    def handler(batch: tempo.Batch) -> None:
+        taken.extend(batch.tolist())
+        monkeypatch.setattr(tempo, "_Waiter", short_of_memory)
+
+    taken: list[bytes] = []
+    d = holding(b"a", b"b", b"c", max_batch_bytes=1)
     monkeypatch.setattr(tempo, "Batch", short_of_memory)
     with pytest.raises(MemoryError):
         d.get(timeout=0)
     inside.check(d)
     assert d.get().tolist() == [b"a"]
     monkeypatch.setattr(tempo, "Batch", short_of_memory)
-    taken = started(d)
-    d.shutdown(LIMIT)
-    assert (taken, balanced(d).failed) == ([b"b"], 0)
+    d.start(handler)
+    wait_until(lambda: d.stats().delivered == 3)
+    d.stop()
+    assert (taken, balanced(d).failed) == ([b"b", b"c"], 0)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -981,8 +979,7 @@ def test_start_that_fails_changes_nothing(at: str, error: Any, monkeypatch: pyte
         start(thread) if at == "after start" else late.append(thread)
         raise error
 
-    received: list[bytes] = []
-    late: list[threading.Thread] = []
+    received, late = list[bytes](), list[threading.Thread]()
     start, handler = threading.Thread.start, lambda batch: received.extend(batch.tolist())
     pull_mode = "pull mode" if at != "after start" and type(error) is RuntimeError else None
     d = holding(b"a")
@@ -1189,14 +1186,6 @@ def test_stop_hands_back_once_what_was_not_delivered(limit: int) -> None:
 # stats()
 
 
-def test_stats_is_a_named_tuple_of_the_contracts_fields() -> None:
-    s = make().stats()
-    assert isinstance(s, tuple) and s[:-1] == (0,) * 18 and s.state == "running"
-    both = {"accepted", "delivered", "in_flight", "buffered", "discarded", "rejected", "failed"}
-    others = {"batches", "peak_buffered_bytes", "waiting_producers", "waiting_consumers", "state"}
-    assert set(s._fields) == both | {f"{name}_bytes" for name in both} | others
-
-
 @LIMITS
 def test_stats_balance_at_each_stage(limit: int) -> None:
     def now() -> tuple[object, ...]:
@@ -1204,6 +1193,7 @@ def test_stats_balance_at_each_stage(limit: int) -> None:
         return balanced(d)[:10]
 
     gate = Gate()
+    assert make().stats() == tempo.Stats(*(0,) * 18, "running")
     d = holding(b"", b"abc", b"bad", b"left", b"back", max_buffered_bytes=limit, max_batch_bytes=4)
     assert now() == (5, 15, 0, 0, 0, 0, 5, 15, 0, 0)
     assert d.get().tolist() == [b"", b"abc"]
@@ -1368,7 +1358,6 @@ def test_errors_and_names_of_the_module_are_the_contracts() -> None:
         ({"max_batch_bytes": 2}, [b"", b"", b"a", b"", b"b"], [2, 2], [1]),
         ({"max_batch_bytes": 100}, [b""] * 1000, [100] * 10, []),
         ({"max_batch_items": 3}, [b"a", b"", b"ccc", b"d"], [3], [1]),
-        ({"max_batch_items": 1}, [b"a", b"b"], [1, 1], []),
         ({"max_batch_items": 500}, [b"x"] * 1201, [500, 500], [201]),
         ({"max_batch_items": 3, "max_batch_bytes": 4}, [b"aa", b"b", b"cc", b"d", b"e", b"f"], [2, 3], [1]),
     ],
@@ -2077,7 +2066,6 @@ WAITS: dict[str, tuple[list[bytes], Callable[[tempo.Dispatcher], object]]] = {
     "enqueue": ([bytes(100)], lambda d: d.enqueue(b"interrupted", timeout=None)),
     "enqueue_many": ([bytes(100)], lambda d: d.enqueue_many([b"interrupted"], timeout=None)),
     "get": ([], lambda d: d.get()),
-    "batches": ([], lambda d: next(d.batches())),
     "get as the timer": ([b"open"], lambda d: d.get()),
     "flush": ([b"flushed"], lambda d: d.flush()),
     "shutdown": ([b"drained"], lambda d: d.shutdown()),
@@ -2106,15 +2094,6 @@ def test_interrupt_anywhere_in_a_wait_that_times_out_leaves_nothing_behind(wait:
         came = payloads([*drained(d), *drained(d)])
         assert came in ([bytes(99)], [bytes(99), b"no room"])  # the interrupted call may have been accepted
         assert works(d) == []
-
-
-def test_interrupt_anywhere_in_a_nested_enqueue_without_room_leaves_nothing_behind() -> None:
-    for steps in each_step():
-        d = holding(bytes(60), max_buffered_bytes=100)
-        inside.in_section(lambda: raised(steps.run, interrupt, d.enqueue, bytes(41)))
-        d.stats()
-        inside.set_clock()
-        assert works(d) == [bytes(60)]
 
 
 @LIMITS
@@ -2334,7 +2313,7 @@ def test_fork_in_the_handler_ends_the_childs_copy_of_its_thread() -> None:
             else:
                 while me[0].is_alive():
                     time.sleep(0.001)
-                os._exit(7)
+                os._exit(7 if d.flush() is False else 8)  # it is known as the handler's thread
         me, statuses = [], []
         d = make(max_batch_bytes=1)
         d.start(handler)

@@ -883,7 +883,6 @@ class Dispatcher:
         self._left = False  # a nested call has left work for the section
         self._asked: list[str] = []  # by nested calls: "flush", "shutdown"
         self._refused: list[int] = []  # charges of refused payloads, not yet among the rejected
-        self._waits: dict[int, bool] = {}  # by identity, the threads that wait or start the handler's
         self._worker = 0  # identity of the thread that calls the handler
 
     # -- Producers ---------------------------------------------------------------------------------------------------
@@ -1165,14 +1164,17 @@ class Dispatcher:
         me = threading.get_ident()
         mutex = self._mutex
         return not (
-            me == self._worker or me in self._waits or (mutex and mutex.mine(me)) or (_exiting and sys.is_finalizing())
+            me == self._worker or me in _WAITS or (mutex and mutex.mine(me)) or (_exiting and sys.is_finalizing())
         )
 
     def _may_wait(self) -> bool:
         """Whether flush or shutdown may wait: not in the body of a loop over this dispatcher's batches, either."""
         loops = [reference() for reference in list(self._loops)]
         inside = [loop for loop in loops if loop is not None and loop.inside()]
-        return self._patient() and not inside
+        waits = self._patient() and not inside
+        if waits:
+            self._ensure_thread()
+        return waits
 
     def _settle(self) -> None:
         """Lock held. Derive all that follows from what was accepted, taken and asked for.
@@ -1216,7 +1218,7 @@ class Dispatcher:
                 self._call()
             if self._phase is not _RUNNING or not (self._line or buffer.pressed):
                 buffer.spare = _NO_LIMIT
-                if self._phase is _RUNNING:
+                if self._phase is _RUNNING and (self._push is None or self._thread is not None):
                     buffer.grant(self._now, not self._consumers)
             else:
                 buffer.spare = self._max_buffered - buffer.held()
@@ -1238,15 +1240,14 @@ class Dispatcher:
                     return result
                 self._settle()
                 try:  # Between stores no signal is looked for.
-                    self._waits[me] = True
+                    _WAITS[me] = True
                     mutex.owner = 0
                     # Never for long: a wake-up that this thread's own signal handler sends may be lost.
                     waiter.wait(mutex.lock, min(deadline - self._now, waiter.until - self._now, _LOOK_UP))
                 finally:
                     mutex.owner = me
                     self._busy = True
-                    if me in self._waits:
-                        del self._waits[me]
+                    _WAITS.pop(me, None)
                 self._now = _monotonic()
         finally:
             if waiter.stood:
@@ -1517,9 +1518,8 @@ class Dispatcher:
             self._halted = True
             self._phase = _STOPPED
         buffer.seal(self._now)  # again: a nested call may have come before it saw the phase
+        buffer.cut()
         while not buffer.empty():
-            if buffer.due() != -_FOREVER:
-                buffer.cut()
             buffer.take("discarded")
         n = len(buffer.undelivered)
         mine += buffer.undelivered[:n]  # between this
@@ -1564,7 +1564,7 @@ class Dispatcher:
         first, me = self._push is None, threading.get_ident()
         thread = None
         try:
-            self._waits[me] = True  # a signal handler may not wait for a thread that this one is about to start
+            _WAITS[me] = True  # a signal handler may not wait for a thread that this one is about to start
             thread = threading.Thread(target=self._consume, args=(push,), name=f"tempo-{name}", daemon=True)
             self._adopt(thread, push)
             if self._thread is thread:
@@ -1575,11 +1575,13 @@ class Dispatcher:
             self._thread = None
             if first:
                 self._push = None
+            else:
+                self._stats()  # withdraws the credit: the next enqueue() tries again
             if isinstance(exc, RuntimeError):  # too many threads, or a sub-interpreter that may have none
                 raise RuntimeError(f"no thread can be started ({exc}): use pull mode, `for batch in d`") from exc
             raise
         finally:
-            self._waits.pop(me, None)
+            _WAITS.pop(me, None)
 
     @_section
     def _adopt(self, thread: threading.Thread, push: _Push) -> None:
@@ -1594,23 +1596,25 @@ class Dispatcher:
 
     def _ensure_thread(self) -> None:
         """In a forked child: start the handler's thread again. The payload is accepted either way."""
-        if self._thread is None and self._push is not None and not self._nested():
+        if self._thread is None and self._push is not None and not _exiting and not self._nested():
             with contextlib.suppress(RuntimeError):  # no thread can be started: the exit drains
                 self._start(self._push)
 
     def _consume(self, push: _Push, until: float = _FOREVER) -> None:
         """Call the handler for each batch until the dispatcher stops, or a time; not in a child that it forks."""
-        buffer, failed, me = self._buffer, False, threading.get_ident()
+        buffer, failed, me, thread = self._buffer, False, threading.get_ident(), threading.current_thread()
         try:
-            while buffer is self._buffer and push is self._push and _monotonic() < until:
-                self._worker, before = me, buffer.flight
+            while buffer is self._buffer and _monotonic() < until:
+                if self._thread is not thread and (self._thread is not None or not _exiting):
+                    return  # its start was interrupted
+                self._worker, before = me, buffer.in_flight()[0]
                 try:
                     batch = self._block(until, self._take, "in_flight", failed)
                 except (Stopped, queue.Empty):
                     return
                 except Exception as exc:  # no memory, perhaps for a lock; no room on the stack
                     self._report(exc, None)
-                    if buffer.flight is None or buffer.flight is before or not buffer.in_flight()[1]:
+                    if buffer.flight is None or buffer.in_flight()[0] in (before, _FOREVER):
                         time.sleep(0.1)
                         continue
                     batch = buffer.flight[1]  # taken; the error came after that
@@ -1722,6 +1726,7 @@ def _limit(name: str, value: Any, unit: str = "bytes") -> int:
 # One hook each for fork and exit; the list keeps no dispatcher alive.
 _DISPATCHERS: list[weakref.ref[Dispatcher]] = []
 _MUTEXES: dict[type, _Mutex] = {}  # by the type of lock
+_WAITS: dict[int, bool] = {}  # by identity, the threads that wait or start a handler's
 _FORKS: dict[int, Any] = {}  # by process id: threads of a child may notice a fork without hooks at the same time
 _getpid = os.getpid
 _pid = _getpid()
@@ -1738,9 +1743,13 @@ def _after_fork(keep: bool = False) -> None:
     keep: no hook ran at the fork; what this process has appended since is kept.
     """
     global _pid  # noqa: PLW0603
+    _WAITS.clear()
     for mutex in list(_MUTEXES.values()):
         if not mutex.held():  # else it is this thread's, which has forked in a section
-            mutex.__init__(threading.RLock())  # type: ignore[misc]
+            if hasattr(mutex.lock, "_at_fork_reinit"):  # not another lock: who forked in a wait comes back to this one
+                mutex.lock._at_fork_reinit()
+            else:
+                mutex.__init__(threading.RLock())  # type: ignore[misc]
         mutex.owner = 0
     for d in _dispatchers():
         run = d._buffer.run

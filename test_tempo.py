@@ -148,7 +148,7 @@ class inside:  # noqa: N801 - a namespace
     @staticmethod
     def waits(d: tempo.Dispatcher) -> bool:
         """Whether a thread waits in a call of this dispatcher."""
-        return bool(d._waits)
+        return bool(tempo._WAITS)
 
 
 class Worker(threading.Thread):
@@ -1506,6 +1506,10 @@ def test_memory_is_not_spent_on_a_small_batch_before_a_large_one(heap: Callable[
     before = heap()[0]
     assert d.get(timeout=0).tolist() == [b"small"]
     assert heap()[1] - before < limit // 4
+    d.start(lambda _: None)
+    assert d.flush(LIMIT)
+    wait_until(lambda: heap()[0] < limit // 4)  # the handler's thread keeps no batch while it waits
+    d.shutdown(LIMIT)
 
 
 def test_memory_is_not_spent_on_what_enqueue_many_has_no_room_for(heap: Any) -> None:
@@ -2037,22 +2041,25 @@ def signal_in_a_wait(d: tempo.Dispatcher, handler: Callable[[], object]) -> Iter
         signal.signal(signal.SIGINT, before)
 
 
-@each("nested", ["enqueue", "shutdown", "flush", "stop"])
+@each("nested", ["enqueue", "enqueue elsewhere", "shutdown", "flush", "stop"])
 def test_nested_call_from_a_signal_does_not_wait_for_the_wait_that_it_interrupts(nested: str) -> None:
     d = make(max_buffered_bytes=100, max_batch_bytes=1)
+    other = full(60)
     outcomes: list[Any] = []
 
     def handler() -> None:
-        if nested == "enqueue":
-            outcomes.extend(refusal(d.enqueue, bytes(60), timeout=None) for _ in range(2))
+        if nested.startswith("enqueue"):
+            second = d if nested == "enqueue" else other
+            outcomes.extend(refusal(where.enqueue, bytes(60), timeout=None) for where in (d, second))
         else:
             getattr(d, nested)()
             d.shutdown()
 
     with signal_in_a_wait(d, handler), contextlib.suppress(tempo.Stopped):
         outcomes.append(d.get(timeout=LIMIT).tolist())
-    assert outcomes == ([None, tempo.QueueFull, [bytes(60)]] if nested == "enqueue" else [])
-    assert d.stats().state == ("running" if nested == "enqueue" else "stopped")
+    enqueued = nested.startswith("enqueue")
+    assert outcomes == ([None, tempo.QueueFull, [bytes(60)]] if enqueued else [])
+    assert d.stats().state == ("running" if enqueued else "stopped")
 
 
 # Behaviour: interrupts
@@ -2300,6 +2307,24 @@ def test_fork_brings_the_handlers_thread_back_at_the_childs_first_enqueue(fork: 
     """)
     assert sorted(lines[1:3]) == ["b'child' True", "b'meanwhile' True"]
     assert lines[:1] + lines[3:] == ["b'parent' True", "True", "0", "b'open' True", "b'parent again' True"]
+
+
+@each("end", ["flush", "shutdown"])
+def test_fork_brings_the_handlers_thread_back_by_a_drain_where_enqueue_could_not(end: str) -> None:
+    lines = program(f"""
+        d = make()
+        d.start(lambda batch: say(batch.tolist()))
+        d.flush()
+        def child():
+            def fails(thread):
+                threading.Thread.start = start
+                raise RuntimeError("can't start new thread")
+            start, threading.Thread.start = threading.Thread.start, fails
+            d.enqueue(b"child")
+            d.{end}(timeout=10)
+        say(in_child(child))
+    """)
+    assert lines == ["[b'child']", "0"]
 
 
 def test_fork_in_the_handler_ends_the_childs_copy_of_its_thread() -> None:

@@ -22,7 +22,7 @@ HERE, SPECIFICATION = "soak/tests/test_field.py", "test_tempo.py"
 RECIPES, WORLDS = "soak/tests/test_recipes.py", "soak/tests/test_worlds.py"
 TESTS = {
     1: (SPECIFICATION, "full_buffer_is_due_where_a_payload_waits_or_was_refused"),
-    2: (SPECIFICATION, "aenqueue_waits_without_a_thread_of_an_executor"),
+    2: (SPECIFICATION, "aenqueue_waits_without_a_thread_and_cancelled_leaves_nothing_behind"),
     3: (WORLDS, "uwsgi_delivers_what_each_worker_accepted"),
     4: (SPECIFICATION, "exit"),
     5: (SPECIFICATION, "shutdown_that_would_block_its_own_event_loop_for_ever_is_refused"),

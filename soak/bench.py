@@ -125,7 +125,8 @@ def measure(path: Path, group: str, options: argparse.Namespace, quiet: bool) ->
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True, **settings)
     except (subprocess.SubprocessError, OSError) as error:
-        raise Failure(f"{group}: {error} {(getattr(error, 'stderr', None) or '')[-300:]}") from None
+        say(str(getattr(error, "stderr", None) or ""))  # the whole of it: the worker's own error comes first
+        raise Failure(f"{group}: {error}") from None
     if done.stderr and not quiet:
         say(done.stderr.strip())
 

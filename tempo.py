@@ -508,6 +508,8 @@ class _Buffer:
             run.claim = 0
             return False
         self._replace(self._store(new, sizes, charge, now, served or run.served))
+        if len(sizes) == 1 and self.covers < charge <= self.most:
+            self.covers = charge  # so that a first batch of large payloads does not take the lock for each
         return True
 
     def accept_nested(self, data: bytes) -> bool:

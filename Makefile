@@ -51,7 +51,7 @@ report: ## one HTML page of the last soak (ARGS="--run soak/out/latest.json")
 bench: ## tempo and its peers, measured side by side
 	@$(call with,bench peers) && exec "$$py" -m soak bench $(ARGS)
 
-compare: ## the same, and fail when a ratio is worse than recorded by more than its noise
+compare: ## the same, and fail when even the best round of a ratio is worse than the worst recorded
 	@$(call with,bench peers) && exec "$$py" -m soak bench --compare auto $(ARGS)
 
 instructions: ## machine instructions per payload (needs valgrind), and fail when they are more than recorded

@@ -2073,6 +2073,7 @@ WAITS: dict[str, tuple[list[bytes], Callable[[tempo.Dispatcher], object]]] = {
     "enqueue": ([bytes(100)], lambda d: d.enqueue(b"interrupted", timeout=None)),
     "enqueue_many": ([bytes(100)], lambda d: d.enqueue_many([b"interrupted"], timeout=None)),
     "get": ([], lambda d: d.get()),
+    "batches": ([], lambda d: next(d.batches())),
     "get as the timer": ([b"open"], lambda d: d.get()),
     "flush": ([b"flushed"], lambda d: d.flush()),
     "shutdown": ([b"drained"], lambda d: d.shutdown()),

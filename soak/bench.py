@@ -27,7 +27,7 @@ GROUPS = {"calls": 20, "threads": 3, "full": 10, "peers": 3, "coroutines": 3, "s
 """And the values of a round: more where they take milliseconds."""
 PATIENCE = 900.0  # seconds after which a round of one group counts as hung
 FLOOR = 0.10
-"""Two medians of one program on one machine may differ by that share; the spread tells only of a run's own minutes."""
+"""One program on one machine may differ by that share; a record tells only of its own minutes."""
 
 EXAMPLE = """\
 examples:
@@ -71,7 +71,7 @@ def add_parser(commands: Any) -> None:
     add("--groups", type=cli.names(*GROUPS), default="all", metavar="NAME,...", help=shown)
     add("--python", default=sys.executable, metavar="PATH", help="an interpreter that has pyperf (this one)")
     add("--json", type=cli.path, default=OUT, metavar="PATH", help="where pyperf's JSON goes (soak/out/bench.json)")
-    shown = "fail when a ratio is worse than in this baseline of soak/baselines/bench by more than its noise"
+    shown = "fail when a ratio is worse, in its best round, than ever in this baseline of soak/baselines/bench"
     add("--compare", type=recorded, metavar="auto|NAME", help=shown)
     add("--record", type=name_of, metavar="auto|NAME", help="write the ratios as such a baseline")
 
@@ -171,13 +171,15 @@ def spread_of(benchmark: Any) -> float:
 
 
 def compare(before: Any, now: Any) -> list[str]:
-    """Return a line for each ratio that is worse than before by more than both spreads and FLOOR allow."""
+    """Return a line for each ratio whose best round is worse than the worst recorded one, by more than FLOOR.
+
+    Medians of a few rounds differ by chance: how threads take turns under a GIL changes from one process to the next.
+    """
     worse = []
     for name in sorted(set(before.get_benchmark_names()) & set(now.get_benchmark_names())):
-        old, new = before.get_benchmark(name), now.get_benchmark(name)
-        allowed = 2 * (spread_of(old) + spread_of(new)) + FLOOR * old.median()
-        if new.median() - old.median() > allowed:
-            worse.append(f"WORSE: {name}: {new.median():.3f} was {old.median():.3f} (noise {allowed:.3f})")
+        best, worst = min(now.get_benchmark(name).get_values()), max(before.get_benchmark(name).get_values())
+        if best > (1 + FLOOR) * worst:
+            worse.append(f"WORSE: {name}: {best:.3f} at best, was {worst:.3f} at worst")
     return worse
 
 

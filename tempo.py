@@ -1170,7 +1170,10 @@ class Dispatcher:
         )
 
     def _may_wait(self) -> bool:
-        """Whether flush or shutdown may wait: not in the body of a loop over this dispatcher's batches, either."""
+        """Whether flush or shutdown may wait: not in the body of a loop over this dispatcher's batches, either.
+
+        Who waits needs the handler's thread, which a forked child may not have yet.
+        """
         loops = [reference() for reference in list(self._loops)]
         inside = [loop for loop in loops if loop is not None and loop.inside()]
         waits = self._patient() and not inside
@@ -1220,6 +1223,7 @@ class Dispatcher:
                 self._call()
             if self._phase is not _RUNNING or not (self._line or buffer.pressed):
                 buffer.spare = _NO_LIMIT
+                # A forked child without its handler's thread gets no credit, so that each enqueue() tries to start it.
                 if self._phase is _RUNNING and (self._push is None or self._thread is not None):
                     buffer.grant(self._now, not self._consumers)
             else:
@@ -1597,7 +1601,7 @@ class Dispatcher:
             self._push, self._thread = push, thread
 
     def _ensure_thread(self) -> None:
-        """In a forked child: start the handler's thread again. The payload is accepted either way."""
+        """In a forked child: start the handler's thread again, if it can be started; what was accepted stays."""
         if self._thread is None and self._push is not None and not _exiting and not self._nested():
             with contextlib.suppress(RuntimeError):  # no thread can be started: the exit drains
                 self._start(self._push)

@@ -325,7 +325,7 @@ class _Push(NamedTuple):
     exit_timeout: float
 
 
-def _charge(sizes: list[int]) -> int:
+def _charge(sizes: list[int] | array[int]) -> int:
     """What payloads of these sizes are charged: an empty one counts 1 byte."""
     return sum(sizes) + (0 if all(sizes) else sizes.count(0))
 
@@ -336,8 +336,10 @@ class _Taken(NamedTuple):
     items: int = 0
     charge: int = 0
     batches: int = 0
-    discarded_items: int = 0
-    discarded_charge: int = 0
+    discarded: tuple[int, int] = (0, 0)  # payloads, bytes
+    failed: tuple[int, int] = (0, 0)  # the handler raised
+    flight: tuple[float, int, int] = (_FOREVER, 0, 0)  # the handler has: number of the first payload; payloads, bytes
+    batch: Batch | None = None  # and the batch
 
 
 class _Run(list[bytes]):
@@ -447,12 +449,9 @@ class _Buffer:
         self.dirty = False  # the packs may hold something of a change that was not committed
         self.covers = _SMALL  # bytes: the size up to which the next credit covers payloads
         self.pressed = False  # a payload was refused for lack of room since a batch was taken
+        self.undelivered: tuple[Any, ...] = ()  # discarded and not handed back: the last batch, and the tuple before it
         self.peak = 0
         self.pace = (0, 0.0, 0.0)  # payloads and time from which the pace is measured, and as it was measured last
-        self.failed = (0, 0)  # payloads, bytes: the handler raised
-        # Batches with the number of their first payload: they are taken if that is below taken.items.
-        self.flight: tuple[int, Batch, int] | None = None  # what the handler has, or is about to get; and its bytes
-        self.undelivered: list[tuple[int, Batch]] = []  # discarded, and not handed back yet
         # Touched without the lock; why that is safe is told in Theory.
         self.run = _Run(0, 0, 0, 0, _FOREVER, 0)
         self.nested: list[bytes] = []  # accepted by calls that interrupted a section, which counts them
@@ -468,13 +467,6 @@ class _Buffer:
         counted = run.before[2] if run.before is not None else 0  # and not removed yet
         new = run[: run.granted] + self.nested[counted:]
         return run.items + len(new), run.charge + sum([len(payload) or 1 for payload in new])
-
-    def in_flight(self) -> tuple[float, int, int]:
-        """Number of the first payload that the handler has (for ever, if none); payloads; bytes."""
-        if self.flight is None or self.flight[0] >= self.taken.items:
-            return _FOREVER, 0, 0
-        first, batch, charge = self.flight
-        return first, len(batch), charge
 
     def due(self) -> float:
         """When the front batch may be taken: -inf when it is closed, inf when there is none."""
@@ -628,8 +620,6 @@ class _Buffer:
         self.peak = max(self.peak, run.charge - taken.charge)
         while packs and packs[0].start + len(packs[0].sizes) <= taken.items:
             packs.popleft()
-        while self.undelivered and self.undelivered[-1][0] >= taken.items:
-            self.undelivered.pop()
 
     def cut(self) -> None:
         """After a seal: close the open batch, if it has a payload."""
@@ -640,25 +630,26 @@ class _Buffer:
             self._replace(_Run(run.items, run.charge, run.items, run.charge, _FOREVER, run.served))
 
     def take(self, fate: str = "delivered") -> Batch:
-        """Take the front batch, which is closed (I5); fate: "delivered", "in_flight" or "discarded".
+        """Take the front batch (I5); if it is open, after a seal. fate: "delivered", "in_flight" or "discarded".
 
         The batch is made before it is taken, so that its bytes count until there is memory for it.
         """
         self.repair()
         taken = self.taken
+        if taken.items == self.run.first:
+            self.cut()
         pack = self.packs[0]
         begin = taken.items - pack.start
         batch = pack.batch(begin, pack.ends[bisect_right(pack.ends, begin)])
-        n = len(batch)
-        charge = batch.nbytes + (0 if all(batch._sizes) else batch._sizes.count(0))
+        n, charge = len(batch), _charge(batch._sizes)
         after = taken._replace(items=taken.items + n, charge=taken.charge + charge, batches=taken.batches + 1)
+        undelivered = self.undelivered
         if fate == "in_flight":
-            self.flight = (taken.items, batch, charge)
+            after = after._replace(flight=(taken.items, n, charge), batch=batch)
         if fate == "discarded":
-            self.undelivered.append((taken.items, batch))
-            items, charge = taken.discarded_items + n, taken.discarded_charge + charge
-            after = after._replace(discarded_items=items, discarded_charge=charge, batches=taken.batches)
-        self.taken = after
+            discarded = (taken.discarded[0] + n, taken.discarded[1] + charge)
+            after, undelivered = after._replace(discarded=discarded, batches=taken.batches), (batch, undelivered)
+        self.taken, self.undelivered = after, undelivered
         self.pressed = False
         self.repair()
         sizes = batch._sizes[-_SAMPLE:]
@@ -669,10 +660,10 @@ class _Buffer:
 
     def land(self, failed: bool) -> None:
         """The handler has returned from its batch, or raised."""
-        if failed:
-            _, items, charge = self.in_flight()
-            self.failed = (self.failed[0] + items, self.failed[1] + charge)
-        self.flight = None
+        taken = self.taken
+        _, n, charge = taken.flight
+        lost = (taken.failed[0] + n, taken.failed[1] + charge) if failed else taken.failed
+        self.taken = taken._replace(failed=lost, flight=(_FOREVER, 0, 0), batch=None)
 
 
 class _Waiter:
@@ -885,7 +876,6 @@ class Dispatcher:
         self._left = False  # a nested call has left work for the section
         self._asked: list[str] = []  # by nested calls: "flush", "shutdown"
         self._refused: list[int] = []  # charges of refused payloads, not yet among the rejected
-        self._worker = 0  # identity of the thread that calls the handler
 
     # -- Producers ---------------------------------------------------------------------------------------------------
 
@@ -1163,11 +1153,9 @@ class Dispatcher:
 
     def _patient(self) -> bool:
         """Whether the caller may wait: it is not the handler, nor called from a section or a wait, and others run."""
-        me = threading.get_ident()
-        mutex = self._mutex
-        return not (
-            me == self._worker or me in _WAITS or (mutex and mutex.mine(me)) or (_exiting and sys.is_finalizing())
-        )
+        me, thread, mutex = threading.get_ident(), self._thread, self._mutex
+        inside = me in _WAITS or (thread and thread.ident == me) or (mutex and mutex.mine(me))
+        return not (inside or (_exiting and sys.is_finalizing()))
 
     def _may_wait(self) -> bool:
         """Whether flush or shutdown may wait: not in the body of a loop over this dispatcher's batches, either.
@@ -1207,7 +1195,7 @@ class Dispatcher:
             if self._line:
                 self._serve()
             if self._phase is not _RUNNING:
-                if self._phase is _SHUTTING_DOWN and buffer.empty() and not buffer.in_flight()[1]:
+                if self._phase is _SHUTTING_DOWN and buffer.empty() and buffer.taken.batch is None:
                     self._phase = _STOPPED
                 if self._announced is not self._phase:
                     for line in (self._line, self._resting, self._consumers, self._drainers):
@@ -1302,18 +1290,17 @@ class Dispatcher:
             line.append(waiter)
 
     def _call(self) -> None:
-        """Lock held. Wake the consumers when the front batch is due, or to time it if no thread of them does."""
-        due, consumers = self._buffer.due(), self._consumers
-        if due <= self._now or (due < _FOREVER and self._hurried()):
-            _wake(consumers, len(consumers))
-        elif not [waiter for waiter in consumers if waiter.thread and self._now <= waiter.until <= due]:
-            for waiter in [waiter for waiter in consumers if waiter.until > due]:
-                waiter.wake()
-                consumers.remove(waiter)
+        """Lock held. Wake the consumers when the front batch is due, and those who would sleep beyond that."""
+        due = self._due()
+        for waiter in [waiter for waiter in self._consumers if due <= self._now or due < waiter.until]:
+            waiter.wake()
+            self._consumers.remove(waiter)
 
-    def _hurried(self) -> bool:
-        """Lock held. Whether the open batch is due whatever its age: a payload lacks room (I4), or it is the drain."""
-        return self._phase is not _RUNNING or bool(self._line) or self._buffer.pressed
+    def _due(self) -> float:
+        """Lock held. When the front batch may be taken: at once in the drain, or if a payload lacks room (I4)."""
+        due = self._buffer.due()
+        hurried = self._phase is not _RUNNING or self._line or self._buffer.pressed
+        return -_FOREVER if due < _FOREVER and hurried else due
 
     # -- Producers' half ---------------------------------------------------------------------------------------------
 
@@ -1434,19 +1421,21 @@ class Dispatcher:
 
     # -- Consumers' half ---------------------------------------------------------------------------------------------
 
-    def _take(self, waiter: _Waiter, over: bool, fate: str, failed: bool = False) -> Batch | None:
+    def _take(self, waiter: _Waiter, over: bool, fate: str, failed: list[bool | None] | None = None) -> Batch | None:
         """Lock held. Take a batch if one is due, or stand in line (None); Stopped when there will be none.
 
-        In push mode the handler has returned from the batch before, or failed.
+        failed: in push mode, whether the handler raised (None: it did not get its batch yet); becomes None.
         """
         buffer = self._buffer
-        if fate == "in_flight":
-            buffer.land(failed)
-        due = buffer.due()
-        if due != -_FOREVER:
+        if failed is not None and buffer.taken.batch is not None:
+            if failed[0] is None:
+                return buffer.taken.batch  # an error kept it from the handler
+            buffer.land(failed[0])
+            failed[0] = None
+        if buffer.due() != -_FOREVER:
             buffer.seal(self._now)
-            due = buffer.due()
-        if due > self._now and (due == _FOREVER or not self._hurried()):
+        due = self._due()
+        if due > self._now:
             if self._phase is _STOPPED:
                 raise Stopped("the dispatcher is stopped")
             if over:
@@ -1454,8 +1443,6 @@ class Dispatcher:
             waiter.until = due
             self._stand(waiter, self._consumers)
             return None
-        if due != -_FOREVER:
-            buffer.cut()
         return buffer.take(fate)
 
     # -- Life cycle's half -------------------------------------------------------------------------------------------
@@ -1496,25 +1483,28 @@ class Dispatcher:
 
     def _delivered(self, target: float) -> bool:
         taken = self._buffer.taken
-        return taken.items >= target and not taken.discarded_items and self._buffer.in_flight()[0] >= target
+        return taken.items >= target and not taken.discarded[0] and taken.flight[0] >= target
 
     def _end(self, giving_up: bool = False) -> list[Batch]:
         """Stop at once; return what was discarded, to one caller. giving_up: raise DrainTimeout, unless drained."""
-        mine: list[tuple[int, Batch]] = []
+        batches, mine = [], [()]
         try:
-            halted = self._halt(giving_up, mine)
-            batches = [batch for _, batch in mine]
-            if giving_up and halted:
-                raise DrainTimeout(batches, self._buffer.in_flight()[1])
-            return batches
-        except DrainTimeout:
-            raise
+            self._halt(giving_up, mine)
+            undelivered: tuple[Any, ...] = mine[0]
+            while undelivered:
+                batch, undelivered = undelivered
+                batches.append(batch)
+            batches.reverse()
+            if not (giving_up and self._halted):
+                return batches
+            error = DrainTimeout(batches, self._buffer.taken.flight[1])
         except BaseException:  # an interrupt: they are the next caller's
-            self._buffer.undelivered.extend(mine)
+            self._buffer.undelivered = mine[0] or self._buffer.undelivered
             raise
+        raise error
 
     @_section
-    def _halt(self, giving_up: bool, mine: list[tuple[int, Batch]]) -> bool:
+    def _halt(self, giving_up: bool, mine: list[tuple[Any, ...]]) -> None:
         """Stop, discard what was not delivered, and move it to mine; may be called again if an exception ended it."""
         if giving_up and self._halted:
             raise Stopped("stopped while it was shutting down")
@@ -1524,13 +1514,9 @@ class Dispatcher:
             self._halted = True
             self._phase = _STOPPED
         buffer.seal(self._now)  # again: a nested call may have come before it saw the phase
-        buffer.cut()
         while not buffer.empty():
             buffer.take("discarded")
-        n = len(buffer.undelivered)
-        mine += buffer.undelivered[:n]  # between this
-        del buffer.undelivered[:n]  # and this no signal is looked for
-        return self._halted
+        mine[0], buffer.undelivered = buffer.undelivered, ()  # between stores no signal is looked for
 
     @_section
     def _stats(self) -> Stats:
@@ -1542,16 +1528,16 @@ class Dispatcher:
         buffer = self._buffer
         items, charge = buffer.accepted()
         t = buffer.taken
-        _, flight_items, flight_charge = buffer.in_flight()
+        _, flight_items, flight_charge = t.flight
         refused = list(self._refused)
         return Stats(
             *(items, charge),
-            *(t.items - flight_items - t.discarded_items, t.charge - flight_charge - t.discarded_charge),
+            *(t.items - flight_items - t.discarded[0], t.charge - flight_charge - t.discarded[1]),
             *(flight_items, flight_charge),
             *(items - t.items, charge - t.charge),
-            *(t.discarded_items, t.discarded_charge),
+            *t.discarded,
             *(self._rejected[0] + len(refused), self._rejected[1] + sum(refused)),
-            *buffer.failed,
+            *t.failed,
             t.batches,
             max(buffer.peak, charge - t.charge),
             len(self._line),
@@ -1608,27 +1594,21 @@ class Dispatcher:
 
     def _consume(self, push: _Push, until: float = _FOREVER) -> None:
         """Call the handler for each batch until the dispatcher stops, or a time; not in a child that it forks."""
-        buffer, failed, me, thread = self._buffer, False, threading.get_ident(), threading.current_thread()
-        try:
-            while buffer is self._buffer and _monotonic() < until:
-                if self._thread is not thread and (self._thread is not None or not _exiting):
-                    return  # its start was interrupted
-                self._worker, before = me, buffer.in_flight()[0]
-                try:
-                    batch = self._block(until, self._take, "in_flight", failed)
-                except (Stopped, queue.Empty):
-                    return
-                except Exception as exc:  # no memory, perhaps for a lock; no room on the stack
-                    self._report(exc, None)
-                    if buffer.flight is None or buffer.in_flight()[0] in (before, _FOREVER):
-                        time.sleep(0.1)
-                        continue
-                    batch = buffer.flight[1]  # taken; the error came after that
-                failed = self._handle(push.handler, batch)
-                del batch  # it may not be kept while the next one is waited for
-        finally:
-            if self._worker == me:
-                self._worker = 0
+        thread = threading.current_thread()
+        failed: list[bool | None] = [None]
+        while (
+            self._thread is thread and _monotonic() < until
+        ):  # another, or none: a child, or its start was interrupted
+            try:
+                batch = self._block(until, self._take, "in_flight", failed)
+            except (Stopped, queue.Empty):
+                return
+            except Exception as exc:  # no memory, perhaps for a lock; no room on the stack
+                self._report(exc, None)
+                time.sleep(0.1)
+                continue
+            failed[0] = self._handle(push.handler, batch)
+            del batch  # it may not be kept while the next one is waited for
 
     def _handle(self, handler: _Handler, batch: Batch) -> bool:
         """Call the handler; return whether it failed."""
@@ -1781,7 +1761,9 @@ def _at_exit() -> None:
         d._stats()
     for d, push, until in started:
         if d._thread is None:  # a forked child that could not start it, or had no reason to
+            d._thread = threading.current_thread()
             d._consume(push, until)
+            d._thread = None
         with d._reporting():
             d.shutdown(max(0.0, until - _monotonic()))
     for d in pulled:

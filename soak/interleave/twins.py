@@ -38,7 +38,7 @@ TWINS = [
          "run.claim = charge  # first: a nested call must see it, or be seen\n        if self._ceiling(run) >",
          "if self._ceiling(run) + charge >"),
     Twin("wake-up of a consumer dropped", "enqueue / enqueue in 'one short of a batch' with",
-         "_wake(consumers, len(consumers))", "pass"),
+         "waiter.wake()\n            self._consumers.remove", "self._consumers.remove"),
     Twin("wake-up of a drain dropped", "flush / get in 'open",
          "waiter.wake()\n                    drainers.remove", "drainers.remove"),
     Twin("turn not given", "enqueue waiting / get in 'full", "_wake(self._resting, turns)", "pass"),

@@ -1029,18 +1029,14 @@ class Dispatcher:
             RuntimeError: it would block, for ever, the event loop that runs in this thread; see `aflush`.
             TypeError, ValueError: a bad timeout.
         """
-        deadline = _deadline(timeout)
+        deadline = self._plan(timeout)
         if self._leave_word("flush"):
             return False
-        if not self._may_wait():
-            deadline = 0.0
-        instead = "await aflush()" if deadline == _FOREVER else ""
-        return self._block(deadline, self._drain, "flush", instead)
+        return self._block(deadline, self._drain, "flush", "await aflush()" if deadline == _FOREVER else "")
 
     async def aflush(self, timeout: float | None = None) -> bool:
         """As `flush`, without blocking the event loop."""
-        deadline = _deadline(timeout)
-        return await self._await(deadline if self._may_wait() else 0.0, self._drain, "flush")
+        return await self._await(self._plan(timeout), self._drain, "flush")
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Refuse new work, release blocked producers, and wait until everything accepted is delivered.
@@ -1055,23 +1051,20 @@ class Dispatcher:
             RuntimeError: it would block, for ever, the event loop that runs in this thread; see `ashutdown`.
             TypeError, ValueError: a bad timeout.
         """
-        deadline = _deadline(timeout)
+        deadline = self._plan(timeout)
         if self._leave_word("shutdown"):
             return
-        waits = self._may_wait()
-        instead = "await ashutdown(), async with" if waits and timeout is None else ""
-        done = self._block(deadline if waits else 0.0, self._drain, "shutdown", instead)
-        if not done and waits:
+        instead = "await ashutdown(), async with" if deadline == _FOREVER else ""
+        done = self._block(deadline, self._drain, "shutdown", instead)
+        if not done and deadline >= 0:
             self._end(giving_up=True)
-        elif waits and not self._halted and (thread := self._thread) is not None and thread.is_alive():
+        elif deadline > 0 and not self._halted and (thread := self._thread) is not None and thread.is_alive():
             thread.join(_remaining(deadline))  # it has delivered all, and only has to return
 
     async def ashutdown(self, timeout: float | None = None) -> None:
         """As `shutdown`, without blocking the event loop."""
-        deadline = _deadline(timeout)
-        waits = self._may_wait()
-        done = await self._await(deadline if waits else 0.0, self._drain, "shutdown")
-        if not done and waits:
+        deadline = self._plan(timeout)
+        if not await self._await(deadline, self._drain, "shutdown") and deadline >= 0:
             self._end(giving_up=True)
 
     def stop(self) -> list[Batch]:
@@ -1157,17 +1150,17 @@ class Dispatcher:
         inside = me in _WAITS or (thread and thread.ident == me) or (mutex and mutex.mine(me))
         return not (inside or (_exiting and sys.is_finalizing()))
 
-    def _may_wait(self) -> bool:
-        """Whether flush or shutdown may wait: not in the body of a loop over this dispatcher's batches, either.
+    def _plan(self, timeout: float | None) -> float:
+        """The deadline of flush or shutdown; -1.0 where it may not wait: in the body of a loop over the batches, too.
 
         Who waits needs the handler's thread, which a forked child may not have yet.
         """
+        deadline = _deadline(timeout)
         loops = [reference() for reference in list(self._loops)]
-        inside = [loop for loop in loops if loop is not None and loop.inside()]
-        waits = self._patient() and not inside
-        if waits:
-            self._ensure_thread()
-        return waits
+        if not self._patient() or [loop for loop in loops if loop is not None and loop.inside()]:
+            return -1.0
+        self._ensure_thread()
+        return deadline
 
     def _settle(self) -> None:
         """Lock held. Derive all that follows from what was accepted, taken and asked for.

@@ -325,7 +325,7 @@ class _Push(NamedTuple):
     exit_timeout: float
 
 
-def _charge(sizes: list[int] | array[int]) -> int:
+def _charge(sizes: list[int]) -> int:
     """What payloads of these sizes are charged: an empty one counts 1 byte."""
     return sum(sizes) + (0 if all(sizes) else sizes.count(0))
 
@@ -492,9 +492,10 @@ class _Buffer:
             after.before = before
             self._replace(after)
 
-    def accept(self, new: Sequence[bytes], sizes: list[int], charge: int, now: float, served: int = 0) -> bool:
+    def accept(self, new: Sequence[bytes], now: float, served: int = 0) -> bool:
         """After a seal: accept payloads if all of them fit (I1)."""
-        run = self.run
+        run, sizes = self.run, list(map(len, new))
+        charge = _charge(sizes)
         run.claim = charge  # first: a nested call must see it, or be seen
         if self._ceiling(run) > self.max_buffered:
             run.claim = 0
@@ -641,7 +642,7 @@ class _Buffer:
         pack = self.packs[0]
         begin = taken.items - pack.start
         batch = pack.batch(begin, pack.ends[bisect_right(pack.ends, begin)])
-        n, charge = len(batch), _charge(batch._sizes)
+        n, charge = len(batch), batch.nbytes + (0 if all(batch._sizes) else batch._sizes.count(0))
         after = taken._replace(items=taken.items + n, charge=taken.charge + charge, batches=taken.batches + 1)
         undelivered = self.undelivered
         if fate == "in_flight":
@@ -923,23 +924,19 @@ class Dispatcher:
         accepted = [0]  # a list, so that a section can count in it before an exception ends it
         try:
             deadline = _deadline(timeout)
-            # A subclass has code of its own.
-            whole: Sequence[Any] | None = payloads if type(payloads) is list or type(payloads) is tuple else None
-            if whole is not None:
-                chunks: Iterable[Any] = (whole[i : i + _CHUNK] for i in range(0, len(whole), _CHUNK))
-            else:
-                chunks = ((payload,) for payload in payloads)
+            chunks: Iterable[Sequence[Any]] = zip(payloads)
+            if whole := type(payloads) is list or type(payloads) is tuple:  # a subclass has code of its own
+                chunks = (payloads[i : i + _CHUNK] for i in range(0, len(payloads), _CHUNK))
             for chunk in chunks:
-                done = 0
-                ready = whole is not None and countOf(map(type, chunk), bytes) == len(chunk) and not self._nested()
-                while done < len(chunk):
-                    if ready:
-                        done += self._enqueue_chunk(chunk[done:] if done else chunk, deadline > 0, accepted)
-                        self._ensure_thread()
-                    if done < len(chunk):  # it does not fit, or is to be copied
-                        self._enqueue(self._own(chunk[done]), _remaining(deadline))
+                rest = chunk
+                ready = whole and countOf(map(type, rest), bytes) == len(rest) and not self._nested()
+                while rest:
+                    n = self._enqueue_chunk(rest, deadline > 0, accepted) if ready else 0
+                    self._ensure_thread()
+                    if not n:  # it does not fit, or is to be copied
+                        self._enqueue(self._own(rest[0]), _remaining(deadline))
                         accepted[0] += 1
-                        done += 1
+                    rest = rest[n or 1 :]
         except BaseException as exc:
             with contextlib.suppress(Exception):  # foreign exceptions may have slots
                 exc.accepted = accepted[0]  # type: ignore[attr-defined]
@@ -1325,7 +1322,7 @@ class Dispatcher:
         charge = len(data) or 1
         if self._phase is not _RUNNING or charge > self._max_buffered:
             raise self._refusal(charge)
-        if (over or not self._line) and buffer.accept((data,), [len(data)], charge, self._now):
+        if (over or not self._line) and buffer.accept((data,), self._now):
             return True
         if over:
             buffer.pressed = True
@@ -1344,19 +1341,14 @@ class Dispatcher:
         buffer.seal(self._now)
         if self._phase is not _RUNNING or (waits and self._line):
             return 0
-        sizes = list(map(len, chunk))
-        n, charge = len(chunk), _charge(sizes)
-        run, total = buffer.run, accepted[0] + n
+        n, run, before = len(chunk), buffer.run, accepted[0]
         try:
-            while not buffer.accept(chunk, sizes, charge, self._now):
-                charges = list(accumulate(size or 1 for size in sizes))
-                n = bisect_right(charges, min(self._max_buffered - buffer.held(), charge - 1))
-                if not n:
-                    return 0
-                chunk, sizes, charge, total = chunk[:n], sizes[:n], charges[n - 1], accepted[0] + n
+            while n and not buffer.accept(chunk[:n], self._now):
+                charges = list(accumulate(len(payload) or 1 for payload in chunk[: n - 1]))
+                n = bisect_right(charges, self._max_buffered - buffer.held())
         finally:
             if buffer.run is not run:  # also when an interrupt came right after the commit
-                accepted[0] = total
+                accepted[0] = before + n
         return n
 
     def _serve(self) -> None:
@@ -1364,12 +1356,9 @@ class Dispatcher:
         buffer, line = self._buffer, self._line
         while line:
             waiter = line[0]
-            if waiter.ticket > buffer.run.served:
-                n = len(waiter.data)
-                if self._phase is not _RUNNING or not buffer.accept(
-                    (waiter.data,), [n], n or 1, self._now, waiter.ticket
-                ):
-                    return
+            late = waiter.ticket > buffer.run.served
+            if late and not (self._phase is _RUNNING and buffer.accept((waiter.data,), self._now, waiter.ticket)):
+                return
             if waiter.thread:
                 self._resting.append(waiter)
             else:
@@ -1736,8 +1725,7 @@ def _after_fork(keep: bool = False) -> None:
         d._reset()
         if keep and run.granted:
             new = run[: run.granted]
-            sizes = list(map(len, new))
-            d._buffer.accept(new, sizes, _charge(sizes), _monotonic())
+            d._buffer.accept(new, _monotonic())
             del run[: len(new)]
     _pid = _getpid()
 

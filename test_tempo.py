@@ -1851,7 +1851,7 @@ class BufferModel(Lists):
         items = [self.payload(size) for size in sizes]
         fits = self.fits(*items)
         self.buffer.seal(self.now)
-        assert self.buffer.accept(items, sizes, sum(map(charge, items)), self.now) is fits
+        assert self.buffer.accept(items, self.now) is fits
         for item in items if fits else []:
             self.accept(item)
 

@@ -676,8 +676,7 @@ class _Waiter:
     until = _FOREVER  # a consumer: when it looks again by itself
     data = b""  # a producer: its payload,
     ticket = 0  # and its place in the line
-    target = -1.0  # flush and shutdown: the number of payloads to be delivered
-    buffer: _Buffer | None = None  # of this buffer; a forked child has another
+    target = -1  # flush and shutdown: the number of payloads to be delivered
     _condition: threading.Condition | None = None
 
     def wake(self) -> None:
@@ -720,12 +719,11 @@ def _resolve(future: Any) -> None:
 
 
 class _Mutex:
-    """The lock of all dispatchers of a process, and who is in a section: a finalizer in one may call another."""
+    """The lock of all dispatchers of a process: a finalizer in a section of one may call another."""
 
     def __init__(self, lock: Any) -> None:
         self.lock = lock
         self._condition = threading.Condition(lock)
-        self.owner = 0  # identity of the thread in a section; only that thread compares equal
 
     def held(self) -> bool:
         """Whether this thread holds the lock."""
@@ -735,27 +733,21 @@ class _Mutex:
             return False
         return True
 
-    def mine(self, me: int) -> bool:
-        """Whether this thread is in a section. On 3.10 an interrupt may leave the owner as it was."""
-        return self.owner == me and self.held()
-
 
 def _section(work: _Method) -> _Method:
     """Run a method of Dispatcher with the lock held, and settle. A call nested in a section is a RuntimeError."""
 
     @functools.wraps(work)
     def section(self: Dispatcher, *args: Any) -> Any:
-        me = threading.get_ident()
         mutex = self._mutex
         if mutex is None or _getpid() != _pid or _exiting:
             mutex = self._find_mutex()
-        outer, before = mutex.mine(me), _WITH_LEAKS and mutex.held()
-        if outer and self._busy:
+        if self._nested():
             raise RuntimeError("called by a signal handler or finalizer that interrupted tempo")
+        before = _WITH_LEAKS and mutex.held()
         try:
             with mutex.lock:
-                mutex.owner = me
-                self._busy = True
+                self._busy = threading.get_ident()
                 try:
                     self._now = _monotonic()
                     return work(self, *args)
@@ -765,9 +757,8 @@ def _section(work: _Method) -> _Method:
                     except BaseException:
                         self._settle()
                         raise
-                    finally:  # stores: no signal is looked for between them
-                        self._busy = False
-                        mutex.owner = me if outer else 0
+                    finally:
+                        self._busy = 0
         except BaseException:
             if _WITH_LEAKS and not before and mutex.held():
                 mutex.lock.release()  # pragma: no cover - not on 3.11 to 3.13
@@ -859,7 +850,7 @@ class Dispatcher:
         """Begin with nothing accepted; in a forked child too."""
         # Guarded by the lock.
         self._buffer = self._new_buffer()
-        self._phase = self._announced = _RUNNING  # announced: everybody who waited then was woken
+        self._phase = _RUNNING
         self._halted = False  # stopped before it was drained
         self._now = 0.0  # when the section began, or its last wait ended
         self._line: deque[_Waiter] = deque()  # producers that wait for room, first come first served
@@ -873,7 +864,7 @@ class Dispatcher:
         self._thread: threading.Thread | None = None  # the handler's
         # Touched without the lock; why that is safe is told in Theory.
         self._mutex: _Mutex | None = None  # found at the first call: a forked child may be monkey-patched by then
-        self._busy = False  # a section is under way
+        self._busy = 0  # identity of the thread in a section of this dispatcher; only that thread compares equal
         self._left = False  # a nested call has left work for the section
         self._asked: list[str] = []  # by nested calls: "flush", "shutdown"
         self._refused: list[int] = []  # charges of refused payloads, not yet among the rejected
@@ -1129,9 +1120,8 @@ class Dispatcher:
         return mutex
 
     def _nested(self) -> bool:
-        """Whether this call interrupted a section of its own thread."""
-        mutex = self._mutex
-        return self._busy and mutex is not None and mutex.mine(threading.get_ident())
+        """Whether this call interrupted a section of its own thread. On 3.10 an interrupt may leave _busy as it was."""
+        return self._busy == threading.get_ident() and self._mutex is not None and self._mutex.held()
 
     def _leave_word(self, word: str) -> bool:
         """In a nested call: have the section do what cannot be done now, and return True."""
@@ -1144,7 +1134,7 @@ class Dispatcher:
     def _patient(self) -> bool:
         """Whether the caller may wait: it is not the handler, nor called from a section or a wait, and others run."""
         me, thread, mutex = threading.get_ident(), self._thread, self._mutex
-        inside = me in _WAITS or (thread and thread.ident == me) or (mutex and mutex.mine(me))
+        inside = me in _WAITS or (thread and thread.ident == me) or (mutex and mutex.held())
         return not (inside or (_exiting and sys.is_finalizing()))
 
     def _plan(self, timeout: float | None) -> float:
@@ -1184,20 +1174,9 @@ class Dispatcher:
                 del self._refused[:n]
             if self._line:
                 self._serve()
-            if self._phase is not _RUNNING:
-                if self._phase is _SHUTTING_DOWN and buffer.empty() and buffer.taken.batch is None:
-                    self._phase = _STOPPED
-                if self._announced is not self._phase:
-                    for line in (self._line, self._resting, self._consumers, self._drainers):
-                        _wake(line, len(line))
-                    self._announced = self._phase
-            drainers = self._drainers
-            for waiter in list(drainers):
-                if self._delivered(waiter.target):
-                    waiter.wake()
-                    drainers.remove(waiter)
-            self._give_turns()
-            if self._consumers:
+            if self._phase is _SHUTTING_DOWN and buffer.empty() and buffer.taken.batch is None:
+                self._phase = _STOPPED
+            if self._drainers or self._resting or self._consumers:
                 self._call()
             if self._phase is not _RUNNING or not (self._line or buffer.pressed):
                 buffer.spare = _NO_LIMIT
@@ -1206,10 +1185,10 @@ class Dispatcher:
                     buffer.grant(self._now, not self._consumers)
             else:
                 buffer.spare = self._max_buffered - buffer.held()
-            self._busy = False  # from here on a call that comes in between is a section by itself
+            self._busy = 0  # from here on a call that comes in between is a section by itself
             if not self._left:
                 return
-            self._busy = True
+            self._busy = threading.get_ident()
 
     # -- Waiting -----------------------------------------------------------------------------------------------------
 
@@ -1223,14 +1202,12 @@ class Dispatcher:
                 if result is not None:
                     return result
                 self._settle()
-                try:  # Between stores no signal is looked for.
+                try:
                     _WAITS[me] = True
-                    mutex.owner = 0
                     # Never for long: a wake-up that this thread's own signal handler sends may be lost.
                     waiter.wait(mutex.lock, min(deadline - self._now, waiter.until - self._now, _LOOK_UP))
                 finally:
-                    mutex.owner = me
-                    self._busy = True
+                    self._busy = me
                     _WAITS.pop(me, None)
                 self._now = _monotonic()
         finally:
@@ -1280,11 +1257,20 @@ class Dispatcher:
             line.append(waiter)
 
     def _call(self) -> None:
-        """Lock held. Wake the consumers when the front batch is due, and those who would sleep beyond that."""
-        due = self._due()
-        for waiter in [waiter for waiter in self._consumers if due <= self._now or due < waiter.until]:
-            waiter.wake()
-            self._consumers.remove(waiter)
+        """Lock held. Wake who waits for a drain, producers that rest, and consumers: also who would sleep for too long.
+
+        A resting producer goes on for each eighth of the buffer that is taken, and all when a consumer is idle.
+        """
+        due, taken, stopped = self._due(), self._buffer.taken.charge, self._phase is _STOPPED
+        _wake(self._drainers, [waiter for waiter in self._drainers if stopped or self._delivered(waiter.target)])
+        turns = (taken - self._turn) // max(1, self._max_buffered // 8)
+        if self._consumers or self._phase is not _RUNNING:
+            turns = len(self._resting)
+        if turns:
+            _wake(self._resting, list(self._resting)[:turns])
+            self._turn = taken
+        idle = [waiter for waiter in self._consumers if stopped or due <= self._now or due < waiter.until]
+        _wake(self._consumers, idle)
 
     def _due(self) -> float:
         """Lock held. When the front batch may be taken: at once in the drain, or if a payload lacks room (I4)."""
@@ -1331,6 +1317,8 @@ class Dispatcher:
             self._tickets += 1
             waiter.ticket = self._tickets
             waiter.data = data
+            if not self._line and not self._resting:
+                self._turn = buffer.taken.charge
             self._stand(waiter, self._line)
         return None
 
@@ -1353,25 +1341,17 @@ class Dispatcher:
 
     def _serve(self) -> None:
         """Lock held. Accept waiting producers' payloads that fit, first come first served; threads rest then."""
-        buffer, line = self._buffer, self._line
+        buffer, line, running = self._buffer, self._line, self._phase is _RUNNING
         while line:
             waiter = line[0]
-            late = waiter.ticket > buffer.run.served
-            if late and not (self._phase is _RUNNING and buffer.accept((waiter.data,), self._now, waiter.ticket)):
+            late = running and waiter.ticket > buffer.run.served
+            if late and not buffer.accept((waiter.data,), self._now, waiter.ticket):
                 return
-            if waiter.thread:
+            if waiter.thread and running:
                 self._resting.append(waiter)
             else:
                 waiter.wake()
             line.popleft()
-
-    def _give_turns(self) -> None:
-        """Lock held. Wake a resting producer for each eighth of the buffer taken, and all when a consumer is idle."""
-        taken, resting = self._buffer.taken.charge, len(self._resting)
-        turns = resting if self._consumers else (taken - self._turn) // max(1, self._max_buffered // 8)
-        if turns or not resting:
-            _wake(self._resting, turns)
-            self._turn = taken
 
     def _own(self, payload: Any) -> bytes:
         """Return the payload as exact bytes: itself, or a copy. Runs foreign code, so without the lock."""
@@ -1441,6 +1421,7 @@ class Dispatcher:
         buffer.cut()
         if what == "shutdown" and self._phase is _RUNNING:
             self._phase = _SHUTTING_DOWN
+            buffer.seal(self._now)  # once more, as in `_halt`
 
     def _drain(self, waiter: _Waiter, over: bool, what: str, instead: str = "") -> bool | None:
         """Lock held. Whether all that was accepted at the first look is delivered; None: wait.
@@ -1449,23 +1430,23 @@ class Dispatcher:
         """
         buffer = self._buffer
         if waiter.target < 0:
-            waiter.buffer = buffer
             if what == "shutdown" and self._phase is _STOPPED:
                 return True
             self._close(what, instead)
-            waiter.target = buffer.run.items if what == "flush" else _FOREVER
-        if self._delivered(waiter.target) or waiter.buffer is not buffer:  # a child, forked meanwhile
+            waiter.target = buffer.run.items
+        if self._delivered(waiter.target):
             return True
-        if self._phase is _STOPPED:
-            return waiter.target == _FOREVER and not self._halted
-        if over:
+        if over or self._phase is _STOPPED:
             return False
         self._stand(waiter, self._drainers)
         return None
 
-    def _delivered(self, target: float) -> bool:
+    def _delivered(self, target: int) -> bool:
+        """Lock held. Whether so many payloads are delivered. In a child that was forked meanwhile there are fewer."""
         taken = self._buffer.taken
-        return taken.items >= target and not taken.discarded[0] and taken.flight[0] >= target
+        return (
+            taken.items >= min(target, self._buffer.run.items) and not taken.discarded[0] and taken.flight[0] >= target
+        )
 
     def _end(self, giving_up: bool = False) -> list[Batch]:
         """Stop at once; return what was discarded, to one caller. giving_up: raise DrainTimeout, unless drained."""
@@ -1535,8 +1516,7 @@ class Dispatcher:
         Thread.start() waits for the new thread, and takes locks of its own: not with the lock held.
         """
         name = getattr(push.handler, "__qualname__", type(push.handler).__qualname__)
-        first, me = self._push is None, threading.get_ident()
-        thread = None
+        first, me, thread = self._push is None, threading.get_ident(), None
         try:
             _WAITS[me] = True  # a signal handler may not wait for a thread that this one is about to start
             thread = threading.Thread(target=self._consume, args=(push,), name=f"tempo-{name}", daemon=True)
@@ -1544,15 +1524,12 @@ class Dispatcher:
             if self._thread is thread:
                 thread.start()
         except BaseException as exc:
-            if self._thread is not thread or (thread and thread.is_alive()):  # the exception came before or after
-                raise
-            self._thread = None
-            if first:
-                self._push = None
-            else:
+            if self._thread is thread and not (thread and thread.is_alive()):  # else it came before, or after the start
+                self._thread = None
+                self._push = None if first else self._push
                 self._stats()  # withdraws the credit: the next enqueue() tries again
-            if isinstance(exc, RuntimeError):  # too many threads, or a sub-interpreter that may have none
-                raise RuntimeError(f"no thread can be started ({exc}): use pull mode, `for batch in d`") from exc
+                if isinstance(exc, RuntimeError):  # too many threads, or a sub-interpreter that may have none
+                    raise RuntimeError(f"no thread can be started ({exc}): use pull mode, `for batch in d`") from exc
             raise
         finally:
             _WAITS.pop(me, None)
@@ -1639,11 +1616,11 @@ class Dispatcher:
             pass
 
 
-def _wake(line: deque[_Waiter], n: int) -> None:
-    """Wake the first n in line."""
-    for _ in range(min(n, len(line))):
-        line[0].wake()
-        line.popleft()
+def _wake(line: deque[_Waiter], waiters: list[_Waiter]) -> None:
+    """Wake some of those in line."""
+    for waiter in waiters:
+        waiter.wake()
+        line.remove(waiter)
 
 
 def _asyncio(function: str) -> Any:
@@ -1718,7 +1695,6 @@ def _after_fork(keep: bool = False) -> None:
                 mutex.lock._at_fork_reinit()
             else:
                 mutex.__init__(threading.RLock())  # type: ignore[misc]
-        mutex.owner = 0
     for d in _dispatchers():
         run = d._buffer.run
         run.places = 0

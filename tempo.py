@@ -685,17 +685,15 @@ class _Waiter:
             self._condition.notify()
         self.woken = True
 
-    def wait(self, lock: Any, seconds: float) -> None:
+    def wait(self, mutex: _Mutex, seconds: float) -> None:
         """Release the lock and wait for wake(); the lock is held again when this returns or raises."""
-        condition = self._condition = self._condition or threading.Condition(lock)
+        condition = self._condition = self._condition or threading.Condition(mutex.lock)
         try:
             if not self.woken:
                 condition.wait(seconds)
         except BaseException:
-            try:
-                condition.notify(0)
-            except RuntimeError:  # an interrupt came as wait() had just released the lock
-                condition.acquire()
+            if not mutex.held():  # an interrupt came as wait() had just released the lock
+                mutex.lock.acquire()
             raise
 
 
@@ -772,7 +770,7 @@ class _Batches(Iterator[Batch], AsyncIterator[Batch]):
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
-        self._user: Callable[[], object] = _nobody  # a weak reference to a thread or task
+        self._user: weakref.ref[Any] | None = None  # a thread or task
         dispatcher._loops.append(weakref.ref(self, dispatcher._loops.remove))
 
     def __next__(self) -> Batch:
@@ -780,7 +778,7 @@ class _Batches(Iterator[Batch], AsyncIterator[Batch]):
         try:
             return self._dispatcher.get()
         except BaseException as exc:
-            self._user = _nobody
+            self._user = None
             if isinstance(exc, Stopped):
                 raise StopIteration from None
             raise
@@ -790,19 +788,15 @@ class _Batches(Iterator[Batch], AsyncIterator[Batch]):
         try:
             return await self._dispatcher._await(_FOREVER, self._dispatcher._take, "delivered")
         except BaseException as exc:
-            self._user = _nobody
+            self._user = None
             if isinstance(exc, Stopped):
                 raise StopAsyncIteration from None
             raise
 
     def inside(self) -> bool:
         """Whether the caller is in this loop."""
-        user = self._user()
+        user = self._user and self._user()
         return user is not None and (user is threading.current_thread() or user is _asyncio("current_task"))
-
-
-def _nobody() -> None:
-    return None
 
 
 class Dispatcher:
@@ -979,7 +973,7 @@ class Dispatcher:
         deadline = _deadline(timeout)
         if self._nested():
             raise queue.Empty
-        return self._block(deadline if self._patient() else 0.0, self._take, "delivered")
+        return self._block(_Waiter(), deadline if self._patient() else 0.0, self._take, "delivered")
 
     def start(
         self, handler: _Handler, *, on_error: _OnError | None = None, exit_timeout: float = _EXIT_TIMEOUT
@@ -1020,7 +1014,7 @@ class Dispatcher:
         deadline = self._plan(timeout)
         if self._leave_word("flush"):
             return False
-        return self._block(deadline, self._drain, "flush", "await aflush()" if deadline == _FOREVER else "")
+        return self._block(_Waiter(), deadline, self._drain, "flush", "await aflush()" if deadline == _FOREVER else "")
 
     async def aflush(self, timeout: float | None = None) -> bool:
         """As `flush`, without blocking the event loop."""
@@ -1043,7 +1037,7 @@ class Dispatcher:
         if self._leave_word("shutdown"):
             return
         instead = "await ashutdown(), async with" if deadline == _FOREVER else ""
-        done = self._block(deadline, self._drain, "shutdown", instead)
+        done = self._block(_Waiter(), deadline, self._drain, "shutdown", instead)
         if not done and deadline >= 0:
             self._end(giving_up=True)
         elif deadline > 0 and not self._halted and (thread := self._thread) is not None and thread.is_alive():
@@ -1075,22 +1069,16 @@ class Dispatcher:
 
     def __exit__(self, kind: object, *_: object) -> None:
         """Shut down; left by an exception, wait for the drain for `exit_timeout` (5 s) at most."""
-        if kind is None:
-            self.shutdown()
-        else:
-            with self._reporting() as timeout:
-                self.shutdown(timeout)
+        with self._reporting(kind is not None) as timeout:
+            self.shutdown(timeout)
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, kind: object, *_: object) -> None:
         """As `__exit__`, without blocking the event loop."""
-        if kind is None:
-            await self.ashutdown()
-        else:
-            with self._reporting() as timeout:
-                await self.ashutdown(timeout)
+        with self._reporting(kind is not None) as timeout:
+            await self.ashutdown(timeout)
 
     def __reduce__(self) -> str:
         raise TypeError("a tempo.Dispatcher cannot be copied or pickled")
@@ -1193,61 +1181,48 @@ class Dispatcher:
     # -- Waiting -----------------------------------------------------------------------------------------------------
 
     @_section
-    def _block(self, deadline: float, step: Callable[..., _T | None], *args: Any) -> _T:
-        """Run step(waiter, over, *args) until it has a result; after each None wait, with the lock released."""
-        waiter, mutex, me = _Waiter(), self._mutex or self._find_mutex(), threading.get_ident()
+    def _block(self, waiter: _Waiter, deadline: float, step: Callable[..., _T | None], *args: Any) -> _T:
+        """Run step(waiter, over, *args) until it has a result; after each None wait, with the lock released.
+
+        A coroutine waits elsewhere, and gets the None.
+        """
+        mutex, me, leaves = self._mutex or self._find_mutex(), threading.get_ident(), True
         try:
-            while True:
-                result = step(waiter, self._now >= deadline, *args)
-                if result is not None:
-                    return result
+            while (result := step(waiter, self._now >= deadline, *args)) is None and waiter.thread:
                 self._settle()
                 try:
                     _WAITS[me] = True
                     # Never for long: a wake-up that this thread's own signal handler sends may be lost.
-                    waiter.wait(mutex.lock, min(deadline - self._now, waiter.until - self._now, _LOOK_UP))
+                    waiter.wait(mutex, min(deadline - self._now, waiter.until - self._now, _LOOK_UP))
                 finally:
                     self._busy = me
                     _WAITS.pop(me, None)
                 self._now = _monotonic()
+            leaves = result is not None
+            return result  # type: ignore[return-value]
         finally:
-            if waiter.stood:
+            if leaves and waiter.stood:  # in this section: by the next one its payload may be accepted for it
                 self._gone.append(waiter)
 
     async def _await(self, deadline: float, step: Callable[..., _T | None], *args: Any) -> _T:
         """As _block, for a coroutine: between taking a batch and returning it there is no await."""
         import asyncio  # noqa: PLC0415 - slow to import, and a caller has it loaded already
 
-        loop = asyncio.get_running_loop()
         waiter = _AsyncWaiter()
         try:
             while True:
-                future = loop.create_future()
+                future = asyncio.get_running_loop().create_future()
                 waiter.future = weakref.ref(future)
-                result = self._look(waiter, deadline, step, *args)
+                result = self._block(waiter, deadline, step, *args)
                 if result is not None:
                     return result
-                until = min(deadline, waiter.until)
-                timer = None if until == _FOREVER else loop.call_later(until - _monotonic(), _resolve, future)
-                try:
-                    await future
-                finally:
-                    if timer is not None:
-                        timer.cancel()
+                await asyncio.wait((future,), timeout=_remaining(min(deadline, waiter.until)))
         finally:
             if waiter.stood:
                 self._gone.append(waiter)
                 self._left = True
                 if not self._nested():  # else it was collected in a section
                     self._stats()
-
-    @_section
-    def _look(self, waiter: _Waiter, deadline: float, step: Callable[..., _T | None], *args: Any) -> _T | None:
-        self._gone.append(waiter)  # in this section: by the next one its payload may be accepted for it
-        result = step(waiter, self._now >= deadline, *args)
-        if result is None:
-            self._gone.remove(waiter)
-        return result
 
     def _stand(self, waiter: _Waiter, line: deque[_Waiter]) -> None:
         """Lock held. Stand in line, unless it does already."""
@@ -1291,7 +1266,7 @@ class Dispatcher:
                 raise self._refusal(charge)
             return
         deadline = _deadline(timeout) if timeout != 0 and self._patient() else 0.0
-        self._block(deadline, self._put, data, [] if run is None else [run])
+        self._block(_Waiter(), deadline, self._put, data, [] if run is None else [run])
         self._ensure_thread()
 
     def _put(self, waiter: _Waiter, over: bool, data: bytes, late: list[_Run]) -> bool | None:
@@ -1559,7 +1534,7 @@ class Dispatcher:
             self._thread is thread and _monotonic() < until
         ):  # another, or none: a child, or its start was interrupted
             try:
-                batch = self._block(until, self._take, "in_flight", failed)
+                batch = self._block(_Waiter(), until, self._take, "in_flight", failed)
             except (Stopped, queue.Empty):
                 return
             except Exception as exc:  # no memory, perhaps for a lock; no room on the stack
@@ -1597,23 +1572,24 @@ class Dispatcher:
                 self._report(again, None)
 
     @contextlib.contextmanager
-    def _reporting(self) -> Iterator[float]:
-        """Where a shutdown must not raise, give it its timeout, and report what it leaves undelivered."""
+    def _reporting(self, quiet: bool = True) -> Iterator[float | None]:
+        """Give a shutdown its timeout; where it must not raise (quiet), report what it leaves undelivered."""
+        exit_timeout = self._push.exit_timeout if self._push is not None else _EXIT_TIMEOUT
         try:
-            yield self._push.exit_timeout if self._push is not None else _EXIT_TIMEOUT
+            yield exit_timeout if quiet else None
         except DrainTimeout as exc:
             lost = exc.undelivered
             if self._push is not None and self._push.on_error is not None:
                 for batch in lost:
                     self._report(exc, batch)
             elif sys.stderr is not None:
-                text = (
-                    f"{sum(map(len, lost))} payloads ({sum(batch.nbytes for batch in lost)} bytes) were not delivered"
-                )
+                n, nbytes = sum(map(len, lost)), sum(batch.nbytes for batch in lost)
+                text = f"tempo: {n} payloads ({nbytes} bytes) were not delivered"
                 with contextlib.suppress(OSError, ValueError):
-                    print(f"tempo: {text}, {exc.in_flight} payloads are with the handler", file=sys.stderr)
+                    print(f"{text}, {exc.in_flight} payloads are with the handler", file=sys.stderr)
         except Stopped:
-            pass
+            if not quiet:
+                raise
 
 
 def _wake(line: deque[_Waiter], waiters: list[_Waiter]) -> None:

@@ -707,13 +707,8 @@ class _AsyncWaiter(_Waiter):
         future = self.future()
         if future is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                future.get_loop().call_soon_threadsafe(_resolve, future)
+                future.get_loop().call_soon_threadsafe(future.cancel)  # so that it is done
         self.woken = True
-
-
-def _resolve(future: Any) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 class _Mutex:
@@ -876,25 +871,21 @@ class Dispatcher:
             TypeError, ValueError: not bytes-like or not contiguous; a bad timeout.
             Nothing was accepted when it raises.
         """
-        if timeout is not _NO_WAIT and timeout is not None and not _seconds("timeout", timeout):
-            timeout = _NO_WAIT
+        deadline = 0.0 if timeout is _NO_WAIT else _deadline(timeout)
         run = self._buffer.run
         if type(payload) is bytes and len(payload) <= run.covers:
             run.append(payload)
             if len(run) <= run.places:  # read after the append (see Theory)
                 return
-            self._enqueue(payload, timeout, run)
+            self._enqueue(payload, deadline, run)
         elif (
-            timeout is _NO_WAIT
+            not deadline
             and type(payload) is bytes
             and (spare := self._buffer.spare) < (charge := len(payload) or 1) <= self._max_buffered
         ):
-            self._refused.append(charge)
-            if len(self._refused) >= _REFUSALS and not self._nested():
-                self._stats()  # counts them
-            raise QueueFull(charge, self._max_buffered - spare, self._max_buffered)
+            raise self._refusal(charge, self._max_buffered - spare)
         else:
-            self._enqueue(self._own(payload), timeout)
+            self._enqueue(self._own(payload), deadline)
 
     def enqueue_many(self, payloads: Iterable[Buffer], timeout: float | None = _NO_WAIT) -> int:
         """Accept payloads in order, as `enqueue` would, at a fraction of the cost; return how many.
@@ -909,17 +900,17 @@ class Dispatcher:
         accepted = [0]  # a list, so that a section can count in it before an exception ends it
         try:
             deadline = _deadline(timeout)
-            chunks: Iterable[Sequence[Any]] = zip(payloads)
-            if whole := type(payloads) is list or type(payloads) is tuple:  # a subclass has code of its own
+            chunks: Iterable[Sequence[Any]] = ([payload] for payload in payloads)
+            if type(payloads) is list or type(payloads) is tuple:  # a subclass has code of its own
                 chunks = (payloads[i : i + _CHUNK] for i in range(0, len(payloads), _CHUNK))
             for chunk in chunks:
                 rest = chunk
-                ready = whole and countOf(map(type, rest), bytes) == len(rest) and not self._nested()
+                ready = countOf(map(type, rest), bytes) == len(rest) and not self._nested()
                 while rest:
                     n = self._enqueue_chunk(rest, deadline > 0, accepted) if ready else 0
                     self._ensure_thread()
                     if not n:  # it does not fit, or is to be copied
-                        self._enqueue(self._own(rest[0]), _remaining(deadline))
+                        self._enqueue(self._own(rest[0]), deadline)
                         accepted[0] += 1
                     rest = rest[n or 1 :]
         except BaseException as exc:
@@ -938,14 +929,14 @@ class Dispatcher:
             As `enqueue`.
         """
         deadline = _deadline(timeout)
-        late = []
-        run = self._buffer.run
-        if type(payload) is bytes and len(payload) <= run.covers:
+        run: _Run | None = self._buffer.run
+        if run is not None and type(payload) is bytes and len(payload) <= run.covers:
             run.append(payload)
             if len(run) <= run.places:
                 return
-            late.append(run)
-        await self._await(deadline if self._patient() else 0.0, self._put, self._own(payload), late)
+        else:
+            run = None
+        await self._await(deadline if self._patient() else 0.0, self._put, self._own(payload), run)
         self._ensure_thread()
 
     # -- Consumers ---------------------------------------------------------------------------------------------------
@@ -1011,10 +1002,7 @@ class Dispatcher:
             RuntimeError: it would block, for ever, the event loop that runs in this thread; see `aflush`.
             TypeError, ValueError: a bad timeout.
         """
-        deadline = self._plan(timeout)
-        if self._leave_word("flush"):
-            return False
-        return self._block(_Waiter(), deadline, self._drain, "flush", "await aflush()" if deadline == _FOREVER else "")
+        return self._finish("flush", timeout, "await aflush()")[1]
 
     async def aflush(self, timeout: float | None = None) -> bool:
         """As `flush`, without blocking the event loop."""
@@ -1033,11 +1021,7 @@ class Dispatcher:
             RuntimeError: it would block, for ever, the event loop that runs in this thread; see `ashutdown`.
             TypeError, ValueError: a bad timeout.
         """
-        deadline = self._plan(timeout)
-        if self._leave_word("shutdown"):
-            return
-        instead = "await ashutdown(), async with" if deadline == _FOREVER else ""
-        done = self._block(_Waiter(), deadline, self._drain, "shutdown", instead)
+        deadline, done = self._finish("shutdown", timeout, "await ashutdown(), async with")
         if not done and deadline >= 0:
             self._end(giving_up=True)
         elif deadline > 0 and not self._halted and (thread := self._thread) is not None and thread.is_alive():
@@ -1111,14 +1095,6 @@ class Dispatcher:
         """Whether this call interrupted a section of its own thread. On 3.10 an interrupt may leave _busy as it was."""
         return self._busy == threading.get_ident() and self._mutex is not None and self._mutex.held()
 
-    def _leave_word(self, word: str) -> bool:
-        """In a nested call: have the section do what cannot be done now, and return True."""
-        if self._nested():
-            self._asked.append(word)
-            self._left = True
-            return True
-        return False
-
     def _patient(self) -> bool:
         """Whether the caller may wait: it is not the handler, nor called from a section or a wait, and others run."""
         me, thread, mutex = threading.get_ident(), self._thread, self._mutex
@@ -1131,8 +1107,8 @@ class Dispatcher:
         Who waits needs the handler's thread, which a forked child may not have yet.
         """
         deadline = _deadline(timeout)
-        loops = [reference() for reference in list(self._loops)]
-        if not self._patient() or [loop for loop in loops if loop is not None and loop.inside()]:
+        loops = [loop for reference in list(self._loops) if (loop := reference()) is not None]
+        if not self._patient() or [loop for loop in loops if loop.inside()]:
             return -1.0
         self._ensure_thread()
         return deadline
@@ -1255,7 +1231,7 @@ class Dispatcher:
 
     # -- Producers' half ---------------------------------------------------------------------------------------------
 
-    def _enqueue(self, data: bytes, timeout: float | None, run: _Run | None = None) -> None:
+    def _enqueue(self, data: bytes, deadline: float, run: _Run | None = None) -> None:
         """Enqueue the exact way. run: where the payload was appended to, perhaps too late."""
         if self._nested():
             buffer, charge = self._buffer, len(data) or 1
@@ -1265,18 +1241,17 @@ class Dispatcher:
                 buffer.pressed |= open_for_it
                 raise self._refusal(charge)
             return
-        deadline = _deadline(timeout) if timeout != 0 and self._patient() else 0.0
-        self._block(_Waiter(), deadline, self._put, data, [] if run is None else [run])
+        self._block(_Waiter(), deadline if deadline and self._patient() else 0.0, self._put, data, run)
         self._ensure_thread()
 
-    def _put(self, waiter: _Waiter, over: bool, data: bytes, late: list[_Run]) -> bool | None:
+    def _put(self, waiter: _Waiter, over: bool, data: bytes, run: _Run | None) -> bool | None:
         """Lock held. Accept a payload, or have it wait in line (None), or refuse it.
 
-        late: the run that it was appended to, perhaps too late; emptied.
+        run: where it was appended to, perhaps too late.
         """
         buffer = self._buffer
         buffer.seal(self._now)
-        if late and not late.pop().withdraw(data):
+        if run is not None and not waiter.ticket and not run.withdraw(data):
             return True
         if 0 < waiter.ticket <= buffer.run.served:
             return True
@@ -1332,29 +1307,25 @@ class Dispatcher:
         """Return the payload as exact bytes: itself, or a copy. Runs foreign code, so without the lock."""
         if type(payload) is bytes:
             return payload
-        try:
-            view = memoryview(payload)
-        except TypeError:
-            raise TypeError(f"payload must be a bytes-like object, not {type(payload).__name__}") from None
-        with view:
-            if not view.c_contiguous:
-                raise TypeError(f"payload must be C-contiguous, not {type(payload).__name__}")
-            if view.nbytes > self._max_buffered:  # there may be no memory for a copy
-                raise self._refusal(view.nbytes)
-            return view.tobytes()
+        needed = "a bytes-like object"
+        with contextlib.suppress(TypeError), memoryview(payload) as view:
+            needed = "C-contiguous"
+            if view.c_contiguous:
+                if view.nbytes > self._max_buffered:  # there may be no memory for a copy
+                    raise self._refusal(view.nbytes)
+                return view.tobytes()
+        raise TypeError(f"payload must be {needed}, not {type(payload).__name__}")
 
-    def _refusal(self, charge: int) -> Error:
-        """Note a refused payload, for a section to count, and return why."""
+    def _refusal(self, charge: int, held: int = -1) -> Error:
+        """Note a refused payload, for a section to count, and return why. held: the bytes that are buffered."""
         self._refused.append(charge)
         if len(self._refused) >= _REFUSALS and not self._nested():
             self._stats()
-        if self._phase is _SHUTTING_DOWN:
-            return ShuttingDown("the dispatcher is shutting down")
-        if self._phase is _STOPPED:
-            return Stopped("the dispatcher is stopped")
+        if (phase := self._phase) is not _RUNNING:
+            return (Stopped if phase is _STOPPED else ShuttingDown)(f"the dispatcher is {phase.replace('_', ' ')}")
         if charge > self._max_buffered:
             return PayloadTooLarge(f"payload of {charge} bytes exceeds max_buffered_bytes={self._max_buffered}")
-        return QueueFull(charge, self._buffer.held(), self._max_buffered)
+        return QueueFull(charge, self._buffer.held() if held < 0 else held, self._max_buffered)
 
     # -- Consumers' half ---------------------------------------------------------------------------------------------
 
@@ -1397,6 +1368,16 @@ class Dispatcher:
         if what == "shutdown" and self._phase is _RUNNING:
             self._phase = _SHUTTING_DOWN
             buffer.seal(self._now)  # once more, as in `_halt`
+
+    def _finish(self, what: str, timeout: float | None, instead: str) -> tuple[float, bool]:
+        """Flush or shut down; return the deadline, and whether all is delivered. instead: as in `_close`."""
+        deadline = self._plan(timeout)
+        if self._nested():  # the section does what cannot be done now
+            self._asked.append(what)
+            self._left = True
+            return -1.0, False
+        instead = instead if deadline == _FOREVER else ""
+        return deadline, self._block(_Waiter(), deadline, self._drain, what, instead)
 
     def _drain(self, waiter: _Waiter, over: bool, what: str, instead: str = "") -> bool | None:
         """Lock held. Whether all that was accepted at the first look is delivered; None: wait.
@@ -1633,7 +1614,7 @@ def _deadline(timeout: Any) -> float:
 
 def _remaining(deadline: float) -> float | None:
     """The timeout that is left until a deadline."""
-    return None if deadline == _FOREVER else max(0.0, deadline - _monotonic()) if deadline else 0.0
+    return None if deadline == _FOREVER else max(0.0, deadline - _monotonic())
 
 
 def _limit(name: str, value: Any, unit: str = "bytes") -> int:

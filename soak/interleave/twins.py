@@ -30,7 +30,7 @@ class Twin(NamedTuple):
 TWINS = [
     Twin("seal not withdrawn", "flush / enqueue in 'open", "run.places = 0  # first: who", "pass  # who"),
     Twin("late payload not looked for", "enqueue / stats in 'open",
-         "if late and not late.pop().withdraw(data):", "if late and late.clear():"),
+         "not waiter.ticket and not run.withdraw(data):", "False:"),
     Twin("commit before store", "interrupt inside enqueue in 'empty'", "pack.append(new, sizes",
          "self.run = _Run(items + n, total + charge, first, base, due, served)\n"
          "                pack.append(new, sizes"),

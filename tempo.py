@@ -1399,10 +1399,8 @@ class Dispatcher:
 
     def _delivered(self, target: int) -> bool:
         """Lock held. Whether so many payloads are delivered. In a child that was forked meanwhile there are fewer."""
-        taken = self._buffer.taken
-        return (
-            taken.items >= min(target, self._buffer.run.items) and not taken.discarded[0] and taken.flight[0] >= target
-        )
+        taken, target = self._buffer.taken, min(target, self._buffer.run.items)
+        return taken.items >= target <= taken.flight[0] and not taken.discarded[0]
 
     def _end(self, giving_up: bool = False) -> list[Batch]:
         """Stop at once; return what was discarded, to one caller. giving_up: raise DrainTimeout, unless drained."""
@@ -1508,12 +1506,13 @@ class Dispatcher:
                 self._start(self._push)
 
     def _consume(self, push: _Push, until: float = _FOREVER) -> None:
-        """Call the handler for each batch until the dispatcher stops, or a time; not in a child that it forks."""
+        """Call the handler for each batch until the dispatcher stops, or a time; also until another thread does.
+
+        That is the case in a child that the handler forks, and when an interrupt ended the start of this thread.
+        """
         thread = threading.current_thread()
         failed: list[bool | None] = [None]
-        while (
-            self._thread is thread and _monotonic() < until
-        ):  # another, or none: a child, or its start was interrupted
+        while self._thread is thread and _monotonic() < until:
             try:
                 batch = self._block(_Waiter(), until, self._take, "in_flight", failed)
             except (Stopped, queue.Empty):

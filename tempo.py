@@ -133,25 +133,24 @@ _monotonic: Callable[[], float] = functools.partial(time.monotonic)
 # places = 0, and then reads run[:granted].  Who still sees places >= len(run) has appended before that, and is counted.
 # Who sees 0, or comes behind the places, takes the lock and looks for the payload in that run, from which what was
 # counted has been removed.  If it is not there, it was accepted; otherwise its owner takes it out and goes the exact
-# way.  What an interrupted producer leaves behind the seal goes with the run.  What must be atomic and seen in order:
-# list.append, len(list), slices of lists read, deleted and assigned, and stores to the run's slots.  With a GIL they
-# are; without one, append, slices and the slots of the run take the run's own lock.
+# way.  What an interrupted producer leaves behind the seal goes with the run.  list.append, slices of the list read and
+# deleted, and stores to the slots of the run must be atomic and seen in order.  A GIL makes them so; without one
+# CPython takes the lock of the list, and the run is the list (3.13: list_append, list_slice_wrap, list_ass_subscript in
+# Objects/listobject.c, PyMember_SetOne in Python/structmember.c).
 #
-# Nested calls.  Finalizers and signal handlers may call tempo from within a section, in its own thread.  `_busy` and
-# the owner of the lock tell.  Such a call never waits and never touches what is half done: `enqueue` appends to the
-# open run, or to buffer.nested, behind a check that counts all credit and what the section is about to use
-# (run.claim), and closes the run, so that what follows stays behind it; flush and shutdown leave a word.  The section
-# settles until nothing is left.  One lock serves all dispatchers, since a finalizer in a section of one may call
-# another while a third thread does the reverse.  It is an RLock: a signal handler may come right after the acquire.
+# Nested calls.  Finalizers and signal handlers may call tempo from within a section, in its own thread, which `_busy`
+# and the lock tell.  Such a call never waits and never touches what is half done: `enqueue` appends to the open run, or
+# to buffer.nested, behind a check that counts all credit and what the section is about to use (run.claim), and closes
+# the run, so that what follows stays behind it; flush and shutdown leave a word.  The section settles until nothing is
+# left.  One lock serves all dispatchers, since a finalizer in a section of one may call another while a third thread
+# does the reverse.  It is an RLock: a signal handler may come right after the acquire.
 #
-# Waiting.  Each waiter has a Condition of its own over the lock, or is a future of an event loop; it stands in a line,
-# and leaves it when it is woken, or at the end of the section in which its call ends.  A producer without room stands
-# in `_line`; whoever makes room accepts its payload for it, first come first served.  A thread then rests, for under a
-# GIL all of them awake would keep the consumer from running: one goes on for each eighth of the buffer that is taken,
-# and all when a consumer is idle.  Consumers stand in `_consumers`.  All are woken when a batch is due, and when one
-# has begun that no waiting thread will time (a coroutine is not trusted to: its loop may not run).  flush and shutdown
-# stand in `_drainers`.  No thread waits longer than _LOOK_UP without looking: a wake-up that a signal handler sends
-# from the waiting thread itself, between its last look and the wait, is lost.
+# Waiting.  Each waiter has its own Condition over the lock, or is a future of an event loop; it stands in a line, and
+# leaves it when it is woken, or at the end of the section in which its call ends.  A producer without room stands in
+# `_line`; whoever makes room accepts its payload for it, first come first served.  A thread then rests, for under a
+# GIL all of them awake would keep the consumer from running.  Consumers stand in `_consumers`, flush and shutdown in
+# `_drainers`.  No thread waits longer than _LOOK_UP without looking: a wake-up that a signal handler sends from the
+# waiting thread itself, between its last look and the wait, is lost.
 #
 # States.  running -> shutting_down -> stopped, or running -> stopped; never back.  The run is sealed before the phase
 # changes, and no credit is given after it.
@@ -995,7 +994,7 @@ class Dispatcher:
     def flush(self, timeout: float | None = None) -> bool:
         """Close the open batch and wait until everything accepted before this call is delivered.
 
-        Blocks at most `timeout` seconds (None: for ever). From the handler or a consumer's loop body it never blocks.
+        Blocks at most `timeout` seconds (None: for ever), and never from the handler or inside `for batch in d`.
         Returns False when time ran out or the dispatcher was stopped.
 
         Raises:
@@ -1012,8 +1011,8 @@ class Dispatcher:
         """Refuse new work, release blocked producers, and wait until everything accepted is delivered.
 
         Blocks at most `timeout` seconds (None: for ever). May be called again, and by several threads at once: all wait
-        for the same drain. From the handler, or the loop body of a consumer (in this thread, and the iterator is still
-        alive), it never waits for itself: the drain goes on when the handler returns or the loop comes back.
+        for the same drain. From the handler, or inside `for batch in d` (in this thread, and the iterator is alive), it
+        returns at once; the drain goes on when the handler returns or the loop comes back.
 
         Raises:
             DrainTimeout: out of time; the dispatcher is stopped, and `.undelivered` are the batches nobody received
@@ -1075,7 +1074,7 @@ class Dispatcher:
     # -- Sections ----------------------------------------------------------------------------------------------------
 
     def _find_mutex(self) -> _Mutex:
-        """The way into a section that is not the usual one: the first, one in a forked child, one at exit."""
+        """Find the lock: at the first call, in a forked child, at exit."""
         if _getpid() != _pid:
             with _FORKS.setdefault(_getpid(), threading.RLock()):
                 if _getpid() != _pid:

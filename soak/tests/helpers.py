@@ -85,9 +85,9 @@ class Worker(threading.Thread):
         except BaseException as exc:
             self._error = exc
 
-    def result(self) -> Any:
+    def result(self, limit: float = LIMIT) -> Any:
         """Return or raise what the work did; fail when it does not end."""
-        self.join(LIMIT)
+        self.join(limit)
         if self.is_alive():
             faulthandler.dump_traceback()
             raise AssertionError(f"{self._work} is stuck")

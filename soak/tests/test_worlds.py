@@ -35,6 +35,7 @@ from typing import Any
 import pytest
 
 import tempo
+from soak.tests import mixed
 from soak.tests.helpers import LIMIT, REPEAT, ROOT, Child, Ended, Worker, ask, find_uwsgi, served, wait_until
 
 RATE = 3000.0
@@ -802,34 +803,21 @@ def cancellations(n: int) -> None:
     census.verify(d)
 
 
-def loops_in_threads(n: int) -> None:
-    """Several loops and several threads share a dispatcher."""
-    load = Load("loops", producers=1, consumers=1)
-
-    async def main(senders: list[Sender], receiver: Receiver) -> None:
-        async def produce(sender: Sender) -> None:
-            for _ in range(n):
-                await sender.asend(load.d)
-
-        async def consume() -> None:
-            async for batch in load.d:
-                receiver.take(batch)
-
-        consumer = asyncio.create_task(consume())
-        await asyncio.gather(*map(produce, senders))
-        consumer.cancel()
-
-    loops = [
-        Worker(asyncio.run, main([load.census.sender() for _ in range(10)], load.census.receiver())) for _ in range(3)
-    ]
-    for loop in loops:
-        loop.result()
-    load.end()
+def test_asyncio_cancellations_lose_nothing(tmp_path: Path) -> None:
+    in_child(tmp_path, cancellations, rounds(20))
 
 
-@pytest.mark.parametrize("scenario, n", [(cancellations, 20), (loops_in_threads, 50)])
-def test_asyncio(scenario: Callable[[int], None], n: int, tmp_path: Path) -> None:
-    in_child(tmp_path, scenario, rounds(n))
+# All calls, in threads and loops --------------------------------------------------------------------------------------
+
+
+def test_all_calls_mixed_lose_repeat_and_reorder_nothing() -> None:
+    chance = random.Random()
+    for _ in range(rounds(5)):
+        mixed.play(chance)
+
+
+def test_flushes_in_a_loop_keep_nobody_waiting() -> None:
+    assert set(mixed.longest_waits(rounds(1), flushers=2)) == {"producer", "consumer", "flusher"}
 
 
 # Sub-interpreters -----------------------------------------------------------------------------------------------------

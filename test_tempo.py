@@ -329,9 +329,9 @@ def taker(d: tempo.Dispatcher, way: str = "get") -> Worker:
     return begun(d, "waiting_consumers", take, d, way)
 
 
-def closing(d: tempo.Dispatcher, how: str = "shutdown") -> Worker:
+def closing(d: tempo.Dispatcher, how: str = "shutdown", *args: object) -> Worker:
     """A thread in a shutdown that has begun."""
-    worker = Worker(call, d, how)
+    worker = Worker(call, d, how, *args)
     wait_until(lambda: d.stats().state != "running")
     return worker
 
@@ -1072,10 +1072,12 @@ def test_flush_and_shutdown_wait_until_the_handler_has_returned(how: str) -> Non
 
 @FLUSHES
 def test_flush_is_false_and_shutdown_raises_when_stop_hands_their_work_back(how: str) -> None:
-    for _ in range(20):
+    for n in range(20):
         d = holding(b"x")
         flush = Worker(call, d, how)
-        closer = closing(d, how.replace("flush", "shutdown"))
+        closer = closing(
+            d, *[(how.replace("flush", "shutdown"),), (f"__{how.replace('flush', 'exit')}__", None)][n % 2]
+        )
         assert payloads(d.stop()) == [b"x"]
         assert flush.result() is call(d, how) is False
         assert refusal(closer.result) is tempo.Stopped

@@ -1075,9 +1075,8 @@ def test_flush_is_false_and_shutdown_raises_when_stop_hands_their_work_back(how:
     for n in range(20):
         d = holding(b"x")
         flush = Worker(call, d, how)
-        closer = closing(
-            d, *[(how.replace("flush", "shutdown"),), (f"__{how.replace('flush', 'exit')}__", None)][n % 2]
-        )
+        end = f"__{how.replace('flush', 'exit')}__" if n % 2 else how.replace("flush", "shutdown")
+        closer = closing(d, end, *[None] * (n % 2))
         assert payloads(d.stop()) == [b"x"]
         assert flush.result() is call(d, how) is False
         assert refusal(closer.result) is tempo.Stopped

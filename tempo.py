@@ -47,7 +47,7 @@ import time
 import warnings
 import weakref
 from array import array
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from io import BytesIO
@@ -85,9 +85,8 @@ _CREDIT_BYTES: Final = 64 * KiB  # and an eighth of the buffer: the bytes for wh
 _SMALL: Final = 512  # bytes: the largest payload that credit covers at first; smaller ones are joined
 _SAMPLE: Final = 64  # payloads of a batch whose largest says what credit covers next,
 _RARE: Final = 8  # if it is at most so many times their mean
-_LOOSE: Final = 256  # small payloads are joined when there are more
-_PACK_ITEMS: Final = 256  # payloads, or
-_PACK_BYTES: Final = 16 * KiB  # bytes, from which a pack takes no further batch
+_LOOSE: Final = 256  # so many small payloads at a time are joined
+_KEPT: Final = 16  # what was taken is removed when it is more than this part of what is held
 _CHUNK: Final = 512  # payloads that enqueue_many() admits in one section
 _PACE_ITEMS: Final = 64  # payloads over which their pace is measured
 _REFUSALS: Final = 256  # refusals that are noted without the lock before one takes it to count them
@@ -105,20 +104,20 @@ _monotonic: Callable[[], float] = functools.partial(time.monotonic)
 
 # Theory of operation
 #
-# Flow.  producer -> _Run -> _Pack -> Batch -> consumer.  `enqueue` appends to the current run, without the lock.  A
-# section (a method that holds the lock) seals the run and counts it into packs, with marks where batches end.  A
-# consumer takes the front of the packs as a Batch.  _Buffer does this; it knows neither threads nor clocks.  The
-# Dispatcher has the lock, those who wait, and the life cycle.  A forked child begins with a new _Buffer.
+# Flow.  producer -> _Run -> _Buffer -> Batch -> consumer.  `enqueue` appends to the current run, without the lock.  A
+# section (a method that holds the lock) seals the run, counts it, and notes where batches end.  A consumer takes the
+# front as a Batch.  _Buffer does this; it knows neither threads nor clocks.  The Dispatcher has the lock, those who
+# wait, and the life cycle.  A forked child begins with a new _Buffer.
 #
 # Truth.  What was accepted: the totals in buffer.run, the run's own accepted part, and buffer.nested.  What has left:
-# buffer.taken.  Each changes by one store; what belongs to a change is stored before it, and what it leaves behind is
-# removed after it.  So an exception (a KeyboardInterrupt, say) at any point leaves a state that `_Buffer.repair` and
-# `Dispatcher._settle` make good, in the same section or in the next one.
+# buffer.taken.  Each changes by one store.  All else follows from them, after that, and may be done again: what an
+# exception (a KeyboardInterrupt, say) cuts short, `_Buffer.repair` and `Dispatcher._settle` make good, in the same
+# section or in the next one.
 #
 #   I1  0 <= buffered <= max_buffered_bytes, where buffered = run.charge - taken.charge + the accepted part of the run
 #       and of buffer.nested.
-#   I2  The packs hold payloads [taken.items, run.items) in order; what is stored for a change that is not committed is
-#       noted by buffer.dirty, and trimmed.
+#   I2  buffer.pieces, sizes and batches hold payloads [buffer.origin.items, run.items) in order.  What a commit adds is
+#       noted in run.before, and moved there after it.
 #   I3  An open run has room for `places` payloads of `covers` bytes, whatever happens.  A run is created open, by the
 #       store that makes it the current one; it is sealed once, and never opened again.
 #   I4  Credit (an open run) is given while the open batch has a payload: its first one takes the lock, notes the time
@@ -334,8 +333,10 @@ class _Taken(NamedTuple):
 
     items: int = 0
     charge: int = 0
-    batches: int = 0
-    discarded: tuple[int, int] = (0, 0)  # payloads, bytes
+    batches: int = 0  # the discarded ones too
+    pieces: int = 0  # of `_Buffer.pieces`
+    offset: int = 0  # and bytes of the next piece
+    discarded: tuple[int, int, int] = (0, 0, 0)  # payloads, bytes, batches
     failed: tuple[int, int] = (0, 0)  # the handler raised
     flight: tuple[float, int, int] = (_FOREVER, 0, 0)  # the handler has: number of the first payload; payloads, bytes
     batch: Batch | None = None  # and the batch
@@ -358,9 +359,10 @@ class _Run(list[bytes]):
         self.base = base  # bytes accepted before the open batch
         self.due = due  # when the open batch is due; for ever when it is empty
         self.served = served  # ticket of the last waiting producer whose payload is among these
-        # What the commit that created this run has counted: the run before, and how many payloads at the front of that
-        # and of buffer.nested. `_Buffer.repair` removes them.
-        self.before: tuple[_Run, int, int] | None = None
+        # What `_Buffer.repair` has to do for the commit that created this run: the run before it; how many payloads at
+        # the front of that and of buffer.nested it counted; these payloads and their sizes, the lengths of the batches
+        # that it closed, and where to put them.
+        self.before: tuple[_Run, int, int, Sequence[bytes], list[int], list[int], int, int] | None = None
         self.claim = 0  # bytes that a section is about to use
         # Credit: the first `places` payloads, of at most `covers` bytes each, are accepted.
         self.places = 0  # 0 again when the run is sealed
@@ -380,57 +382,6 @@ class _Run(list[bytes]):
         return False
 
 
-class _Pack:
-    """Consecutive payloads on their way into batches: one large batch, or several small ones. Guarded by the lock.
-
-    A batch lies in one pack. Payloads of less than _SMALL bytes on average are joined, larger ones are not copied.
-    """
-
-    __slots__ = ("base", "ends", "joined", "loose", "pieces", "sizes", "start")
-
-    def __init__(self, start: int, base: int) -> None:
-        self.start = start  # number of its first payload
-        self.base = base  # bytes accepted before it
-        self.sizes = array("I")  # of each payload
-        self.pieces: list[bytes] = []  # the payloads back to back
-        self.joined = 0  # pieces before this index are not joined again
-        self.loose = 0  # bytes of those that are not joined yet
-        self.ends = array("I")  # where batches end, in payloads from its start
-
-    def append(self, new: Sequence[bytes], sizes: list[int], charge: int) -> None:
-        self.pieces += new
-        self.loose += charge
-        if charge >> 32:
-            self.sizes = array("Q", self.sizes)
-        self.sizes.fromlist(sizes)
-
-    def tidy(self, most: int) -> None:
-        """Join the pieces at the end if there are more than `most`, and they are small."""
-        n = len(self.pieces) - self.joined
-        if n > most:
-            if self.loose < _SMALL * n:
-                self.pieces[self.joined :] = [b"".join(self.pieces[self.joined :])]
-            self.joined, self.loose = len(self.pieces), 0
-
-    def batch(self, begin: int, end: int) -> Batch:
-        """Return payloads begin to end as a batch; a single piece is handed over without a copy."""
-        if end - begin < len(self.sizes):
-            start, sizes = sum(self.sizes[:begin]), self.sizes[begin:end]
-            stop = start + sum(sizes)
-            if len(self.pieces[0]) < stop:  # join what it covers: a large batch may follow
-                n = bisect_left(list(accumulate(map(len, self.pieces))), stop) + 1
-                self.pieces[:n] = [b"".join(self.pieces[:n])]
-            return Batch(self.pieces[0][start:stop], sizes)
-        return Batch(self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces), self.sizes)
-
-    def trim(self, items: int, first: int) -> None:
-        """Keep what is before payload number `items`, and the ends of batches up to payload number `first`."""
-        del self.sizes[items - self.start :]
-        del self.ends[bisect_right(self.ends, first - self.start) :]
-        self.joined = self.loose = 0
-        self.pieces[:] = [b"".join(self.pieces)[: sum(self.sizes)]]
-
-
 class _Buffer:
     """Admission, counting, packing and taking. The caller holds the lock and tells the time; no threads, no clock."""
 
@@ -444,8 +395,12 @@ class _Buffer:
         self.most = max(_SMALL, min(max_batch, max_buffered) // 16)  # the most that credit covers
         # Guarded by the lock.
         self.taken = _Taken()
-        self.packs: deque[_Pack] = deque()  # payloads [taken.items, run.items), in order
-        self.dirty = False  # the packs may hold something of a change that was not committed
+        # Payloads [origin.items, run.items) in order: back to back in pieces, of which those before number `joined` are
+        # not joined again; the size of each; and the length of each closed batch.
+        self.pieces: list[bytes] = []
+        self.sizes = array("I")
+        self.batches = array("I")
+        self.joined = self.origin = self.taken  # what had left when the front was last removed
         self.covers = _SMALL  # bytes: the size up to which the next credit covers payloads
         self.pressed = False  # a payload was refused for lack of room since a batch was taken
         self.undelivered: tuple[Any, ...] = ()  # discarded and not handed back: the last batch, and the tuple before it
@@ -476,20 +431,17 @@ class _Buffer:
 
     def seal(self, now: float) -> None:
         """Withdraw the credit and count what the run accepted with it, then what nested calls accepted."""
-        if self.dirty or self.run.before is not None:
+        if self.run.before is not None:
             self.repair()
         run = self.run
         run.places = 0  # first: who sees another value appended before the slice
         nested = self.nested[:]
         if run.granted or nested:
             new: list[bytes] = run[: run.granted]
-            before = (run, len(new), len(nested))
-            when = run.opened if new else now
+            counted, when = len(new), run.opened if new else now
             new += nested
             sizes = list(map(len, new))
-            after = self._store(new, sizes, _charge(sizes), when, run.served)
-            after.before = before
-            self._replace(after)
+            self._commit(new, sizes, _charge(sizes), when, run.served, counted, len(nested))
 
     def accept(self, new: Sequence[bytes], now: float, served: int = 0) -> bool:
         """After a seal: accept payloads if all of them fit (I1)."""
@@ -499,7 +451,7 @@ class _Buffer:
         if self._ceiling(run) > self.max_buffered:
             run.claim = 0
             return False
-        self._replace(self._store(new, sizes, charge, now, served or run.served))
+        self._commit(new, sizes, charge, now, served or run.served, 0, 0)
         if len(sizes) == 1 and self.covers < charge <= self.most:
             self.covers = charge  # so that a first batch of large payloads does not take the lock for each
         return True
@@ -557,102 +509,109 @@ class _Buffer:
             self.pace = (self.run.items, now, pace)
         return pace
 
-    def _store(self, new: Sequence[bytes], sizes: list[int], charge: int, now: float, served: int) -> _Run:
-        """Store payloads in packs; return the run with the new totals, which accepts them (I2)."""
+    def _commit(
+        self, new: Sequence[bytes], sizes: list[int], charge: int, now: float, served: int, counted: int, nested: int
+    ) -> None:
+        """Count payloads, and close the batches that end among them (I2)."""
+        if new:
+            self._join()
         run = self.run
-        items, total, first, base, due = run.items, run.charge, run.first, run.base, run.due
-        n, at, totals = len(new), 0, None
-        if total + charge - base >= self.max_batch or items + n - first >= self.max_items:  # a batch ends among them
-            totals = list(accumulate(sizes if all(sizes) else [size or 1 for size in sizes], initial=total))
-        self.dirty = True
-        while at < n:
-            begins = first == items
-            if begins:
-                due = now + self.interval
-            pack = self._pack(begins, items, total)
-            if totals is None:
-                pack.append(new, sizes, charge)
-                items, total = items + n, total + charge
-                break
-            end = bisect_left(totals, base + self.max_batch, at + 1)
-            if end <= n and totals[end] > base + self.max_batch and not (begins and end == at + 1):
-                end -= 1  # the batch ends before the payload that would take it over
-            end = min(end, at + first + self.max_items - items)
-            closes, end = end <= n, min(end, n)
-            if end > at:
-                pack.append(new[at:end], sizes[at:end], totals[end] - total)
-            items, total, at = items + end - at, totals[end], end
-            if closes:
-                pack.ends.append(items - pack.start)
-                first, base, due = items, total, _FOREVER
-        return _Run(items, total, first, base, due, served)
-
-    def _pack(self, begins: bool, items: int, total: int) -> _Pack:
-        """Return the pack for the next payloads. begins: a batch begins with them."""
-        if self.packs:
-            pack = self.packs[-1]
-            if not begins or (items - pack.start < _PACK_ITEMS and total - pack.base < _PACK_BYTES):
-                pack.tidy(_LOOSE)
-                return pack
-            pack.tidy(1)
-        self.packs.append(_Pack(items, total))
-        return self.packs[-1]
-
-    def _replace(self, after: _Run) -> None:
-        """Commit what was stored in the packs, by one store."""
+        batches: list[int] = []
+        items, total = run.items + len(sizes), run.charge + charge
+        first, base, due = run.first, run.base, run.due if run.first < run.items else now + self.interval
+        if total - base >= self.max_batch or items - first >= self.max_items:
+            totals = list(accumulate(sizes if all(sizes) else [size or 1 for size in sizes], initial=run.charge))
+            while total - base >= self.max_batch or items - first >= self.max_items:
+                end = run.items + bisect_right(totals, base + self.max_batch) - 1  # the last that does not exceed it
+                end = min(max(first + 1, end), first + self.max_items)
+                batches.append(end - first)
+                first, base, due = end, totals[end - run.items], now + self.interval
+        after = _Run(items, total, first, base, due if first < items else _FOREVER, served)
+        after.before = (run, counted, nested, new, sizes, batches, len(self.pieces), len(self.batches))
         self.run = after
-        self.dirty = False
         self.repair()
 
+    def _join(self) -> None:
+        """Join the last pieces if they are many and small, so that a payload costs no object of its own."""
+        run, joined, pieces, first = self.run, self.joined, self.pieces, self.origin.pieces
+        n = run.items - joined.items
+        if n > _LOOSE:
+            at = max(joined.pieces, self.taken.pieces) - first
+            parts = pieces[at:]
+            if run.charge - joined.charge < _SMALL * n:
+                parts = [b"".join(pieces[i : i + _LOOSE]) for i in range(at, len(pieces), _LOOSE)]
+            mark = _Taken(run.items, run.charge, pieces=first + at + len(parts))
+            pieces[at:], self.joined = parts, mark  # no signal is looked for between these
+
     def repair(self) -> None:
-        """Finish the last commit, or undo what was stored for one that did not happen (I2). May be run again."""
-        run, taken, packs = self.run, self.taken, self.packs
-        if self.dirty:
-            while packs and packs[-1].start >= run.items:
-                packs.pop()
-            if packs:
-                packs[-1].trim(run.items, run.first)
-            self.dirty = False
+        """Finish the last commit and the last taking. May be run again, whatever exception ended it."""
+        run, taken, origin = self.run, self.taken, self.origin
         if run.before is not None:
-            before, counted, nested = run.before
+            before, counted, nested, new, sizes, batches, at, n = run.before
+            if (run.charge - before.charge) >> 32:
+                self.sizes = array("Q", self.sizes)
+            self.pieces[at:] = new
+            del self.sizes[before.items - origin.items :]
+            self.sizes.fromlist(sizes)
+            del self.batches[n:]
+            self.batches.fromlist(batches)
             del before[:counted], self.nested[:nested]  # once: no signal is looked for between this
             run.before = None  # and this
-        self.peak = max(self.peak, run.charge - taken.charge)
-        while packs and packs[0].start + len(packs[0].sizes) <= taken.items:
-            packs.popleft()
+        held = self.held()
+        self.peak = max(self.peak, held)
+        if taken.charge - origin.charge > held // _KEPT:  # not each time: what is behind moves
+            rest = _Taken(*taken[:5])
+            del self.pieces[: taken.pieces - origin.pieces], self.sizes[: taken.items - origin.items]
+            del self.batches[: taken.batches - origin.batches]
+            self.origin = rest  # no signal is looked for between these
 
     def cut(self) -> None:
         """After a seal: close the open batch, if it has a payload."""
         run = self.run
         if run.first < run.items:
-            self.dirty = True
-            self.packs[-1].ends.append(run.items - self.packs[-1].start)
-            self._replace(_Run(run.items, run.charge, run.items, run.charge, _FOREVER, run.served))
+            after = _Run(run.items, run.charge, run.items, run.charge, _FOREVER, run.served)
+            after.before = (run, 0, 0, (), [], [run.items - run.first], len(self.pieces), len(self.batches))
+            self.run = after
+            self.repair()
 
     def take(self, fate: str = "delivered") -> Batch:
         """Take the front batch (I5); if it is open, after a seal. fate: "delivered", "in_flight" or "discarded".
 
         The batch is made before it is taken, so that its bytes count until there is memory for it.
         """
-        self.repair()
+        if self.run.before is not None:
+            self.repair()
         taken = self.taken
         if taken.items == self.run.first:
             self.cut()
-        pack = self.packs[0]
-        begin = taken.items - pack.start
-        batch = pack.batch(begin, pack.ends[bisect_right(pack.ends, begin)])
-        n, charge = len(batch), batch.nbytes + (0 if all(batch._sizes) else batch._sizes.count(0))
-        after = taken._replace(items=taken.items + n, charge=taken.charge + charge, batches=taken.batches + 1)
-        undelivered = self.undelivered
+        n = self.batches[taken.batches - self.origin.batches]
+        end = taken.items + n
+        sizes = self.sizes[taken.items - self.origin.items : end - self.origin.items]
+        at, joined = taken.pieces - self.origin.pieces, self.joined
+        whole, rest = joined.pieces + end - joined.items - taken.pieces, 0
+        if end < joined.items:
+            some = self.pieces[at : min(at + n, joined.pieces - self.origin.pieces)]
+            ends, stop = list(accumulate(map(len, some))), taken.offset + sum(sizes)
+            whole = bisect_right(ends, stop)
+            rest = stop - ends[whole - 1] if whole else stop
+        parts: list[Any] = self.pieces[at : at + whole]
+        if rest:
+            parts.append(memoryview(self.pieces[at + whole])[:rest])
+        if taken.offset:
+            parts[0] = memoryview(parts[0])[taken.offset :]
+        batch = Batch(b"".join(parts), sizes)
+        charge = batch.nbytes + (0 if all(sizes) else sizes.count(0))
+        discarded, undelivered, flight, own = taken.discarded, self.undelivered, taken.flight, taken.batch
         if fate == "in_flight":
-            after = after._replace(flight=(taken.items, n, charge), batch=batch)
+            flight, own = (taken.items, n, charge), batch
         if fate == "discarded":
-            discarded = (taken.discarded[0] + n, taken.discarded[1] + charge)
-            after, undelivered = after._replace(discarded=discarded, batches=taken.batches), (batch, undelivered)
-        self.taken, self.undelivered = after, undelivered
+            discarded = (discarded[0] + n, discarded[1] + charge, discarded[2] + 1)
+            undelivered = (batch, undelivered)
+        gone = (end, taken.charge + charge, taken.batches + 1, taken.pieces + whole, rest)
+        self.taken, self.undelivered = _Taken(*gone, discarded, taken.failed, flight, own), undelivered
         self.pressed = False
         self.repair()
-        sizes = batch._sizes[-_SAMPLE:]
+        sizes = sizes[-_SAMPLE:]
         largest = max(sizes)
         if largest > self.covers or n >= _SAMPLE:
             self.covers = max(1, min(largest, max(self.most, _RARE * sum(sizes) // len(sizes))))
@@ -1129,7 +1088,7 @@ class Dispatcher:
                         line.remove(self._gone[0])
                 self._gone[0].stood = False
                 del self._gone[:1]
-            if buffer.nested or buffer.dirty or buffer.run.before is not None:
+            if buffer.nested or buffer.run.before is not None:
                 buffer.seal(self._now)
             if self._refused:
                 n = len(self._refused)
@@ -1451,10 +1410,10 @@ class Dispatcher:
             *(t.items - flight_items - t.discarded[0], t.charge - flight_charge - t.discarded[1]),
             *(flight_items, flight_charge),
             *(items - t.items, charge - t.charge),
-            *t.discarded,
+            *t.discarded[:2],
             *(self._rejected[0] + len(refused), self._rejected[1] + sum(refused)),
             *t.failed,
-            t.batches,
+            t.batches - t.discarded[2],
             max(buffer.peak, charge - t.charge),
             len(self._line),
             len(self._consumers),

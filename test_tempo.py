@@ -89,23 +89,18 @@ class inside:  # noqa: N801 - a namespace
         held, opened, pending = run.charge - taken.charge, run.charge - run.base, run.items - run.first
         assert 0 <= held <= buffer.peak <= buffer.max_buffered, "I1"
 
-        # The packs follow one another, from before the first payload that is not taken to the last that is counted.
-        assert not buffer.dirty
-        first = buffer.packs[0] if buffer.packs else None
-        at, base = (first.start, first.base) if first else (run.items, run.charge)
-        ends = [0]
-        assert at <= taken.items <= run.first <= run.items, "I2"
-        for pack in buffer.packs:
-            assert (pack.start, pack.base) == (at, base), "I2"
-            assert sum(map(len, pack.pieces)) == sum(pack.sizes), "I2"
-            ends += [at + end for end in pack.ends]
-            at += len(pack.sizes)
-            assert ends == sorted(ends) and ends[-1] <= at, "I2"
-            base += sum(max(1, size) for size in pack.sizes)
-        assert (at, base) == (run.items, run.charge), "I2"
+        # All that was counted and not removed is there, cut into batches; what is taken ends where one of these does.
+        assert run.before is None
+        origin, ends = buffer.origin, list(itertools.accumulate(buffer.batches, initial=buffer.origin.items))
+        assert origin.items <= taken.items <= run.first <= run.items == origin.items + len(buffer.sizes), "I2"
+        assert all(buffer.batches) and ends[taken.batches - origin.batches] == taken.items, "I2"
+        assert origin.charge + sum(max(1, size) for size in buffer.sizes) == run.charge, "I2"
+        assert sum(map(len, buffer.pieces)) == origin.offset + sum(buffer.sizes), "I2"
+        gone = buffer.pieces[: taken.pieces - origin.pieces], buffer.sizes[: taken.items - origin.items]
+        assert sum(map(len, gone[0])) + taken.offset == origin.offset + sum(gone[1]), "I2"
 
         # The open batch begins where another ends, is below its limit, and is due only if it has a payload.
-        assert run.first in (*ends, taken.items), "I4"
+        assert run.first == ends[-1], "I4"
         assert (run.due == INF) == (not pending), "I4"
         assert not pending or opened < (buffer.max_batch or INF), "I4"
         if run.places:

@@ -31,9 +31,8 @@ TWINS = [
     Twin("seal not withdrawn", "flush / enqueue in 'open", "run.places = 0  # first: who", "pass  # who"),
     Twin("late payload not looked for", "enqueue / stats in 'open",
          "not waiter.ticket and not run.withdraw(data):", "False:"),
-    Twin("commit before store", "interrupt inside enqueue in 'empty'", "pack.append(new, sizes",
-         "self.run = _Run(items + n, total + charge, first, base, due, served)\n"
-         "                pack.append(new, sizes"),
+    Twin("commit finished twice", "interrupt inside enqueue in 'empty'", "self.pieces[at:] = new",
+         "self.pieces += new"),
     Twin("claim not published", "enqueue inside enqueue in 'one short of the buffer'",
          "run.claim = charge  # first: a nested call must see it, or be seen\n        if self._ceiling(run) >",
          "if self._ceiling(run) + charge >"),

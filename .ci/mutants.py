@@ -134,6 +134,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     os.environ["COVERAGE_CORE"] = "ctrace"  # sys.monitoring, the default from 3.14 on, tells the first test of a line
+    os.environ["TEST_LIMIT"] = "10"  # seconds: many mutants hang
 
     digest = hashlib.sha256((ROOT / "tempo.py").read_bytes() + CONFIG.read_bytes()).hexdigest()
     session = ROOT / ".cache" / "mutants" / f"{digest[:12]}.sqlite"

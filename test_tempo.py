@@ -737,18 +737,18 @@ def test_aenqueue_waits_without_a_thread_and_cancelled_leaves_nothing_behind(lim
 
 
 @contextlib.contextmanager
-def parked(d: tempo.Dispatcher, work: Coroutine[Any, Any, Any], closed: bool) -> Iterator[weakref.ref[Any]]:
-    """A task that waits in tempo, in a loop that was stopped or closed; gives a reference to the loop."""
+def parked(d: tempo.Dispatcher, work: Coroutine[Any, Any, Any], closed: bool) -> Iterator[list[Any]]:
+    """A task that waits in tempo, in a loop that was stopped or closed; gives both."""
     loop = asyncio.new_event_loop()
     task: Any = loop.create_task(work)
     for _ in range(2):
         loop.run_until_complete(asyncio.sleep(0))
-    seen = weakref.ref(loop)
+    both = [loop, task]
     if closed:
         task._log_destroy_pending = False  # it is left behind on purpose
         loop.close()
         del loop, task, work
-    yield seen
+    yield both
     d.stop()
     if not closed:
         loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
@@ -852,8 +852,9 @@ def test_task_in_a_loop_that_no_longer_runs_holds_up_nobody(what: str, closed: b
 def test_task_and_loop_that_are_gone_are_not_kept_alive(how: str) -> None:
     d = make() if how == "async for" else full(SMALL)
     work = d.aenqueue(b"y") if how == "aenqueue" else next_batch(d) if how == "async for" else getattr(d, how)()
-    with parked(d, work, True) as seen:
-        del work
+    with parked(d, work, True) as both:
+        seen = weakref.ref(both[0])
+        del work, both[:]
         inside.in_section(gc.collect)
         wait_until(lambda: (d.stats(), gc.collect(), seen())[2] is None)
 

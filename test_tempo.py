@@ -773,6 +773,12 @@ def test_consumer_gets_the_batch_that_is_there_or_comes_and_is_the_timer_so_that
         d.enqueue(payload)
         assert waiting.result().tolist() == [payload]
     assert d.stats().waiting_consumers == 0
+    d = make(max_batch_bytes=1024)
+    waiting = taker(d, way)
+    d.enqueue(bytes(512))
+    wait_until(lambda: d.stats().waiting_consumers)  # it times the batch now
+    d.enqueue(bytes(512))
+    assert len(waiting.result()) == 2
 
 
 @CONSUMERS
@@ -1198,8 +1204,12 @@ def test_stats_balance_at_each_stage(limit: int) -> None:
         """Accepted, delivered, in flight, buffered and discarded: payloads and bytes each."""
         return balanced(d)[:10]
 
-    gate = Gate()
+    gate, nested = Gate(), list[object]()
     assert make().stats() == tempo.Stats(*(0,) * 18, "running")
+    d = holding(b"abc", b"", max_buffered_bytes=limit)  # the second without the lock, if it is large
+    inside.in_section(lambda: nested.append(now()))
+    assert [now(), *nested] == [(2, 4, 0, 0, 0, 0, 2, 4, 0, 0)] * 2
+    inside.set_clock()
     d = holding(b"", b"abc", b"bad", b"left", b"back", max_buffered_bytes=limit, max_batch_bytes=4)
     assert now() == (5, 15, 0, 0, 0, 0, 5, 15, 0, 0)
     assert d.get().tolist() == [b"", b"abc"]
@@ -1399,16 +1409,18 @@ def test_interval_counts_from_a_batchs_first_payload_and_closes_it(limit: int, c
     assert not_due(d)
 
 
-@each(("pace", "missing"), [(0.001, 1.0), (0.1, 0.0)])
-def test_interval_may_count_from_an_eighth_earlier_at_a_high_pace(pace: float, missing: float, clock: Clock) -> None:
-    d = make(max_batch_bytes=1000, interval=8.0)
-    for _ in range(205):
+@each(("interval", "pace", "missing"), [(8.0, 0.001, 1.0), (80.0, 1.5, 0.0), (0.5, 0.001, 0.0625), (0.5, 0.0, 0.0)])
+def test_interval_may_count_from_an_eighth_earlier_at_a_high_pace(
+    interval: float, pace: float, missing: float, clock: Clock
+) -> None:
+    d = make(max_batch_bytes=1000, interval=interval)
+    for _ in range(215):
         d.enqueue(bytes(100))
         clock.now += pace
-    assert [d.get(timeout=0).nbytes for _ in range(20)] == [1000] * 20
-    clock.now += 8.0 - 5 * pace - missing - 0.01
+    assert [d.get(timeout=0).nbytes for _ in range(21)] == [1000] * 21
+    clock.now += interval - 5 * pace - missing - 0.001
     assert not_due(d)
-    clock.now += missing + 0.02
+    clock.now += missing + 0.002
     assert d.get(timeout=0).nbytes == 500
 
 
@@ -1984,6 +1996,17 @@ def test_nested_calls_at_each_step_keep_their_order_the_bound_and_the_census(out
         assert d.stats().accepted == len(came)
 
 
+@each("outer", ["enqueue", "enqueue_many", "get", "flush"])
+def test_nested_stats_at_each_step_count_each_payload_once(outer: str) -> None:
+    for steps in each_step():
+        d, done, seen = holding(b"", b"b", b"c", max_batch_items=2), list[int](), list[tuple[int, tempo.Stats]]()
+        inside.in_section(lambda: done.append(d.enqueue_many([b"in the same section"])))
+        steps.run(lambda: seen.append((3 + len(done), balanced(d))), OUTER[outer], d)
+        last = d.stats()
+        assert all(least <= s.accepted <= last.accepted and s[1] <= last[1] for least, s in seen)
+        inside.set_clock()
+
+
 @each("outer", ["enqueue", "stats", "flush"])
 def test_nested_enqueue_at_each_step_reaches_a_task_that_waits(outer: str) -> None:
     for steps in each_step():
@@ -2137,18 +2160,19 @@ def test_interrupt_anywhere_in_a_call_loses_and_repeats_nothing(outer: str, limi
         assert s.accepted == len(came) + sum(missing.values()) and (lost or not missing)
 
 
-@each(("how", "sent"), [("enqueue", b"b"), ("enqueue_many", [b"b", b"c", b"d"])])
+@each(("how", "n"), [("enqueue", 1), ("enqueue_many", 5)])
 @each("way", ["get", "async for"])
-def test_interrupt_anywhere_in_an_enqueue_leaves_all_or_none_and_owes_no_wake_up(how: str, sent: Any, way: str) -> None:
+def test_interrupt_anywhere_in_an_enqueue_leaves_all_or_none_and_owes_no_wake_up(how: str, n: int, way: str) -> None:
+    sent = [bytes([i]) * 20_000 for i in range(n)]
     for steps in each_step():
         d = holding(b"a", max_batch_items=2)
         waiting = taker(d, way)
         with contextlib.suppress(KeyboardInterrupt):
-            steps.run(interrupt, getattr(d, how), sent)
+            steps.run(interrupt, getattr(d, how), sent if n > 1 else sent[0])
         if inside.buffer(d).accepted()[0] == 1:  # no call, which would make good what is missing
             d.enqueue_many([b"e", b"f"])
         came = lists([waiting.result(), *drained(d)])
-        assert came in ([[b"a", b"b"], [b"c", b"d"]][: len(sent)], [[b"a", b"e"], [b"f"]])
+        assert came in ([[b"a", sent[0]], sent[1:3], sent[3:]][:n], [[b"a", b"e"], [b"f"]])
         inside.check(d)
 
 

@@ -27,6 +27,7 @@ import coverage
 import pytest
 from cosmic_ray.config import load_config
 from cosmic_ray.mutating import mutate_and_test
+from cosmic_ray.testing import run_tests
 from cosmic_ray.work_db import WorkDB, use_db
 from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkItem, WorkResult
 
@@ -85,19 +86,20 @@ class Recorder:
 
 
 def record() -> tuple[list[str], dict[int, set[str]]]:
-    """Run the tests without a change; return them, quickest first, and those that run each line."""
+    """Run the tests; return them, quickest first, and those that run each line."""
     recorder = Recorder()
-    with recorder.coverage.collect():
-        status = pytest.main(["-q", "test_tempo.py"], plugins=[recorder])
-    if status:
-        sys.exit("the tests fail without a change")
+    with recorder.coverage.collect():  # which takes memory: a test that measures that may fail here
+        pytest.main(["-q", "--tb=no", "test_tempo.py"], plugins=[recorder])
     lines = recorder.coverage.get_data().contexts_by_lineno(str(Path("tempo.py").resolve()))
     return sorted(recorder.seconds, key=recorder.seconds.__getitem__), {n: set(tests) for n, tests in lines.items()}
 
 
+def command(tests: list[str]) -> tuple[str, float]:
+    return f"{SETTINGS.test_command} {shlex.join(tests)}", SETTINGS.timeout
+
+
 def test(item: WorkItem, tests: list[str]) -> tuple[str, WorkResult]:
-    command = f"{SETTINGS.test_command} {shlex.join(tests)}"
-    return item.job_id, mutate_and_test(item.mutations, command, SETTINGS.timeout)
+    return item.job_id, mutate_and_test(item.mutations, *command(tests))
 
 
 def test_all(db: WorkDB, items: list[WorkItem], jobs: int) -> None:
@@ -107,6 +109,9 @@ def test_all(db: WorkDB, items: list[WorkItem], jobs: int) -> None:
         ProcessPoolExecutor(jobs, initializer=enter_copy, initargs=(scratch,)) as pool,
     ):
         tests, runs = pool.submit(record).result()
+        outcome, output = pool.submit(run_tests, *command(tests)).result()
+        if outcome is not TestOutcome.SURVIVED:
+            sys.exit(f"{output}\nthe tests fail without a change")
         futures = []
         for item in items:
             # A statement of several lines is on record by some of them.

@@ -94,12 +94,12 @@ def record() -> tuple[list[str], dict[int, set[str]]]:
     return sorted(recorder.seconds, key=recorder.seconds.__getitem__), {n: set(tests) for n, tests in lines.items()}
 
 
-def command(tests: list[str]) -> tuple[str, float]:
-    return f"{SETTINGS.test_command} {shlex.join(tests)}", SETTINGS.timeout
+def command(tests: list[str]) -> str:
+    return f"{SETTINGS.test_command} {shlex.join(tests)}"
 
 
 def test(item: WorkItem, tests: list[str]) -> tuple[str, WorkResult]:
-    return item.job_id, mutate_and_test(item.mutations, *command(tests))
+    return item.job_id, mutate_and_test(item.mutations, command(tests), SETTINGS.timeout)
 
 
 def test_all(db: WorkDB, items: list[WorkItem], jobs: int) -> None:
@@ -109,7 +109,7 @@ def test_all(db: WorkDB, items: list[WorkItem], jobs: int) -> None:
         ProcessPoolExecutor(jobs, initializer=enter_copy, initargs=(scratch,)) as pool,
     ):
         tests, runs = pool.submit(record).result()
-        outcome, output = pool.submit(run_tests, *command(tests)).result()
+        outcome, output = pool.submit(run_tests, command(tests), SETTINGS.timeout).result()
         if outcome is not TestOutcome.SURVIVED:
             sys.exit(f"{output}\nthe tests fail without a change")
         futures = []

@@ -13,15 +13,18 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+import coverage
+import pytest
 from cosmic_ray.config import load_config
 from cosmic_ray.mutating import mutate_and_test
 from cosmic_ray.testing import run_tests
@@ -32,7 +35,6 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / ".ci" / "cosmic-ray.toml"
 LISTED = ROOT / ".ci" / "survivors.txt"
 SETTINGS = load_config(str(CONFIG))
-TESTS = (SETTINGS.test_command, SETTINGS.timeout)
 NEEDED = 95.0
 """Percent of the mutants that must be killed."""
 MOST_MEMORY = 6 << 30
@@ -69,8 +71,35 @@ def enter_copy(scratch: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
 
 
-def test(item: WorkItem) -> tuple[str, WorkResult]:
-    return item.job_id, mutate_and_test(item.mutations, *TESTS)
+class Recorder:
+    """A pytest plugin: how long does each test take, and which lines of tempo.py does it run?"""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.coverage = coverage.Coverage(data_file=None, config_file=False, include=["tempo.py"])
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.coverage.switch_context(nodeid)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[report.nodeid] += report.duration
+
+
+def record() -> tuple[list[str], dict[int, set[str]]]:
+    """Run the tests; return them, quickest first, and those that run each line."""
+    recorder = Recorder()
+    with recorder.coverage.collect():  # which takes memory: a test that measures that may fail here
+        pytest.main(["-q", "--tb=no", "test_tempo.py"], plugins=[recorder])
+    lines = recorder.coverage.get_data().contexts_by_lineno(str(Path("tempo.py").resolve()))
+    return sorted(recorder.seconds, key=recorder.seconds.__getitem__), {n: set(tests) for n, tests in lines.items()}
+
+
+def command(tests: list[str]) -> str:
+    return f"{SETTINGS.test_command} {shlex.join(tests)}"
+
+
+def test(item: WorkItem, tests: list[str]) -> tuple[str, WorkResult]:
+    return item.job_id, mutate_and_test(item.mutations, command(tests), SETTINGS.timeout)
 
 
 def test_all(db: WorkDB, items: list[WorkItem], jobs: int) -> None:
@@ -79,12 +108,16 @@ def test_all(db: WorkDB, items: list[WorkItem], jobs: int) -> None:
         tempfile.TemporaryDirectory() as scratch,
         ProcessPoolExecutor(jobs, initializer=enter_copy, initargs=(scratch,)) as pool,
     ):
-        outcome, output = pool.submit(run_tests, *TESTS).result()
+        tests, runs = pool.submit(record).result()
+        outcome, output = pool.submit(run_tests, command(tests), SETTINGS.timeout).result()
         if outcome is not TestOutcome.SURVIVED:
             sys.exit(f"{output}\nthe tests fail without a change")
-        items = sorted(items, key=lambda item: item.mutations[0].start_pos)  # neighbours fail in the same tests
-        done = as_completed([pool.submit(test, item) for item in items])
-        for number, future in enumerate(done, 1):
+        futures = []
+        for item in items:
+            # A statement of several lines is on record by some of them.
+            line = max(number for number in runs if number <= item.mutations[0].start_pos[0])
+            futures.append(pool.submit(test, item, sorted(tests, key=lambda name: name not in runs[line])))
+        for number, future in enumerate(as_completed(futures), 1):
             db.set_result(*future.result())
             if number % 50 == 0:
                 print(f"{number} of {len(items)} tested", file=sys.stderr, flush=True)
@@ -105,6 +138,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="at the same time (%(default)s)")
     options = parser.parse_args()
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    os.environ["COVERAGE_CORE"] = "ctrace"  # sys.monitoring, the default from 3.14 on, tells the first test of a line
+    os.environ["TEST_LIMIT"] = "10"  # seconds: many mutants hang
 
     digest = hashlib.sha256((ROOT / "tempo.py").read_bytes() + CONFIG.read_bytes()).hexdigest()
     session = ROOT / ".cache" / "mutants" / f"{digest[:12]}.sqlite"

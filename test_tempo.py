@@ -1360,6 +1360,7 @@ def test_errors_and_names_of_the_module_are_the_contracts() -> None:
         ({"max_batch_bytes": 100}, [b""] * 1000, [100] * 10, []),
         ({"max_batch_items": 3}, [b"a", b"", b"ccc", b"d"], [3], [1]),
         ({"max_batch_items": 500}, [b"x"] * 1201, [500, 500], [201]),
+        ({"max_batch_items": 7}, [b"a", *[b""] * 299] * 7, [7] * 300, []),
         ({"max_batch_items": 3, "max_batch_bytes": 4}, [b"aa", b"b", b"cc", b"d", b"e", b"f"], [2, 3], [1]),
     ],
 )
@@ -1367,9 +1368,10 @@ def test_errors_and_names_of_the_module_are_the_contracts() -> None:
 def test_batch_closes_at_its_limits(many: bool, kwargs: Any, sent: Any, closed: list[int], left: list[int]) -> None:
     d = make(**kwargs) if many else holding(*sent, **kwargs)
     d.enqueue_many(sent if many else [])
-    assert [len(d.get(timeout=0)) for _ in closed] == closed
+    came = [d.get(timeout=0) for _ in closed]
     assert not_due(d)
-    assert [len(batch) for batch in d.stop()] == left
+    came += d.stop()
+    assert ([len(batch) for batch in came], payloads(came)) == (closed + left, sent)
 
 
 @LIMITS

@@ -706,20 +706,16 @@ class _Batches(Iterator[Batch], AsyncIterator[Batch]):
 class Dispatcher:
     """Batches payloads from any number of producers for any number of consumers, in bounded memory.
 
-    Args:
-        interval: seconds after which a batch closes, counted from its first payload; > 0, finite.
-        max_buffered_bytes: how much may be accepted and not yet received by a consumer; an empty payload counts 1 byte.
-        max_batch_bytes: a batch closes when it holds so much, or before the payload that would take it over; a larger
-            payload goes alone. None: no limit.
-        max_batch_items: a batch closes when it holds so many payloads. None: no limit.
+    A batch closes `interval` seconds (> 0, finite) after its first payload or slightly earlier, at `max_batch_bytes` or
+    `max_batch_items` (None: no limit; a larger payload goes alone), when a payload lacks room, by `flush` and
+    `shutdown`. `max_buffered_bytes` limits what is accepted and not yet received; an empty payload counts 1 byte.
 
-    Raises:
-        TypeError, ValueError: an argument is of the wrong type, or out of range.
+    Every `timeout` is a number of seconds >= 0, or None: for ever. A bad argument is a TypeError or a ValueError.
+    Called by its handler, or by a signal handler or finalizer that interrupted tempo, no method waits.
 
-    >>> with Dispatcher(interval=0.01, max_buffered_bytes=64 * KiB) as d:
+    >>> with Dispatcher(interval=0.25, max_buffered_bytes=64 * KiB) as d:
     ...     d.start(lambda batch: print(batch.tolist()))
-    ...     d.enqueue(b"a")
-    ...     d.enqueue(b"b")
+    ...     n = d.enqueue_many([b"a", b"b"])
     [b'a', b'b']
     """
 
@@ -740,45 +736,41 @@ class Dispatcher:
         max_items = _NO_LIMIT if max_batch_items is None else _limit("max_batch_items", max_batch_items, "payloads")
         self._new_buffer = functools.partial(_Buffer, seconds, self._max_buffered, max_batch, max_items)
         self._push: _Push | None = None  # set once, under the lock
-        self._loops: list[weakref.ref[_Batches]] = []  # each removed by the end of the iterator
+        self._loops: list[weakref.ref[_Batches]] = []  # each removed when the iterator ends
         self._reset()
         _DISPATCHERS.append(weakref.ref(self, _DISPATCHERS.remove))
 
     def _reset(self) -> None:
-        """Begin with nothing accepted; in a forked child too."""
+        """Begin empty, in a forked child too."""
         # Guarded by the lock.
         self._buffer = self._new_buffer()
         self._phase = _RUNNING
         self._halted = False  # stopped before it was drained
         self._now = 0.0  # when the section began, or its last wait ended
-        self._line: deque[_Waiter] = deque()  # producers that wait for room, first come first served
+        self._line: deque[_Waiter] = deque()  # producers without room
         self._tickets = 0  # given to producers in the line
-        self._resting: deque[_Waiter] = deque()  # producers whose payload was accepted, and that wait for their turn
-        self._turn = 0  # bytes taken up to which turns were given
+        self._resting: deque[_Waiter] = deque()  # whose payload was accepted, until their turn
+        self._turn = 0  # bytes taken when turns were last given
         self._consumers: deque[_Waiter] = deque()
         self._drainers: deque[_Waiter] = deque()  # flush and shutdown
-        self._gone: list[_Waiter] = []  # who no longer waits, and may stand in a line
+        self._gone: list[_Waiter] = []  # no longer waiting, perhaps still in a line
         self._rejected = (0, 0)  # payloads, bytes
         self._thread: threading.Thread | None = None  # the handler's
-        # Touched without the lock; why that is safe is told in Theory.
-        self._mutex: _Mutex | None = None  # found at the first call: a forked child may be monkey-patched by then
-        self._busy = 0  # identity of the thread in a section of this dispatcher; only that thread compares equal
+        # Touched without the lock (see Theory).
+        self._mutex: _Mutex | None = None  # found at the first call: by then a forked child may be patched
+        self._busy = 0  # identity of the thread in a section; only that thread compares equal
         self._left = False  # a nested call has left work for the section
         self._asked: list[str] = []  # by nested calls: "flush", "shutdown"
-        self._refused: list[int] = []  # charges of refused payloads, not yet among the rejected
+        self._refused: list[int] = []  # charges, not yet in _rejected
 
     # -- Producers ---------------------------------------------------------------------------------------------------
 
     def enqueue(self, payload: Buffer, timeout: float | None = _NO_WAIT) -> None:
         """Accept one payload: any C-contiguous bytes-like object; a mutable one is copied before this returns.
 
-        Blocks at most `timeout` seconds for room, first come first served; None: for ever. By default, and when called
-        from inside tempo (a batch handler, a signal handler that interrupted tempo), it never blocks.
-
-        Raises:
-            QueueFull: no room in time. PayloadTooLarge: it can never fit. ShuttingDown, Stopped: no more work is taken.
-            TypeError, ValueError: not bytes-like or not contiguous; a bad timeout.
-            Nothing was accepted when it raises.
+        Waits for room at most `timeout`, first come first served; by default not at all. A call that interrupted tempo
+        may be refused early, by an eighth of the buffer and 64 KiB at most. Raises, with nothing accepted, QueueFull:
+        no room in time; PayloadTooLarge: it never fits; ShuttingDown, Stopped: no more work is taken.
         """
         deadline = 0.0 if timeout is _NO_WAIT else _deadline(timeout)
         run = self._buffer.run
@@ -797,20 +789,17 @@ class Dispatcher:
             self._enqueue(self._own(payload), deadline)
 
     def enqueue_many(self, payloads: Iterable[Buffer], timeout: float | None = _NO_WAIT) -> int:
-        """Accept payloads in order, as `enqueue` would, at a fraction of the cost; return how many.
+        """Accept payloads in order, as `enqueue`, at a fraction of the cost; return how many. One deadline for all.
 
-        One deadline for all. Lists and tuples are admitted 512 at a time; other iterables, and subclasses of these, are
-        read one by one, so that nothing is taken out of them that is not offered. No lock is held while they run.
-
-        Raises:
-            What `enqueue` raises, and what the iterable raises; the exception's `.accepted` is the number of payloads
-            accepted before, so that the caller can route the rest.
+        Lists and tuples are admitted 512 at a time. Other iterables, subclasses too, are read one by one, without the
+        lock: nothing is taken out of them that is not offered. What `enqueue` or the iterable raises has `.accepted`,
+        the number of payloads accepted before.
         """
-        accepted = [0]  # a list, so that a section can count in it before an exception ends it
+        accepted = [0]  # a list, so that an interrupted section has counted
         try:
             deadline = _deadline(timeout)
             chunks: Iterable[Sequence[Any]] = ([payload] for payload in payloads)
-            if type(payloads) is list or type(payloads) is tuple:  # a subclass has code of its own
+            if type(payloads) is list or type(payloads) is tuple:  # no subclass: foreign code
                 chunks = (payloads[i : i + _CHUNK] for i in range(0, len(payloads), _CHUNK))
             for chunk in chunks:
                 rest = chunk
@@ -829,13 +818,9 @@ class Dispatcher:
         return accepted[0]
 
     async def aenqueue(self, payload: Buffer, timeout: float | None = None) -> None:
-        """Accept one payload as `enqueue` does; wait for room without blocking the event loop.
+        """As `enqueue`, and in the same line; waits by default, without blocking the event loop.
 
-        The coroutine stands in the same line as waiting threads. Cancelled before its payload was accepted, it leaves
-        nothing behind. Waits at most `timeout` seconds; None: for ever.
-
-        Raises:
-            As `enqueue`.
+        Cancelled before its payload was accepted, it leaves nothing behind.
         """
         deadline = _deadline(timeout)
         run: _Run | None = self._buffer.run
@@ -851,24 +836,19 @@ class Dispatcher:
     # -- Consumers ---------------------------------------------------------------------------------------------------
 
     def batches(self) -> Iterator[Batch]:
-        """Return a blocking iterator over batches; each batch goes to exactly one consumer.
-
-        It ends when everything is drained after `shutdown`, or at once after `stop`. Also `for batch in dispatcher`.
-        """
+        """Return a blocking iterator, as `iter(d)`: each batch goes to one consumer. Ends once drained or stopped."""
         return _Batches(self)
 
     __iter__ = batches
 
     def __aiter__(self) -> AsyncIterator[Batch]:
-        """Return an asynchronous iterator over batches, for asyncio: no thread, no polling; cancelling loses none."""
+        """As `batches`, for asyncio: no thread, no polling; cancelling loses no batch."""
         return _Batches(self)
 
     def get(self, timeout: float | None = None) -> Batch:
-        """Return the next batch; wait for it at most `timeout` seconds (None: for ever). The batch is the caller's.
+        """Return the next batch, now the caller's; wait for it at most `timeout`.
 
-        Raises:
-            queue.Empty: none was due in time; also when called by a signal handler that interrupted tempo.
-            Stopped: there will never be another. TypeError, ValueError: a bad timeout.
+        Raises queue.Empty: none was due in time, or the call interrupted tempo; Stopped: no batch will come.
         """
         deadline = _deadline(timeout)
         if self._nested():
@@ -880,14 +860,11 @@ class Dispatcher:
     ) -> None:
         """Call `handler(batch)` for each batch, on one daemon thread named after the handler.
 
-        When the handler raises, the batch counts as failed, `on_error(exc, batch)` is called (or by default
-        `threading.excepthook`), and the next batch follows. At interpreter exit what was accepted is drained, for at
-        most `exit_timeout` seconds; what is undelivered then goes to `on_error(DrainTimeout, batch)`, batch by batch,
-        or is reported in one line on stderr. The dispatcher lives until `shutdown` or `stop`.
-
-        Raises:
-            RuntimeError: started before; Closed (also a RuntimeError): no longer running; no thread can be started.
-            TypeError, ValueError: a bad argument; nothing awaits a coroutine function.
+        When it raises or returns an awaitable, the batch has failed: `on_error(exc, batch)` is called, by default
+        `threading.excepthook`, and the next batch follows. Interpreter exit drains for at most `exit_timeout` seconds;
+        each undelivered batch then goes to `on_error(DrainTimeout, batch)`, or one line on stderr reports them all.
+        The dispatcher lives until `shutdown` or `stop`. A coroutine function is a TypeError. Raises RuntimeError:
+        started before, or no thread can be started; Closed: no longer running.
         """
         import inspect  # noqa: PLC0415 - slow to import
 
@@ -904,12 +881,8 @@ class Dispatcher:
     def flush(self, timeout: float | None = None) -> bool:
         """Close the open batch and wait until everything accepted before this call is delivered.
 
-        Blocks at most `timeout` seconds (None: for ever), and never from the handler or inside `for batch in d`.
-        Returns False when time ran out or the dispatcher was stopped.
-
-        Raises:
-            RuntimeError: it would block, for ever, the event loop that runs in this thread; see `aflush`.
-            TypeError, ValueError: a bad timeout.
+        Waits at most `timeout`, and not inside `for batch in d`. Returns False when not all was delivered in time, or
+        the dispatcher was stopped. Raises RuntimeError: it would block this thread's event loop for ever; see `aflush`.
         """
         return self._finish("flush", timeout, "await aflush()")[1]
 
@@ -920,21 +893,16 @@ class Dispatcher:
     def shutdown(self, timeout: float | None = None) -> None:
         """Refuse new work, release blocked producers, and wait until everything accepted is delivered.
 
-        Blocks at most `timeout` seconds (None: for ever). May be called again, and by several threads at once: all wait
-        for the same drain. From the handler, or inside `for batch in d` (in this thread, and the iterator is alive), it
-        returns at once; the drain goes on when the handler returns or the loop comes back.
-
-        Raises:
-            DrainTimeout: out of time; the dispatcher is stopped, and `.undelivered` are the batches nobody received
-                (a batch that the handler has is not among them). Stopped: `stop` was called meanwhile.
-            RuntimeError: it would block, for ever, the event loop that runs in this thread; see `ashutdown`.
-            TypeError, ValueError: a bad timeout.
+        Waits at most `timeout`; all callers wait for the same drain. In the handler, or inside `for batch in d` (in
+        this thread, and the iterator is alive), it returns at once: the drain goes on when these do. Raises
+        DrainTimeout: out of time, the dispatcher is stopped; Stopped: `stop` was called meanwhile; RuntimeError: as
+        `flush`, see `ashutdown`.
         """
         deadline, done = self._finish("shutdown", timeout, "await ashutdown(), async with")
         if not done and deadline >= 0:
             self._end(giving_up=True)
         elif deadline > 0 and not self._halted and (thread := self._thread) is not None and thread.is_alive():
-            thread.join(_remaining(deadline))  # it has delivered all, and only has to return
+            thread.join(_remaining(deadline))  # all is delivered: it only has to return
 
     async def ashutdown(self, timeout: float | None = None) -> None:
         """As `shutdown`, without blocking the event loop."""
@@ -943,13 +911,10 @@ class Dispatcher:
             self._end(giving_up=True)
 
     def stop(self) -> list[Batch]:
-        """Stop at once; return the batches that no consumer received, which are now the caller's.
+        """Stop at once; return the batches that no consumer received, now the caller's; later calls return none.
 
-        Blocked producers and consumers are released, and a `shutdown` under way raises Stopped. The first call returns
-        the batches, later ones an empty list. A batch that the handler has is not among them.
-
-        Raises:
-            RuntimeError: called by a signal handler or finalizer that interrupted tempo; nothing changed.
+        Releases blocked producers and consumers; a `shutdown` under way raises Stopped. The handler keeps its batch.
+        Raises RuntimeError: the call interrupted tempo; nothing has changed.
         """
         return self._end()
 
@@ -961,7 +926,7 @@ class Dispatcher:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Shut down; left by an exception, wait for the drain for `exit_timeout` (5 s) at most."""
+        """Shut down; after an exception, wait at most `exit_timeout` (5 s) for the drain."""
         with self._reporting(kind is not None) as timeout:
             self.shutdown(timeout)
 

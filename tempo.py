@@ -582,7 +582,7 @@ class _Waiter:
     """One blocked thread, with a Condition over the lock. Lock held in all methods."""
 
     thread = True  # not a coroutine
-    stood = False  # in a line, perhaps still
+    line: deque[_Waiter] | None = None  # where it stands, or stood
     woken = True  # it need not wait
     until = _FOREVER  # a consumer: when it looks again
     data = b""  # a producer: its payload,
@@ -971,8 +971,8 @@ class Dispatcher:
 
     def _patient(self) -> bool:
         """Whether the caller may wait: it is not the handler, nor called from a section or a wait, and others run."""
-        me, thread, mutex = threading.get_ident(), self._thread, self._mutex
-        inside = me in _WAITS or (thread and thread.ident == me) or (mutex and mutex.held())
+        me, thread, mutex = threading.get_ident(), self._thread, self._mutex or self._find_mutex()
+        inside = me in _WAITS or (thread and thread.ident == me) or mutex.held()
         return not (inside or (_exiting and sys.is_finalizing()))
 
     def _plan(self, timeout: float | None) -> float:
@@ -984,7 +984,7 @@ class Dispatcher:
         loops = [loop for reference in list(self._loops) if (loop := reference()) is not None]
         if not self._patient() or [loop for loop in loops if loop.inside()]:
             return -1.0
-        self._ensure_thread()
+        self._ensure_thread(must=True)
         return deadline
 
     def _settle(self) -> None:
@@ -992,17 +992,16 @@ class Dispatcher:
 
         May be run again: what an exception cuts short, the next section makes good.
         """
-        buffer = self._buffer
+        buffer, me = self._buffer, self._busy
         while True:
             self._left = False
             while self._asked:
                 self._close(self._asked[0])
                 del self._asked[:1]
             while self._gone:
-                for line in (self._line, self._resting, self._consumers, self._drainers):
-                    while self._gone[0] in line:
-                        line.remove(self._gone[0])
-                self._gone[0].stood = False
+                gone = self._gone[0]
+                while gone.line is not None and gone in gone.line:
+                    gone.line.remove(gone)
                 del self._gone[:1]
             if buffer.nested or buffer.run.before is not None:
                 buffer.seal(self._now)
@@ -1026,9 +1025,7 @@ class Dispatcher:
             self._busy = 0  # from here on a call that comes in between is a section by itself
             if not self._left:
                 return
-            self._busy = threading.get_ident()
-
-    # -- Waiting -----------------------------------------------------------------------------------------------------
+            self._busy = me
 
     @_section
     def _block(self, waiter: _Waiter, deadline: float, step: Callable[..., _T | None], *args: Any) -> _T:
@@ -1051,7 +1048,9 @@ class Dispatcher:
             leaves = result is not None
             return result  # type: ignore[return-value]
         finally:
-            if leaves and waiter.stood:  # in this section: by the next one its payload may be accepted for it
+            if (
+                leaves and waiter.line is not None
+            ):  # in this section: by the next one its payload may be accepted for it
                 self._gone.append(waiter)
 
     async def _await(self, deadline: float, step: Callable[..., _T | None], *args: Any) -> _T:
@@ -1068,7 +1067,7 @@ class Dispatcher:
                     return result
                 await asyncio.wait((future,), timeout=_remaining(min(deadline, waiter.until)))
         finally:
-            if waiter.stood:
+            if waiter.line is not None:
                 self._gone.append(waiter)
                 self._left = True
                 if not self._nested():  # else it was collected in a section
@@ -1077,7 +1076,7 @@ class Dispatcher:
     def _stand(self, waiter: _Waiter, line: deque[_Waiter]) -> None:
         """Lock held. Stand in line, unless it does already."""
         if waiter.woken:
-            waiter.stood = True
+            waiter.line = line
             waiter.woken = False
             line.append(waiter)
 
@@ -1172,6 +1171,7 @@ class Dispatcher:
             if late and not buffer.accept((waiter.data,), self._now, waiter.ticket):
                 return
             if waiter.thread and running:
+                waiter.line = self._resting
                 self._resting.append(waiter)
             else:
                 waiter.wake()
@@ -1201,19 +1201,20 @@ class Dispatcher:
             return PayloadTooLarge(f"payload of {charge} bytes exceeds max_buffered_bytes={self._max_buffered}")
         return QueueFull(charge, self._buffer.held() if held < 0 else held, self._max_buffered)
 
-    # -- Consumers' half ---------------------------------------------------------------------------------------------
-
     def _take(self, waiter: _Waiter, over: bool, fate: str, failed: list[bool | None] | None = None) -> Batch | None:
         """Lock held. Take a batch if one is due, or stand in line (None); Stopped when there will be none.
 
         failed: in push mode, whether the handler raised (None: it did not get its batch yet); becomes None.
         """
         buffer = self._buffer
-        if failed is not None and buffer.taken.batch is not None:
-            if failed[0] is None:
+        if failed is not None:
+            if buffer.taken.batch is not None and failed[0] is not None:
+                buffer.land(failed[0])
+                failed[0] = None
+            if self._thread is not threading.current_thread():
+                raise Stopped("the handler has another thread")  # in a child, or when the start was interrupted
+            if buffer.taken.batch is not None:
                 return buffer.taken.batch  # an error kept it from the handler
-            buffer.land(failed[0])
-            failed[0] = None
         if buffer.due() != -_FOREVER:
             buffer.seal(self._now)
         due = self._due()
@@ -1226,8 +1227,6 @@ class Dispatcher:
             self._stand(waiter, self._consumers)
             return None
         return buffer.take(fate)
-
-    # -- Life cycle's half -------------------------------------------------------------------------------------------
 
     def _close(self, what: str, instead: str = "") -> None:
         """Lock held. Close the open batch, and for "shutdown" the dispatcher: it takes no more work.
@@ -1345,6 +1344,7 @@ class Dispatcher:
         """
         name = getattr(push.handler, "__qualname__", type(push.handler).__qualname__)
         first, me, thread = self._push is None, threading.get_ident(), None
+        waits = me in _WAITS  # already, if this interrupted a wait
         try:
             _WAITS[me] = True  # a signal handler may not wait for a thread that this one is about to start
             thread = threading.Thread(target=self._consume, args=(push,), name=f"tempo-{name}", daemon=True)
@@ -1352,15 +1352,13 @@ class Dispatcher:
             if self._thread is thread:
                 thread.start()
         except BaseException as exc:
-            if self._thread is thread and not (thread and thread.is_alive()):  # else it came before, or after the start
-                self._thread = None
-                self._push = None if first else self._push
-                self._stats()  # withdraws the credit: the next enqueue() tries again
-                if isinstance(exc, RuntimeError):  # too many threads, or a sub-interpreter that may have none
-                    raise RuntimeError(f"no thread can be started ({exc}): use pull mode, `for batch in d`") from exc
+            # RuntimeError: too many threads, or a sub-interpreter that may have none.
+            if self._disown(thread, first) and isinstance(exc, RuntimeError):
+                raise RuntimeError(f"no thread can be started ({exc}): use pull mode, `for batch in d`") from exc
             raise
         finally:
-            _WAITS.pop(me, None)
+            if not waits:
+                _WAITS.pop(me, None)
 
     @_section
     def _adopt(self, thread: threading.Thread, push: _Push) -> None:
@@ -1373,20 +1371,28 @@ class Dispatcher:
         if self._thread is None:
             self._push, self._thread = push, thread
 
-    def _ensure_thread(self) -> None:
-        """In a forked child: start the handler's thread again, if it can be started; what was accepted stays."""
+    @_section
+    def _disown(self, thread: threading.Thread | None, first: bool) -> bool:
+        """Forget a thread that was not started, and withdraw the credit, so that the next enqueue() tries again."""
+        self._buffer.seal(self._now)
+        if self._thread is not thread or (thread is not None and thread.is_alive()):
+            return False  # the exception came before, or after the start
+        self._thread, self._push = None, None if first else self._push
+        return True
+
+    def _ensure_thread(self, must: bool = False) -> None:
+        """In a forked child: start the handler's thread. must: raise if it cannot be, and something is accepted."""
         if self._thread is None and self._push is not None and not _exiting and not self._nested():
-            with contextlib.suppress(RuntimeError):  # no thread can be started: the exit drains
+            try:
                 self._start(self._push)
+            except RuntimeError:  # what was accepted stays: the exit drains
+                if must and self._buffer.accepted()[0]:
+                    raise
 
     def _consume(self, push: _Push, until: float = _FOREVER) -> None:
-        """Call the handler for each batch until the dispatcher stops, or a time; also until another thread does.
-
-        That is the case in a child that the handler forks, and when an interrupt ended the start of this thread.
-        """
-        thread = threading.current_thread()
+        """Call the handler for each batch until the dispatcher stops, or a time, or another thread does."""
         failed: list[bool | None] = [None]
-        while self._thread is thread and _monotonic() < until:
+        while _monotonic() < until:
             try:
                 batch = self._block(_Waiter(), until, self._take, "in_flight", failed)
             except (Stopped, queue.Empty):

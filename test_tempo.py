@@ -969,24 +969,30 @@ def test_handler_gets_its_batch_though_the_thread_that_has_room_now_could_not_be
 
 
 @each("error", [RuntimeError("can't start new thread"), KeyboardInterrupt()], ids=repr)
-@each("at", ["__init__", "start", "after start"])
+@each("at", ["__init__", "start", "late start", "after start"])
 def test_start_that_fails_changes_nothing(at: str, error: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(thread: threading.Thread, *_: object, **__: object) -> None:
         start(thread) if at == "after start" else late.append(thread)
         raise error
+
+    def looks_dead(thread: threading.Thread) -> bool:  # and comes to life just then
+        start(thread)
+        thread.join(0.1)
+        return False
 
     received, late = list[bytes](), list[threading.Thread]()
     start, handler = threading.Thread.start, lambda batch: received.extend(batch.tolist())
     pull_mode = "pull mode" if at != "after start" and type(error) is RuntimeError else None
     d = holding(b"a")
     monkeypatch.setattr(threading.Thread, at.rsplit(maxsplit=1)[-1], fails)
+    monkeypatch.setattr(threading.Thread, "is_alive", looks_dead) if at == "late start" else None
     for _ in range(2):
         with pytest.raises((type(error), RuntimeError), match=pull_mode):
             d.start(handler)
     monkeypatch.undo()
     d.start(handler) if at != "after start" else None  # that one has started
-    for thread in late if at == "start" else []:
-        start(thread)  # as an interrupted start() may leave it: it does nothing
+    for thread in late if at != "__init__" else []:
+        start(thread) if at == "start" else None  # as an interrupted start() may leave it: it does nothing
         thread.join(LIMIT)
         assert not thread.is_alive()
     monkeypatch.setattr(threading.Thread, "__init__", fails)
@@ -2026,6 +2032,7 @@ def test_nested_calls_of_two_dispatchers_in_each_others_sections_do_not_deadlock
         for d in pair:
             d.enqueue(b"nested")
             assert d.stats().accepted
+        assert type(raised(make().get)) is queue.Empty  # it does not wait, though this dispatcher was never called
 
     pair = make(), make()
     inside.in_section(nested)
@@ -2064,13 +2071,16 @@ def test_nested_call_from_a_signal_does_not_wait_for_the_wait_that_it_interrupts
         if nested.startswith("enqueue"):
             outcomes.extend(refusal(where.enqueue, bytes(60), timeout=None) for where in (d, other))
         else:
+            with make() as elsewhere:
+                elsewhere.start(print)
+            d.enqueue(b"x")
             getattr(d, nested)()
             d.shutdown()
 
     with signal_in_a_wait(d, handler), contextlib.suppress(tempo.Stopped):
         outcomes.append(d.get(timeout=LIMIT).tolist())
     enqueued = nested.startswith("enqueue")
-    assert outcomes == ([None, tempo.QueueFull, [bytes(60)]] if enqueued else [])
+    assert outcomes == ([None, tempo.QueueFull, [bytes(60)]] if enqueued else [[b"x"]] if nested != "stop" else [])
     assert d.stats().state == ("running" if enqueued else "stopped")
 
 
@@ -2440,6 +2450,10 @@ else:
         raise RuntimeError("can't start new thread")
     real, threading.Thread.start = threading.Thread.start, start
     d.enqueue_many([b"x"] * {}) if {} else None
+    try:
+        assert not d.stats().accepted or d.shutdown(), "it cannot be drained here"
+    except RuntimeError:
+        pass
 """
 FLUSHED = """
     threading.Thread.start = real

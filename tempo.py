@@ -25,13 +25,11 @@
         sock.sendall(batch.data)       # every payload of the batch, contiguous
 
 Guarantees: payloads leave in the order in which they were accepted, each exactly once. The buffer never holds more than
-`max_buffered_bytes` and never refuses what fits. `enqueue`, `enqueue_many` and `stats` may be called from signal
-handlers, finalizers, logging handlers, batch handlers and forked children, and never deadlock there.
+`max_buffered_bytes` and never refuses what fits. All methods are thread-safe; `enqueue`, `enqueue_many` and `stats`
+never deadlock in signal handlers, finalizers, logging handlers, batch handlers and forked children.
 
-Not a broker, not a queue between machines, not a store: a refused payload remains with the caller.
-
-One file, standard library only, CPython 3.10 and later, PyPy. All methods are thread-safe. A port to Python of the Go
-package github.com/ef2k/tempo.
+Not a broker, a queue between machines or a store: a refused payload remains with the caller. A port of the Go package
+github.com/ef2k/tempo to CPython 3.10 and later, and PyPy: one file, standard library only.
 """
 
 from __future__ import annotations
@@ -78,96 +76,90 @@ _OnError = Callable[[BaseException, "Batch"], object]
 _FOREVER: Final = float("inf")
 _NO_LIMIT: Final = sys.maxsize
 _NO_WAIT: Final = 0.0  # the default timeout; enqueue() knows it by identity
-_LOOK_UP: Final = 1.0  # seconds after which a waiting thread looks up, whatever happens
+_LOOK_UP: Final = 1.0  # seconds: no thread waits longer without looking
 _EXIT_TIMEOUT: Final = 5.0  # seconds
-_CREDIT_ITEMS: Final = 1024  # payloads that one run accepts without the lock, at most
-_CREDIT_BYTES: Final = 64 * KiB  # and an eighth of the buffer: the bytes for which credit is given, at most
-_SMALL: Final = 512  # bytes: the largest payload that credit covers at first; smaller ones are joined
-_SAMPLE: Final = 64  # payloads of a batch whose largest says what credit covers next,
+_CREDIT_ITEMS: Final = 1024  # most payloads that one run accepts without the lock
+_CREDIT_BYTES: Final = 64 * KiB  # plus 1/8 of the buffer: most bytes of credit
+_SMALL: Final = 512  # bytes: largest payload that credit covers at first; smaller ones are joined
+_SAMPLE: Final = 64  # payloads of a batch; their largest says what credit covers next,
 _RARE: Final = 8  # if it is at most so many times their mean
-_LOOSE: Final = 256  # so many small payloads at a time are joined
-_KEPT: Final = 16  # what was taken is removed when it is more than this part of what is held
+_LOOSE: Final = 256  # small payloads that are joined at a time
+_KEPT: Final = 16  # what was taken is removed when it exceeds 1/_KEPT of what is held
 _CHUNK: Final = 512  # payloads that enqueue_many() admits in one section
 _PACE_ITEMS: Final = 64  # payloads over which their pace is measured
-_REFUSALS: Final = 256  # refusals that are noted without the lock before one takes it to count them
+_REFUSALS: Final = 256  # refusals noted without the lock before one takes it to count them
 
-# An interrupt may keep `with` from giving a lock back: on 3.10 as an exception enters its handler, from 3.14 on between
-# the getting of the lock and its block.
+# An interrupt may keep `with` from releasing a lock: on 3.10 as an exception enters its handler, from 3.14 on after the
+# acquire and before the block.
 _WITH_LEAKS: Final = not (3, 11) <= sys.version_info < (3, 14)
 
 _RUNNING: Final = "running"
 _SHUTTING_DOWN: Final = "shutting_down"
 _STOPPED: Final = "stopped"
 
-# The clock, fixed at import. The partial hides it from tools that replace time.monotonic in all modules to freeze time.
+# The clock, fixed at import. The partial hides it from tools that freeze time by replacing time.monotonic everywhere.
 _monotonic: Callable[[], float] = functools.partial(time.monotonic)
 
 # Theory of operation
+# Flow: producer -> _Run -> _Buffer -> Batch -> consumer. `enqueue` appends to the current run without the lock. A
+# section (a method that holds the lock, and settles) seals the run, counts it and notes where batches end. A consumer
+# takes the front as a Batch. _Buffer does this and knows neither threads nor clocks; the Dispatcher has the lock, the
+# waiters and the life cycle. A forked child begins with a new _Buffer.
 #
-# Flow.  producer -> _Run -> _Buffer -> Batch -> consumer.  `enqueue` appends to the current run, without the lock.  A
-# section (a method that holds the lock) seals the run, counts it, and notes where batches end.  A consumer takes the
-# front as a Batch.  _Buffer does this; it knows neither threads nor clocks.  The Dispatcher has the lock, those who
-# wait, and the life cycle.  A forked child begins with a new _Buffer.
+# Truth. Accepted: the totals in buffer.run, its accepted part, and buffer.nested. Gone: buffer.taken. Each changes by
+# one store; all else is derived after it, and may be derived again: what an exception (such as KeyboardInterrupt) cuts
+# short, `_Buffer.repair` and `Dispatcher._settle` make good, in the same section or in the next one.
 #
-# Truth.  What was accepted: the totals in buffer.run, the run's own accepted part, and buffer.nested.  What has left:
-# buffer.taken.  Each changes by one store.  All else follows from them, after that, and may be done again: what an
-# exception (a KeyboardInterrupt, say) cuts short, `_Buffer.repair` and `Dispatcher._settle` make good, in the same
-# section or in the next one.
-#
-#   I1  0 <= buffered <= max_buffered_bytes, where buffered = run.charge - taken.charge + the accepted part of the run
-#       and of buffer.nested.
-#   I2  buffer.pieces, sizes and batches hold payloads [buffer.origin.items, run.items) in order.  What a commit adds is
-#       noted in run.before, and moved there after it.
-#   I3  An open run has room for `places` payloads of `covers` bytes, whatever happens.  A run is created open, by the
-#       store that makes it the current one; it is sealed once, and never opened again.
-#   I4  Credit (an open run) is given while the open batch has a payload: its first one takes the lock, notes the time
-#       and tells the consumers.  While a consumer waits, credit ends before the batch does.  Otherwise it may go on,
-#       for as many payloads as come in an eighth of the interval at their pace of late; a batch that begins so counts
-#       its interval from when the credit was given: never later than from its first payload, and earlier by more than
-#       an eighth only if the payloads slow down while no consumer looks.  While a payload waits for room or was
-#       refused, no credit is given, and the open batch is due.
+#   I1  0 <= buffered <= max_buffered_bytes; buffered = run.charge - taken.charge + the run's accepted part + nested.
+#   I2  buffer.pieces, sizes and batches hold payloads [origin.items, run.items) in order. A commit notes in run.before
+#       what it adds, which `repair` then moves there.
+#   I3  An open run has room for `places` payloads of `covers` bytes, whatever happens. The store that makes it the
+#       current run opens it; it is sealed once and never reopened.
+#   I4  Credit (an open run) is given while the open batch has a payload (the first takes the lock, notes the time and
+#       tells the consumers) and none waits for room or was refused (then the open batch is due). While a consumer
+#       waits, credit ends before the batch does. Otherwise it may go on, for as many payloads as come in 1/8 of the
+#       interval at their recent pace. The interval of a batch that begins so counts from when the credit was given:
+#       never later than its first payload, earlier by more than 1/8 only if the payloads slow down while no consumer
+#       looks.
 #   I5  accepted == delivered + in_flight + buffered + discarded, payloads and bytes.
 #
-# Without the lock.  A producer reads run.covers, appends, and reads run.places.  The section that seals stores
-# places = 0, and then reads run[:granted].  Who still sees places >= len(run) has appended before that, and is counted.
-# Who sees 0, or comes behind the places, takes the lock and looks for the payload in that run, from which what was
-# counted has been removed.  If it is not there, it was accepted; otherwise its owner takes it out and goes the exact
-# way.  What an interrupted producer leaves behind the seal goes with the run.  list.append, slices of the list read and
-# deleted, and stores to the slots of the run must be atomic and seen in order.  A GIL makes them so; without one
-# CPython takes the lock of the list, and the run is the list (3.13: list_append, list_slice_wrap, list_ass_subscript in
-# Objects/listobject.c, PyMember_SetOne in Python/structmember.c).
+# Without the lock. A producer reads run.covers, appends, and reads run.places. The section that seals stores places =
+# 0, then reads run[:granted]. A producer that sees places >= len(run) has appended before that, and is counted. Any
+# other takes the lock and looks for its payload in that run, from which what was counted has been removed: if it is not
+# there, it was accepted; otherwise the producer takes it out and goes the exact way. What an interrupted producer
+# leaves behind the seal goes with the run. list.append, reading and deleting slices, and stores to the run's slots must
+# be atomic and seen in order. A GIL makes them so; without one CPython takes the lock of the list, and the run is the
+# list (3.13: list_append, list_slice_wrap, list_ass_subscript in Objects/listobject.c, PyMember_SetOne in
+# Python/structmember.c).
 #
-# Nested calls.  Finalizers and signal handlers may call tempo from within a section, in its own thread, which `_busy`
-# and the lock tell.  Such a call never waits and never touches what is half done: `enqueue` appends to the open run, or
-# to buffer.nested, behind a check that counts all credit and what the section is about to use (run.claim), and closes
-# the run, so that what follows stays behind it; flush and shutdown leave a word.  The section settles until nothing is
-# left.  One lock serves all dispatchers, since a finalizer in a section of one may call another while a third thread
-# does the reverse.  It is an RLock: a signal handler may come right after the acquire.
+# Nested calls. A finalizer or signal handler may call tempo in a section of its thread; `_busy` and the lock show it.
+# Such a call never waits and never touches what is half done. `enqueue` appends to the open run, or to buffer.nested
+# after a check that counts all credit and what the section is about to use (run.claim), and closes the run, so that
+# what follows stays behind it. flush and shutdown note their request (`_asked`). The section settles until nothing is
+# left. One lock serves all dispatchers: a finalizer in a section of one may call another while a third thread does the
+# reverse. It is an RLock: a signal handler may come right after the acquire.
 #
-# Waiting.  Each waiter has its own Condition over the lock, or is a future of an event loop; it stands in a line, and
-# leaves it when it is woken, or at the end of the section in which its call ends.  A producer without room stands in
-# `_line`; whoever makes room accepts its payload for it, first come first served.  A thread then rests, for under a
-# GIL all of them awake would keep the consumer from running.  Consumers stand in `_consumers`, flush and shutdown in
-# `_drainers`.  No thread waits longer than _LOOK_UP without looking: a wake-up that a signal handler sends from the
-# waiting thread itself, between its last look and the wait, is lost.
+# Waiting. A waiter has a Condition over the lock, or a future of an event loop. It stands in a line until it is woken,
+# or until the section in which its call ends. A producer without room stands in `_line`; whoever makes room accepts its
+# payload for it, first come first served. A thread then rests: under a GIL, all of them awake would keep the consumer
+# from running. Consumers stand in `_consumers`, flush and shutdown in `_drainers`. No thread waits longer than _LOOK_UP
+# without looking: a wake-up that a signal handler sends from the waiting thread itself, between its last look and the
+# wait, is lost.
 #
-# States.  running -> shutting_down -> stopped, or running -> stopped; never back.  The run is sealed before the phase
+# States. running -> shutting_down -> stopped, or running -> stopped; never back. The run is sealed before the phase
 # changes, and no credit is given after it.
 
 
 class Error(Exception):
-    """Base of tempo's errors. From `enqueue_many`, `.accepted` is the number of payloads accepted before it."""
+    """Base of tempo's errors. From `enqueue_many`, `.accepted` is the number of payloads accepted before."""
 
     accepted: int = 0
 
 
 class QueueFull(Error, queue.Full):
-    """There is no room for the payload now. It was not accepted and still belongs to the caller.
+    """There is no room now for `needed` bytes: `buffered_bytes` of `max_buffered_bytes` are in use."""
 
-    Attributes: `needed`, `buffered_bytes`, `max_buffered_bytes`, in bytes as charged (an empty payload counts 1).
-    """
-
-    # Not set by an __init__, which would make a refusal dearer.
+    # An __init__ that sets these would make a refusal dearer.
     needed = property(lambda self: int(self.args[0]))
     buffered_bytes = property(lambda self: int(self.args[1]))
     max_buffered_bytes = property(lambda self: int(self.args[2]))
@@ -177,7 +169,7 @@ class QueueFull(Error, queue.Full):
 
 
 class PayloadTooLarge(Error, ValueError):
-    """The payload is larger than `max_buffered_bytes`: it will never fit. Not a `QueueFull`."""
+    """The payload is larger than `max_buffered_bytes` and will never fit. Not a `QueueFull`."""
 
 
 class Closed(Error, RuntimeError):
@@ -189,15 +181,11 @@ class ShuttingDown(Closed):
 
 
 class Stopped(Closed):
-    """The dispatcher is stopped: nothing will come out of it any more."""
+    """The dispatcher is stopped: no batch will come out of it."""
 
 
 class DrainTimeout(Error, TimeoutError):
-    """`shutdown` ran out of time.
-
-    Attributes: `undelivered`, the batches that no consumer received, now the caller's; `in_flight`, the number of
-    payloads that the handler still has.
-    """
+    """`shutdown` ran out of time. The `undelivered` batches are the caller's; the handler has `in_flight` payloads."""
 
     def __init__(self, undelivered: list[Batch], in_flight: int = 0) -> None:
         super().__init__(undelivered)  # with more, OSError takes them for an errno and its text
@@ -213,25 +201,20 @@ class DrainTimeout(Error, TimeoutError):
 class Batch(Sequence[memoryview]):
     """Payloads that leave together, in order: a read-only sequence of memoryviews over one contiguous buffer.
 
-    Immutable and picklable. Owns its bytes and is valid for ever, also after the dispatcher is gone; a view that is
-    kept keeps the bytes of the whole batch. A slice is a list of views.
+    Immutable and picklable. Owns its bytes and is valid for ever; a view keeps the bytes of the whole batch alive.
 
-    >>> d = Dispatcher(interval=60, max_buffered_bytes=KiB)
+    >>> d = Dispatcher(interval=60, max_buffered_bytes=KiB, max_batch_items=3)
     >>> d.enqueue_many([b"one", b"two", b"three"])
     3
-    >>> d.flush(timeout=0)
-    False
     >>> batch = d.get()
-    >>> len(batch), batch.nbytes, bytes(batch.data), bytes(batch[-1])
-    (3, 11, b'onetwothree', b'three')
-    >>> batch.tolist()
-    [b'one', b'two', b'three']
+    >>> len(batch), batch.nbytes, bytes(batch.data), bytes(batch[-1]), batch.tolist()
+    (3, 11, b'onetwothree', b'three', [b'one', b'two', b'three'])
     """
 
     __slots__ = ("_data", "_ends", "_sizes")
     _data: bytes
     _sizes: array[int]  # of each payload
-    _ends: array[int] | None  # where each payload ends, once an index asked for it
+    _ends: array[int] | None  # where each payload ends, once an index was used
 
     def __init__(self, data: bytes, sizes: array[int]) -> None:
         set_slot = object.__setattr__
@@ -247,7 +230,7 @@ class Batch(Sequence[memoryview]):
 
     @property
     def data(self) -> memoryview:
-        """All payloads back to back: one read-only contiguous memoryview of `nbytes` bytes, no copy."""
+        """All payloads back to back, as one read-only contiguous memoryview of `nbytes` bytes; no copy."""
         return memoryview(self._data)
 
     @property
@@ -263,7 +246,7 @@ class Batch(Sequence[memoryview]):
     @overload
     def __getitem__(self, index: slice) -> list[memoryview]: ...
     def __getitem__(self, index: int | slice) -> memoryview | list[memoryview]:
-        """Return a view of one payload, O(1) from the second call on, or a list of views."""
+        """Return a view of one payload, O(1) from the second call on; for a slice a list of views."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self._sizes)))]
         i = range(len(self._sizes))[index]  # negative indices, IndexError
@@ -278,7 +261,7 @@ class Batch(Sequence[memoryview]):
         return map(memoryview(self._data).__getitem__, map(slice, chain((0,), ends), ends))
 
     def tolist(self) -> list[bytes]:
-        """Return the payloads as a list of bytes objects, copied at C speed; the list is the caller's."""
+        """Return a list of the payloads as bytes objects, copied at C speed."""
         return list(map(BytesIO(self._data).read, self._sizes))
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -289,14 +272,11 @@ class Batch(Sequence[memoryview]):
 
 
 class Stats(NamedTuple):
-    """A consistent snapshot, in payloads and bytes as charged (an empty payload counts 1 byte).
-
-    Always `accepted == delivered + in_flight + buffered + discarded`, and the same for the bytes.
-    """
+    """A consistent snapshot: always `accepted == delivered + in_flight + buffered + discarded`, payloads and bytes."""
 
     accepted: int
-    accepted_bytes: int
-    delivered: int  # received by a consumer; in push mode: the handler has returned, or raised
+    accepted_bytes: int  # here and below as charged: an empty payload counts 1 byte
+    delivered: int  # received by a consumer; in push mode: the handler returned or raised
     delivered_bytes: int
     in_flight: int  # with the handler now
     in_flight_bytes: int
@@ -304,7 +284,7 @@ class Stats(NamedTuple):
     buffered_bytes: int
     discarded: int  # handed back by stop, or in DrainTimeout.undelivered
     discarded_bytes: int
-    rejected: int  # refused with one of tempo's errors
+    rejected: int  # refused with an error of tempo's
     rejected_bytes: int
     failed: int  # of the delivered: the handler raised
     failed_bytes: int
@@ -324,7 +304,7 @@ class _Push(NamedTuple):
 
 
 def _charge(sizes: list[int]) -> int:
-    """What payloads of these sizes are charged: an empty one counts 1 byte."""
+    """What payloads of these sizes are charged."""
     return sum(sizes) + (0 if all(sizes) else sizes.count(0))
 
 
@@ -338,15 +318,12 @@ class _Taken(NamedTuple):
     offset: int = 0  # and bytes of the next piece
     discarded: tuple[int, int, int] = (0, 0, 0)  # payloads, bytes, batches
     failed: tuple[int, int] = (0, 0)  # the handler raised
-    flight: tuple[float, int, int] = (_FOREVER, 0, 0)  # the handler has: number of the first payload; payloads, bytes
+    flight: tuple[float, int, int] = (_FOREVER, 0, 0)  # with the handler: number of the first payload; payloads, bytes
     batch: Batch | None = None  # and the batch
 
 
 class _Run(list[bytes]):
-    """Payloads that producers append without the lock, and the totals of all that was accepted before them.
-
-    A run is created open, or not; it is sealed once, and never opened again (see Theory).
-    """
+    """Payloads that producers append without the lock (I3), and the totals of all that was accepted before them."""
 
     __slots__ = (
         "base", "before", "charge", "claim", "covers", "due", "first", "granted", "items", "opened", "places", "served",
@@ -357,11 +334,10 @@ class _Run(list[bytes]):
         self.charge = charge  # and bytes
         self.first = first  # number of the first payload of the open batch; == items: it is empty
         self.base = base  # bytes accepted before the open batch
-        self.due = due  # when the open batch is due; for ever when it is empty
-        self.served = served  # ticket of the last waiting producer whose payload is among these
-        # What `_Buffer.repair` has to do for the commit that created this run: the run before it; how many payloads at
-        # the front of that and of buffer.nested it counted; these payloads and their sizes, the lengths of the batches
-        # that it closed, and where to put them.
+        self.due = due  # when the open batch is due; _FOREVER: it is empty
+        self.served = served  # ticket of the last waiting producer whose payload is counted
+        # What `repair` has to do for the commit that created this run: the run before; how many payloads it counted at
+        # the front of that and of buffer.nested; these payloads, their sizes, the lengths of batches closed; where to.
         self.before: tuple[_Run, int, int, Sequence[bytes], list[int], list[int], int, int] | None = None
         self.claim = 0  # bytes that a section is about to use
         # Credit: the first `places` payloads, of at most `covers` bytes each, are accepted.
@@ -371,11 +347,8 @@ class _Run(list[bytes]):
         self.opened = 0.0  # when the credit was given
 
     def withdraw(self, data: bytes) -> bool:
-        """Lock held. Take out a payload that was appended too late; False: it was counted, so it is accepted.
-
-        Searches from the end: the same object may have been enqueued more than once.
-        """
-        for i in range(len(self) - 1, -1, -1):
+        """Lock held. Take out a payload that was appended too late; False: it was counted, so it is accepted."""
+        for i in range(len(self) - 1, -1, -1):  # from the end: the same object may be enqueued more than once
             if self[i] is data:
                 del self[i]
                 return True
@@ -391,24 +364,24 @@ class _Buffer:
         self.max_buffered = max_buffered
         self.max_batch = max_batch
         self.max_items = max_items
-        self.ahead = max_buffered // 8 + _CREDIT_BYTES  # bytes for which credit is given at most
-        self.most = max(_SMALL, min(max_batch, max_buffered) // 16)  # the most that credit covers
+        self.ahead = max_buffered // 8 + _CREDIT_BYTES  # most bytes of credit
+        self.most = max(_SMALL, min(max_batch, max_buffered) // 16)  # largest payload that credit covers
         # Guarded by the lock.
         self.taken = _Taken()
-        # Payloads [origin.items, run.items) in order: back to back in pieces, of which those before number `joined` are
-        # not joined again; the size of each; and the length of each closed batch.
+        # I2: payloads back to back in pieces, of which those before `joined` are not joined again; the size of each
+        # payload; the length of each closed batch.
         self.pieces: list[bytes] = []
         self.sizes = array("I")
         self.batches = array("I")
         self.joined = self.origin = self.taken  # what had left when the front was last removed
         self.covers = _SMALL  # bytes: the size up to which the next credit covers payloads
         self.pressed = False  # a payload was refused for lack of room since a batch was taken
-        self.undelivered: tuple[Any, ...] = ()  # discarded and not handed back: the last batch, and the tuple before it
+        self.undelivered: tuple[Any, ...] = ()  # discarded, not returned yet: the last batch, and the tuple before it
         self.peak = 0
-        self.pace = (0, 0.0, 0.0)  # payloads and time from which the pace is measured, and as it was measured last
-        # Touched without the lock; why that is safe is told in Theory.
+        self.pace = (0, 0.0, 0.0)  # payloads and time from which the pace is measured; the last pace
+        # Touched without the lock (see Theory).
         self.run = _Run(0, 0, 0, 0, _FOREVER, 0)
-        self.nested: list[bytes] = []  # accepted by calls that interrupted a section, which counts them
+        self.nested: list[bytes] = []  # accepted in calls that interrupted a section, which counts them
         self.spare = _NO_LIMIT  # room that is left, while a payload waits for room or was refused
 
     def held(self) -> int:
@@ -416,7 +389,7 @@ class _Buffer:
         return self.run.charge - self.taken.charge
 
     def accepted(self) -> tuple[int, int]:
-        """Payloads and bytes accepted since the beginning, those that are not counted yet included."""
+        """Payloads and bytes accepted so far, those that are not counted yet included."""
         run = self.run
         counted = run.before[2] if run.before is not None else 0  # and not removed yet
         new = run[: run.granted] + self.nested[counted:]
@@ -457,10 +430,7 @@ class _Buffer:
         return True
 
     def accept_nested(self, data: bytes) -> bool:
-        """Accept a payload in a call that interrupted a section of its own thread, at any point of it.
-
-        Counts all credit, and all that the section is about to use, as if it were buffered.
-        """
+        """Accept a payload in a call that interrupted a section; all credit and claims count as buffered."""
         run, charge = self.run, len(data) or 1
         run.claim += charge  # first: a call nested in this one must see it; it leaves the claim as it was
         fits = self._ceiling(run) <= self.max_buffered
@@ -477,10 +447,7 @@ class _Buffer:
         return run.charge - self.taken.charge + run.granted * run.covers + run.claim + pending
 
     def grant(self, now: float, told: bool) -> None:
-        """Give credit: replace the run by an open one, if the open batch has a payload (I3, I4).
-
-        told: no consumer waits to be called to the next batch, so that credit may go beyond the end of the open one.
-        """
+        """Replace the run by an open one if the open batch has a payload (I3, I4). told: credit may go beyond its end."""
         run = self.run
         n = run.items - run.first
         if run.granted or not n:
@@ -501,7 +468,7 @@ class _Buffer:
         run.claim = 0
 
     def _pace(self, now: float) -> float:
-        """Payloads a second, of late."""
+        """The recent pace, in payloads a second."""
         items, since, pace = self.pace
         n, seconds = self.run.items - items, now - since
         if n >= _PACE_ITEMS or seconds > self.interval / 8:
@@ -544,7 +511,7 @@ class _Buffer:
             pieces[at:], self.joined = parts, mark  # no signal is looked for between these
 
     def repair(self) -> None:
-        """Finish the last commit and the last taking. May be run again, whatever exception ended it."""
+        """Finish the last commit and the last take. May be run again, whatever exception ended it."""
         run, taken, origin = self.run, self.taken, self.origin
         if run.before is not None:
             before, counted, nested, new, sizes, batches, at, n = run.before
@@ -575,10 +542,7 @@ class _Buffer:
             self.repair()
 
     def take(self, fate: str = "delivered") -> Batch:
-        """Take the front batch (I5); if it is open, after a seal. fate: "delivered", "in_flight" or "discarded".
-
-        The batch is made before it is taken, so that its bytes count until there is memory for it.
-        """
+        """Take the front batch (I5); if it is open, after a seal. fate: "delivered", "in_flight" or "discarded"."""
         if self.run.before is not None:
             self.repair()
         taken = self.taken
@@ -599,7 +563,7 @@ class _Buffer:
             parts.append(memoryview(self.pieces[at + whole])[:rest])
         if taken.offset:
             parts[0] = memoryview(parts[0])[taken.offset :]
-        batch = Batch(b"".join(parts), sizes)
+        batch = Batch(b"".join(parts), sizes)  # before it is taken: for lack of memory it stays in the buffer
         charge = batch.nbytes + (0 if all(sizes) else sizes.count(0))
         discarded, undelivered, flight, own = taken.discarded, self.undelivered, taken.flight, taken.batch
         if fate == "in_flight":
@@ -626,7 +590,7 @@ class _Buffer:
 
 
 class _Waiter:
-    """One blocked thread, on a Condition of its own over the lock. Everything here needs the lock."""
+    """One blocked thread, with a Condition over the lock. Lock held in all methods."""
 
     thread = True  # not a coroutine
     stood = False  # in a line, perhaps still
@@ -638,13 +602,13 @@ class _Waiter:
     _condition: threading.Condition | None = None
 
     def wake(self) -> None:
-        """Wake it; whoever calls takes it out of its line then, or the next section wakes it again."""
+        """Wake it. The caller then takes it out of its line; otherwise the next section wakes it again."""
         if self._condition is not None:
             self._condition.notify()
         self.woken = True
 
     def wait(self, mutex: _Mutex, seconds: float) -> None:
-        """Release the lock and wait for wake(); the lock is held again when this returns or raises."""
+        """Release the lock and wait for wake(); hold the lock again when this returns or raises."""
         condition = self._condition = self._condition or threading.Condition(mutex.lock)
         try:
             if not self.woken:
@@ -656,7 +620,7 @@ class _Waiter:
 
 
 class _AsyncWaiter(_Waiter):
-    """One waiting coroutine, woken through its event loop, which may be closed. Keeps neither loop nor task alive."""
+    """One waiting coroutine, woken through its event loop. Keeps neither loop nor task alive."""
 
     thread = False
     future: Callable[[], Any]  # a weak reference
@@ -719,7 +683,7 @@ def _section(work: _Method) -> _Method:
 
 
 class _Batches(Iterator[Batch], AsyncIterator[Batch]):
-    """Iterator over a dispatcher's batches, for threads and coroutines; knows whose loop it is."""
+    """Iterator over batches, for threads and coroutines; knows which one is in the body of its loop."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
@@ -747,7 +711,6 @@ class _Batches(Iterator[Batch], AsyncIterator[Batch]):
             raise
 
     def inside(self) -> bool:
-        """Whether the caller is in this loop."""
         user = self._user and self._user()
         return user is not None and (user is threading.current_thread() or user is _asyncio("current_task"))
 
@@ -755,20 +718,19 @@ class _Batches(Iterator[Batch], AsyncIterator[Batch]):
 class Dispatcher:
     """Batches payloads from any number of producers for any number of consumers, in bounded memory.
 
-    Args:
-        interval: seconds after which a batch closes, counted from its first payload; > 0, finite.
-        max_buffered_bytes: how much may be accepted and not yet received by a consumer; an empty payload counts 1 byte.
-        max_batch_bytes: a batch closes when it holds so much, or before the payload that would take it over; a larger
-            payload goes alone. None: no limit.
-        max_batch_items: a batch closes when it holds so many payloads. None: no limit.
+    interval: a batch closes so many seconds after its first payload, or slightly earlier; > 0, finite.
+    max_buffered_bytes: most that is accepted and not yet received by a consumer; an empty payload counts 1 byte.
+    max_batch_bytes: a batch closes when it holds so much, or before a payload that would exceed it; a larger payload
+        goes alone. None: no limit.
+    max_batch_items: a batch closes when it holds so many payloads. None: no limit.
 
-    Raises:
-        TypeError, ValueError: an argument is of the wrong type, or out of range.
+    Every `timeout` is a number of seconds >= 0, or None: for ever. An argument of the wrong type is a TypeError, one
+    out of range a ValueError; nothing has changed then. No method waits when it is called by the batch handler, or by a
+    signal handler or finalizer that interrupted tempo.
 
-    >>> with Dispatcher(interval=0.01, max_buffered_bytes=64 * KiB) as d:
+    >>> with Dispatcher(interval=0.25, max_buffered_bytes=64 * KiB) as d:
     ...     d.start(lambda batch: print(batch.tolist()))
-    ...     d.enqueue(b"a")
-    ...     d.enqueue(b"b")
+    ...     n = d.enqueue_many([b"a", b"b"])
     [b'a', b'b']
     """
 
@@ -789,45 +751,43 @@ class Dispatcher:
         max_items = _NO_LIMIT if max_batch_items is None else _limit("max_batch_items", max_batch_items, "payloads")
         self._new_buffer = functools.partial(_Buffer, seconds, self._max_buffered, max_batch, max_items)
         self._push: _Push | None = None  # set once, under the lock
-        self._loops: list[weakref.ref[_Batches]] = []  # each removed by the end of the iterator
+        self._loops: list[weakref.ref[_Batches]] = []  # each removed when the iterator ends
         self._reset()
         _DISPATCHERS.append(weakref.ref(self, _DISPATCHERS.remove))
 
     def _reset(self) -> None:
-        """Begin with nothing accepted; in a forked child too."""
+        """Begin empty, in a forked child too."""
         # Guarded by the lock.
         self._buffer = self._new_buffer()
         self._phase = _RUNNING
         self._halted = False  # stopped before it was drained
         self._now = 0.0  # when the section began, or its last wait ended
-        self._line: deque[_Waiter] = deque()  # producers that wait for room, first come first served
+        self._line: deque[_Waiter] = deque()  # producers without room, first come first served
         self._tickets = 0  # given to producers in the line
-        self._resting: deque[_Waiter] = deque()  # producers whose payload was accepted, and that wait for their turn
-        self._turn = 0  # bytes taken up to which turns were given
+        self._resting: deque[_Waiter] = deque()  # producers whose payload was accepted, until their turn
+        self._turn = 0  # bytes taken when turns were last given
         self._consumers: deque[_Waiter] = deque()
         self._drainers: deque[_Waiter] = deque()  # flush and shutdown
-        self._gone: list[_Waiter] = []  # who no longer waits, and may stand in a line
+        self._gone: list[_Waiter] = []  # no longer waiting, perhaps still in a line
         self._rejected = (0, 0)  # payloads, bytes
         self._thread: threading.Thread | None = None  # the handler's
-        # Touched without the lock; why that is safe is told in Theory.
+        # Touched without the lock (see Theory).
         self._mutex: _Mutex | None = None  # found at the first call: a forked child may be monkey-patched by then
-        self._busy = 0  # identity of the thread in a section of this dispatcher; only that thread compares equal
+        self._busy = 0  # identity of the thread in a section; only that thread compares equal
         self._left = False  # a nested call has left work for the section
         self._asked: list[str] = []  # by nested calls: "flush", "shutdown"
-        self._refused: list[int] = []  # charges of refused payloads, not yet among the rejected
+        self._refused: list[int] = []  # charges of refused payloads, not yet in _rejected
 
     # -- Producers ---------------------------------------------------------------------------------------------------
 
     def enqueue(self, payload: Buffer, timeout: float | None = _NO_WAIT) -> None:
         """Accept one payload: any C-contiguous bytes-like object; a mutable one is copied before this returns.
 
-        Blocks at most `timeout` seconds for room, first come first served; None: for ever. By default, and when called
-        from inside tempo (a batch handler, a signal handler that interrupted tempo), it never blocks.
+        Waits for room at most `timeout`, first come first served; by default not at all. A call that interrupted tempo
+        may be refused early, by an eighth of the buffer and 64 KiB at most.
 
-        Raises:
-            QueueFull: no room in time. PayloadTooLarge: it can never fit. ShuttingDown, Stopped: no more work is taken.
-            TypeError, ValueError: not bytes-like or not contiguous; a bad timeout.
-            Nothing was accepted when it raises.
+        Raises QueueFull: no room in time; PayloadTooLarge: it can never fit; ShuttingDown, Stopped: no more work is
+        taken; TypeError: not bytes-like or not contiguous. Nothing was accepted then.
         """
         deadline = 0.0 if timeout is _NO_WAIT else _deadline(timeout)
         run = self._buffer.run
@@ -849,17 +809,16 @@ class Dispatcher:
         """Accept payloads in order, as `enqueue` would, at a fraction of the cost; return how many.
 
         One deadline for all. Lists and tuples are admitted 512 at a time; other iterables, and subclasses of these, are
-        read one by one, so that nothing is taken out of them that is not offered. No lock is held while they run.
+        read one by one, so that nothing is taken out of them that is not offered; no lock is held meanwhile.
 
-        Raises:
-            What `enqueue` raises, and what the iterable raises; the exception's `.accepted` is the number of payloads
-            accepted before, so that the caller can route the rest.
+        Raises what `enqueue` and the iterable raise; `.accepted` of the exception is the number of payloads accepted
+        before, so that the caller can route the rest.
         """
-        accepted = [0]  # a list, so that a section can count in it before an exception ends it
+        accepted = [0]  # a list: a section counts in it before an exception ends the section
         try:
             deadline = _deadline(timeout)
             chunks: Iterable[Sequence[Any]] = ([payload] for payload in payloads)
-            if type(payloads) is list or type(payloads) is tuple:  # a subclass has code of its own
+            if type(payloads) is list or type(payloads) is tuple:  # a subclass may run foreign code
                 chunks = (payloads[i : i + _CHUNK] for i in range(0, len(payloads), _CHUNK))
             for chunk in chunks:
                 rest = chunk
@@ -878,14 +837,7 @@ class Dispatcher:
         return accepted[0]
 
     async def aenqueue(self, payload: Buffer, timeout: float | None = None) -> None:
-        """Accept one payload as `enqueue` does; wait for room without blocking the event loop.
-
-        The coroutine stands in the same line as waiting threads. Cancelled before its payload was accepted, it leaves
-        nothing behind. Waits at most `timeout` seconds; None: for ever.
-
-        Raises:
-            As `enqueue`.
-        """
+        """As `enqueue`, in the same line, without blocking the event loop; cancelled in the wait, it leaves nothing."""
         deadline = _deadline(timeout)
         run: _Run | None = self._buffer.run
         if run is not None and type(payload) is bytes and len(payload) <= run.covers:
@@ -900,24 +852,22 @@ class Dispatcher:
     # -- Consumers ---------------------------------------------------------------------------------------------------
 
     def batches(self) -> Iterator[Batch]:
-        """Return a blocking iterator over batches; each batch goes to exactly one consumer.
+        """Return a blocking iterator over batches, as `iter(d)`; each batch goes to exactly one consumer.
 
-        It ends when everything is drained after `shutdown`, or at once after `stop`. Also `for batch in dispatcher`.
+        It ends when everything is drained after `shutdown`, or at once after `stop`.
         """
         return _Batches(self)
 
     __iter__ = batches
 
     def __aiter__(self) -> AsyncIterator[Batch]:
-        """Return an asynchronous iterator over batches, for asyncio: no thread, no polling; cancelling loses none."""
+        """As `batches`, for asyncio: no thread, no polling; cancelling loses no batch."""
         return _Batches(self)
 
     def get(self, timeout: float | None = None) -> Batch:
-        """Return the next batch; wait for it at most `timeout` seconds (None: for ever). The batch is the caller's.
+        """Return the next batch, now the caller's; wait for it at most `timeout`.
 
-        Raises:
-            queue.Empty: none was due in time; also when called by a signal handler that interrupted tempo.
-            Stopped: there will never be another. TypeError, ValueError: a bad timeout.
+        Raises queue.Empty: none was due in time, or the call interrupted tempo; Stopped: there will never be another.
         """
         deadline = _deadline(timeout)
         if self._nested():
@@ -929,14 +879,13 @@ class Dispatcher:
     ) -> None:
         """Call `handler(batch)` for each batch, on one daemon thread named after the handler.
 
-        When the handler raises, the batch counts as failed, `on_error(exc, batch)` is called (or by default
-        `threading.excepthook`), and the next batch follows. At interpreter exit what was accepted is drained, for at
+        When it raises or returns an awaitable, the batch has failed: `on_error(exc, batch)` is called, by default
+        `threading.excepthook`, and the next batch follows. At interpreter exit what was accepted is drained, for at
         most `exit_timeout` seconds; what is undelivered then goes to `on_error(DrainTimeout, batch)`, batch by batch,
         or is reported in one line on stderr. The dispatcher lives until `shutdown` or `stop`.
 
-        Raises:
-            RuntimeError: started before; Closed (also a RuntimeError): no longer running; no thread can be started.
-            TypeError, ValueError: a bad argument; nothing awaits a coroutine function.
+        Raises RuntimeError: started before, or no thread can be started; Closed: no longer running; TypeError also for
+        a coroutine function.
         """
         import inspect  # noqa: PLC0415 - slow to import
 
@@ -953,12 +902,8 @@ class Dispatcher:
     def flush(self, timeout: float | None = None) -> bool:
         """Close the open batch and wait until everything accepted before this call is delivered.
 
-        Blocks at most `timeout` seconds (None: for ever), and never from the handler or inside `for batch in d`.
-        Returns False when time ran out or the dispatcher was stopped.
-
-        Raises:
-            RuntimeError: it would block, for ever, the event loop that runs in this thread; see `aflush`.
-            TypeError, ValueError: a bad timeout.
+        Waits at most `timeout`, and not inside `for batch in d`. Returns False when not all was delivered in time, or
+        the dispatcher was stopped. Raises RuntimeError: it would block this thread's event loop for ever; see `aflush`.
         """
         return self._finish("flush", timeout, "await aflush()")[1]
 
@@ -969,21 +914,18 @@ class Dispatcher:
     def shutdown(self, timeout: float | None = None) -> None:
         """Refuse new work, release blocked producers, and wait until everything accepted is delivered.
 
-        Blocks at most `timeout` seconds (None: for ever). May be called again, and by several threads at once: all wait
-        for the same drain. From the handler, or inside `for batch in d` (in this thread, and the iterator is alive), it
-        returns at once; the drain goes on when the handler returns or the loop comes back.
+        Waits at most `timeout`. May be called again, and by several threads at once: all wait for the same drain. In
+        the handler, or inside `for batch in d` (in this thread, and the iterator is alive), it returns at once; the
+        drain goes on when the handler returns or the loop comes back.
 
-        Raises:
-            DrainTimeout: out of time; the dispatcher is stopped, and `.undelivered` are the batches nobody received
-                (a batch that the handler has is not among them). Stopped: `stop` was called meanwhile.
-            RuntimeError: it would block, for ever, the event loop that runs in this thread; see `ashutdown`.
-            TypeError, ValueError: a bad timeout.
+        Raises DrainTimeout: out of time, the dispatcher is stopped; Stopped: `stop` was called meanwhile; RuntimeError:
+        it would block this thread's event loop for ever; see `ashutdown`.
         """
         deadline, done = self._finish("shutdown", timeout, "await ashutdown(), async with")
         if not done and deadline >= 0:
             self._end(giving_up=True)
         elif deadline > 0 and not self._halted and (thread := self._thread) is not None and thread.is_alive():
-            thread.join(_remaining(deadline))  # it has delivered all, and only has to return
+            thread.join(_remaining(deadline))  # all is delivered: it only has to return
 
     async def ashutdown(self, timeout: float | None = None) -> None:
         """As `shutdown`, without blocking the event loop."""
@@ -992,13 +934,10 @@ class Dispatcher:
             self._end(giving_up=True)
 
     def stop(self) -> list[Batch]:
-        """Stop at once; return the batches that no consumer received, which are now the caller's.
+        """Stop at once; return the batches that no consumer received, now the caller's; later calls return none.
 
-        Blocked producers and consumers are released, and a `shutdown` under way raises Stopped. The first call returns
-        the batches, later ones an empty list. A batch that the handler has is not among them.
-
-        Raises:
-            RuntimeError: called by a signal handler or finalizer that interrupted tempo; nothing changed.
+        Blocked producers and consumers are released, and a `shutdown` under way raises Stopped. A batch that the
+        handler has is not returned. Raises RuntimeError: the call interrupted tempo; nothing has changed.
         """
         return self._end()
 
@@ -1010,7 +949,7 @@ class Dispatcher:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Shut down; left by an exception, wait for the drain for `exit_timeout` (5 s) at most."""
+        """Shut down; after an exception, wait at most `exit_timeout` (5 s) for the drain."""
         with self._reporting(kind is not None) as timeout:
             self.shutdown(timeout)
 

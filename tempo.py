@@ -976,7 +976,7 @@ class Dispatcher:
         return not (inside or (_exiting and sys.is_finalizing()))
 
     def _plan(self, timeout: float | None) -> float:
-        """The deadline of flush or shutdown; -1.0 where it may not wait: in the body of a loop over the batches, too."""
+        """The deadline of flush or shutdown; -1.0 where it may not wait: not inside `for batch in d`, either."""
         deadline = _deadline(timeout)
         loops = [loop for reference in list(self._loops) if (loop := reference()) is not None]
         if not self._patient() or [loop for loop in loops if loop.inside()]:
@@ -1187,7 +1187,7 @@ class Dispatcher:
         return QueueFull(charge, self._buffer.held() if held < 0 else held, self._max_buffered)
 
     def _take(self, waiter: _Waiter, over: bool, fate: str, failed: list[bool | None] | None = None) -> Batch | None:
-        """Lock held. Take a batch that is due, or stand in line (None). failed[0]: the handler raised; None: no batch."""
+        """Lock held. Take a batch that is due, or stand in line (None). failed[0]: the handler raised, if it had one."""
         buffer = self._buffer
         if failed is not None:
             if self._thread is not threading.current_thread():

@@ -763,8 +763,6 @@ class Dispatcher:
         self._asked: list[str] = []  # by nested calls: "flush", "shutdown"
         self._refused: list[int] = []  # charges, not yet in _rejected
 
-    # -- Producers ---------------------------------------------------------------------------------------------------
-
     def enqueue(self, payload: Buffer, timeout: float | None = _NO_WAIT) -> None:
         """Accept one payload: any C-contiguous bytes-like object; a mutable one is copied before this returns.
 
@@ -833,8 +831,6 @@ class Dispatcher:
         await self._await(deadline if self._patient() else 0.0, self._put, self._own(payload), run)
         self._ensure_thread()
 
-    # -- Consumers ---------------------------------------------------------------------------------------------------
-
     def batches(self) -> Iterator[Batch]:
         """Return a blocking iterator, as `iter(d)`: each batch goes to one consumer. Ends once drained or stopped."""
         return _Batches(self)
@@ -875,8 +871,6 @@ class Dispatcher:
         if on_error is not None and not callable(on_error):
             raise TypeError(f"on_error must be callable or None, not {_show(on_error)}")
         self._start(_Push(handler, on_error, _seconds("exit_timeout", exit_timeout)))
-
-    # -- Life cycle --------------------------------------------------------------------------------------------------
 
     def flush(self, timeout: float | None = None) -> bool:
         """Close the open batch and wait until everything accepted before this call is delivered.

@@ -1203,11 +1203,11 @@ class Dispatcher:
         """
         buffer = self._buffer
         if failed is not None:
-            if buffer.taken.batch is not None and failed[0] is not None:
-                buffer.land(failed[0])
-                failed[0] = None
             if self._thread is not threading.current_thread():
                 raise Stopped("the handler has another thread")  # in a child, or when the start was interrupted
+            if failed[0] is not None:
+                buffer.land(failed[0])
+                failed[0] = None
             if buffer.taken.batch is not None:
                 return buffer.taken.batch  # an error kept it from the handler
         if buffer.due() != -_FOREVER:

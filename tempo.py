@@ -181,7 +181,7 @@ class DrainTimeout(Error, TimeoutError):
     """`shutdown` ran out of time. The `undelivered` batches are the caller's; the handler has `in_flight` payloads."""
 
     def __init__(self, undelivered: list[Batch], in_flight: int = 0) -> None:
-        super().__init__(undelivered)  # with more, OSError takes them for an errno and its text
+        super().__init__(undelivered)  # two would be an errno and its text to OSError
         self.undelivered = undelivered
         self.in_flight = in_flight
 
@@ -223,7 +223,7 @@ class Batch(Sequence[memoryview]):
 
     @property
     def data(self) -> memoryview:
-        """All payloads back to back, as one read-only contiguous memoryview of `nbytes` bytes; no copy."""
+        """All payloads back to back: a read-only contiguous memoryview of `nbytes` bytes, no copy."""
         return memoryview(self._data)
 
     @property
@@ -239,12 +239,12 @@ class Batch(Sequence[memoryview]):
     @overload
     def __getitem__(self, index: slice) -> list[memoryview]: ...
     def __getitem__(self, index: int | slice) -> memoryview | list[memoryview]:
-        """Return a view of one payload, O(1) from the second call on; for a slice a list of views."""
+        """Return a view of a payload, O(1) from the second call on; for a slice a list of views."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self._sizes)))]
         i = range(len(self._sizes))[index]  # negative indices, IndexError
         ends = self._ends
-        if ends is None:  # two threads may come here: both compute the same
+        if ends is None:  # two threads may compute the same
             ends = array("Q", accumulate(self._sizes))
             object.__setattr__(self, "_ends", ends)
         return memoryview(self._data)[(ends[i - 1] if i else 0) : ends[i]]
@@ -308,7 +308,7 @@ class _Taken(NamedTuple):
     offset: int = 0  # and bytes of the next piece
     discarded: tuple[int, int, int] = (0, 0, 0)  # payloads, bytes, batches
     failed: tuple[int, int] = (0, 0)  # the handler raised
-    flight: tuple[float, int, int] = (_FOREVER, 0, 0)  # in the handler: number of the first payload; payloads, bytes
+    flight: tuple[float, int, int] = (_FOREVER, 0, 0)  # in the handler: first payload's number; payloads, bytes
     batch: Batch | None = None  # and the batch
 
 
@@ -325,9 +325,9 @@ class _Run(list[bytes]):
         self.first = first  # number of the open batch's first payload; == items: empty
         self.base = base  # bytes accepted before the open batch
         self.due = due  # when the open batch is due; _FOREVER: empty
-        self.served = served  # ticket of the last waiting producer that was counted
-        # What `repair` has to do for the commit that created this run: the run before; how many payloads it counted at
-        # the front of that and of buffer.nested; these payloads, their sizes, the lengths of batches closed; where to.
+        self.served = served  # last ticket whose payload is counted
+        # For `repair`, of the commit that created this run: the run before; how many payloads were counted at the front
+        # of that and of buffer.nested; these payloads, their sizes, the lengths of closed batches; where to put them.
         self.before: tuple[_Run, int, int, Sequence[bytes], list[int], list[int], int, int] | None = None
         self.claim = 0  # bytes that a section is about to use
         # Credit: the first `places` payloads, of at most `covers` bytes each, are accepted.
@@ -346,7 +346,7 @@ class _Run(list[bytes]):
 
 
 class _Buffer:
-    """Admission, counting, packing and taking. Lock held in all methods; the caller tells the time."""
+    """Admission, counting, packing and taking. Lock held in all methods."""
 
     def __init__(self, interval: float, max_buffered: int, max_batch: int, max_items: int) -> None:
         # Fixed after init.
@@ -364,10 +364,10 @@ class _Buffer:
         self.batches = array("I")
         self.joined = self.origin = self.taken  # what was gone when the front was last removed
         self.covers = _SMALL  # bytes: of the next credit
-        self.pressed = False  # a payload was refused for lack of room since a batch was taken
-        self.undelivered: tuple[Any, ...] = ()  # discarded, not returned yet: the last batch, the tuple before
+        self.pressed = False  # a payload was refused room since a batch was taken
+        self.undelivered: tuple[Any, ...] = ()  # discarded, not returned: last batch, tuple before
         self.peak = 0
-        self.pace = (0, 0.0, 0.0)  # payloads and time when its measuring began; the last pace
+        self.pace = (0, 0.0, 0.0)  # payloads and time where it began; the last pace
         # Touched without the lock (see Theory).
         self.run = _Run(0, 0, 0, 0, _FOREVER, 0)
         self.nested: list[bytes] = []  # accepted by nested calls; the section counts them
@@ -392,7 +392,7 @@ class _Buffer:
         return self.taken.items == self.run.items
 
     def seal(self, now: float) -> None:
-        """Withdraw the credit; count what was accepted with it, then what nested calls accepted."""
+        """Withdraw the credit; count what was accepted with it, then by nested calls."""
         if self.run.before is not None:
             self.repair()
         run = self.run
@@ -431,7 +431,7 @@ class _Buffer:
         return fits
 
     def _ceiling(self, run: _Run) -> int:
-        """Bytes that are buffered, or may be by credit, claims and nested calls."""
+        """Bytes buffered, or to come by credit, claims and nested calls."""
         pending = _charge(list(map(len, self.nested))) if self.nested else 0
         return run.charge - self.taken.charge + run.granted * run.covers + run.claim + pending
 
@@ -468,7 +468,7 @@ class _Buffer:
     def _commit(
         self, new: Sequence[bytes], sizes: list[int], charge: int, now: float, served: int, counted: int, nested: int
     ) -> None:
-        """Count payloads, and close the batches that end among them (I2)."""
+        """Count payloads; close the batches that end among them (I2)."""
         if new:
             self._join()
         run = self.run
@@ -591,19 +591,19 @@ class _Waiter:
     _condition: threading.Condition | None = None
 
     def wake(self) -> None:
-        """Wake it. The caller then takes it out of its line, or the next section wakes it again."""
+        """Wake it. The caller takes it out of its line, or the next section wakes it again."""
         if self._condition is not None:
             self._condition.notify()
         self.woken = True
 
     def wait(self, mutex: _Mutex, seconds: float) -> None:
-        """Wait for wake() with the lock released; it is held again when this returns or raises."""
+        """Wait for wake() with the lock released; the lock is held when this returns or raises."""
         condition = self._condition = self._condition or threading.Condition(mutex.lock)
         try:
             if not self.woken:
                 condition.wait(seconds)
         except BaseException:
-            if not mutex.held():  # interrupted when wait() had just released the lock
+            if not mutex.held():  # interrupted after wait() released it
                 mutex.lock.acquire()
             raise
 
@@ -753,7 +753,7 @@ class Dispatcher:
         self._turn = 0  # bytes taken when turns were last given
         self._consumers: deque[_Waiter] = deque()
         self._drainers: deque[_Waiter] = deque()  # flush and shutdown
-        self._gone: list[_Waiter] = []  # no longer waiting, perhaps still in a line
+        self._gone: list[_Waiter] = []  # no longer waiting, perhaps in line
         self._rejected = (0, 0)  # payloads, bytes
         self._thread: threading.Thread | None = None  # the handler's
         # Touched without the lock (see Theory).
@@ -762,8 +762,6 @@ class Dispatcher:
         self._left = False  # a nested call has left work for the section
         self._asked: list[str] = []  # by nested calls: "flush", "shutdown"
         self._refused: list[int] = []  # charges, not yet in _rejected
-
-    # -- Producers ---------------------------------------------------------------------------------------------------
 
     def enqueue(self, payload: Buffer, timeout: float | None = _NO_WAIT) -> None:
         """Accept one payload: any C-contiguous bytes-like object; a mutable one is copied before this returns.
@@ -833,8 +831,6 @@ class Dispatcher:
         await self._await(deadline if self._patient() else 0.0, self._put, self._own(payload), run)
         self._ensure_thread()
 
-    # -- Consumers ---------------------------------------------------------------------------------------------------
-
     def batches(self) -> Iterator[Batch]:
         """Return a blocking iterator, as `iter(d)`: each batch goes to one consumer. Ends once drained or stopped."""
         return _Batches(self)
@@ -876,13 +872,12 @@ class Dispatcher:
             raise TypeError(f"on_error must be callable or None, not {_show(on_error)}")
         self._start(_Push(handler, on_error, _seconds("exit_timeout", exit_timeout)))
 
-    # -- Life cycle --------------------------------------------------------------------------------------------------
-
     def flush(self, timeout: float | None = None) -> bool:
         """Close the open batch and wait until everything accepted before this call is delivered.
 
         Waits at most `timeout`, and not inside `for batch in d`. Returns False when not all was delivered in time, or
-        the dispatcher was stopped. Raises RuntimeError: it would block this thread's event loop for ever; see `aflush`.
+        the dispatcher was stopped. Raises RuntimeError: it would block this thread's event loop for ever, see `aflush`;
+        in a forked child, the handler's thread cannot be started.
         """
         return self._finish("flush", timeout, "await aflush()")[1]
 
@@ -896,7 +891,7 @@ class Dispatcher:
         Waits at most `timeout`; all callers wait for the same drain. In the handler, or inside `for batch in d` (in
         this thread, and the iterator is alive), it returns at once: the drain goes on when these do. Raises
         DrainTimeout: out of time, the dispatcher is stopped; Stopped: `stop` was called meanwhile, or another
-        `shutdown` ran out of time; RuntimeError: as `flush`, see `ashutdown`.
+        `shutdown` ran out of time; RuntimeError: as for `flush`, see `ashutdown`.
         """
         deadline, done = self._finish("shutdown", timeout, "await ashutdown(), async with")
         if not done and deadline >= 0:
@@ -1187,7 +1182,7 @@ class Dispatcher:
         return QueueFull(charge, self._buffer.held() if held < 0 else held, self._max_buffered)
 
     def _take(self, waiter: _Waiter, over: bool, fate: str, failed: list[bool | None] | None = None) -> Batch | None:
-        """Lock held. Take a batch that is due, or stand in line (None). failed[0]: the handler raised, if it had one."""
+        """Lock held. Take a batch that is due, or stand in line (None). failed[0]: the handler raised, or had none."""
         buffer = self._buffer
         if failed is not None:
             if self._thread is not threading.current_thread():

@@ -72,6 +72,7 @@ _T = TypeVar("_T")
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 _Handler = Callable[["Batch"], object]
 _OnError = Callable[[BaseException, "Batch"], object]
+_Commit = tuple["_Run", int, int, Sequence[bytes], list[int], list[int], int, int]
 
 _FOREVER: Final = float("inf")
 _NO_LIMIT: Final = sys.maxsize
@@ -104,7 +105,7 @@ _monotonic: Callable[[], float] = functools.partial(time.monotonic)
 # section (a method that holds the lock, then settles) seals the run, counts it and notes where batches end; a consumer
 # takes the front as a Batch. _Buffer knows neither threads nor clocks; the Dispatcher has lock, waiters and life cycle.
 #
-# Truth. Accepted: the totals in buffer.run, its accepted part, and buffer.nested. Gone: buffer.taken. Each changes by
+# Truth. Accepted: the totals in buffer.run, its accepted part, and buffer.admitted. Gone: buffer.taken. Each changes by
 # one store; all else is derived after it, and may be derived again: what an exception cuts short, `_Buffer.repair` and
 # `Dispatcher._settle` make good, in the same section or in the next one.
 #   I1  0 <= buffered <= max_buffered_bytes, where buffered = accepted - gone, in bytes as charged.
@@ -127,7 +128,7 @@ _monotonic: Callable[[], float] = functools.partial(time.monotonic)
 # order: by the GIL, or by the list's lock, for the run is the list (CPython 3.13: listobject.c, PyMember_SetOne).
 #
 # Nested calls. A finalizer or signal handler may call tempo in a section of its thread; `_busy` and the lock show it.
-# Such calls never wait and never touch what is half done. `enqueue` appends to the open run, or to buffer.nested after
+# Such calls never wait and never touch what is half done. `enqueue` appends to the open run, or to `admitted` after
 # a check that counts all credit and what the section is about to use (run.claim), and closes the run, so that what
 # follows stays behind it. flush and shutdown are noted in `_asked`. The section settles until nothing is left. One lock
 # serves all dispatchers: a finalizer in a section of one may call another while a third thread does the reverse. It is
@@ -315,20 +316,17 @@ class _Taken(NamedTuple):
 class _Run(list[bytes]):
     """Payloads that producers append without the lock (I3), and totals of what was accepted before."""
 
-    __slots__ = (
-        "base", "before", "charge", "claim", "covers", "due", "first", "granted", "items", "opened", "places", "served",
-    )  # fmt: skip
+    __slots__ = ("base", "before", "charge", "claim", "covers", "due", "first", "granted", "items", "opened", "places")
 
-    def __init__(self, items: int, charge: int, first: int, base: int, due: float, served: int) -> None:
+    def __init__(self, items: int, charge: int, first: int, base: int, due: float, before: _Commit | None) -> None:
         self.items = items  # accepted before this run: payloads
         self.charge = charge  # and bytes
         self.first = first  # number of the open batch's first payload; == items: empty
         self.base = base  # bytes accepted before the open batch
         self.due = due  # when the open batch is due; _FOREVER: empty
-        self.served = served  # last ticket whose payload is counted
-        # For `repair`, of the commit that created this run: the run before; how many payloads were counted at the front
-        # of that and of buffer.nested; these payloads, their sizes, the lengths of closed batches; where to put them.
-        self.before: tuple[_Run, int, int, Sequence[bytes], list[int], list[int], int, int] | None = None
+        # For `repair`, of the commit that created this run: the run before; how many entries were counted at the front
+        # of that and of buffer.admitted; these payloads, their sizes, the lengths of closed batches; where to put them.
+        self.before = before
         self.claim = 0  # bytes that a section is about to use
         # Credit: the first `places` payloads, of at most `covers` bytes each, are accepted.
         self.places = 0  # 0: sealed
@@ -369,8 +367,8 @@ class _Buffer:
         self.peak = 0
         self.pace = (0, 0.0, 0.0)  # payloads and time where it began; the last pace
         # Touched without the lock (see Theory).
-        self.run = _Run(0, 0, 0, 0, _FOREVER, 0)
-        self.nested: list[bytes] = []  # accepted by nested calls; the section counts them
+        self.run = _Run(0, 0, 0, 0, _FOREVER, None)
+        self.admitted: list[tuple[Sequence[bytes], list[int], int]] = []  # not counted; sizes, charge
         self.spare = _NO_LIMIT  # room left, while a payload waits or was refused
 
     def held(self) -> int:
@@ -381,7 +379,7 @@ class _Buffer:
         """Payloads and bytes accepted so far, counted or not."""
         run = self.run
         counted = run.before[2] if run.before is not None else 0  # and not removed yet
-        new = run[: run.granted] + self.nested[counted:]
+        new = list(chain(run[: run.granted], *[payloads for payloads, _, _ in self.admitted[counted:]]))
         return run.items + len(new), run.charge + sum([len(payload) or 1 for payload in new])
 
     def due(self) -> float:
@@ -392,47 +390,41 @@ class _Buffer:
         return self.taken.items == self.run.items
 
     def seal(self, now: float) -> None:
-        """Withdraw the credit; count what was accepted with it, then by nested calls."""
+        """Withdraw the credit; count what was accepted with it, then what else was admitted."""
         if self.run.before is not None:
             self.repair()
         run = self.run
         run.places = 0  # first: who sees another value appended before the slice
-        nested = self.nested[:]
-        if run.granted or nested:
-            new: list[bytes] = run[: run.granted]
-            counted, when = len(new), run.opened if new else now
-            new += nested
+        if run.granted:
+            new = run[: run.granted]
             sizes = list(map(len, new))
-            self._commit(new, sizes, _charge(sizes), when, run.served, counted, len(nested))
+            self._commit(new, sizes, _charge(sizes), run.opened if new else now, len(new), 0)
+        while self.admitted:
+            self._commit(*self.admitted[0], now, 0, 1)
 
-    def accept(self, new: Sequence[bytes], now: float, served: int = 0) -> bool:
-        """After a seal: accept payloads if all of them fit (I1)."""
+    def accept(self, new: Sequence[bytes], by: _Waiter) -> bool:
+        """Accept payloads if all of them fit (I1), for the next seal to count; exact after a seal.
+
+        In a nested call too: all credit and claims count as buffered.
+        """
         run, sizes = self.run, list(map(len, new))
         charge = _charge(sizes)
-        run.claim = charge  # first: a nested call must see it, or be seen
-        if self._ceiling(run) > self.max_buffered:
-            run.claim = 0
-            return False
-        self._commit(new, sizes, charge, now, served or run.served, 0, 0)
-        if len(sizes) == 1 and self.covers < charge <= self.most:
-            self.covers = charge  # so that large ones of a first batch come without the lock
-        return True
-
-    def accept_nested(self, data: bytes) -> bool:
-        """Accept a payload in a nested call; all credit and claims count as buffered."""
-        run, charge = self.run, len(data) or 1
-        run.claim += charge  # first: a call nested in this one must see it
-        fits = self._ceiling(run) <= self.max_buffered
-        if fits:
-            run.places = 0  # what follows stays behind this payload
-            run.granted = min(run.granted, len(run))
-            self.nested.append(data)
-        run.claim -= charge
+        run.claim += charge  # first: a nested call must see it; it leaves the claim as it was
+        try:
+            fits = self._ceiling(run) <= self.max_buffered
+            if fits:
+                run.places = 0  # what follows stays behind these payloads
+                run.granted = min(run.granted, len(run))
+                total = by.accepted + len(new)
+                self.admitted += [(new, sizes, charge)]
+                by.accepted = total  # no signal comes between these
+        finally:
+            run.claim -= charge
         return fits
 
     def _ceiling(self, run: _Run) -> int:
         """Bytes buffered, or to come by credit, claims and nested calls."""
-        pending = _charge(list(map(len, self.nested))) if self.nested else 0
+        pending = sum([charge for _, _, charge in self.admitted]) if self.admitted else 0
         return run.charge - self.taken.charge + run.granted * run.covers + run.claim + pending
 
     def grant(self, now: float, told: bool) -> None:
@@ -445,16 +437,13 @@ class _Buffer:
         places = min((run.base + self.max_batch - run.charge - 1) // covers, self.max_items - n - 1)
         if told and places < _CREDIT_ITEMS:
             places = max(places, int(self._pace(now) * self.interval / 8))
-        places = min(places, _CREDIT_ITEMS, self.ahead // covers)
-        run.claim = places * covers  # first: a nested call must see it, or be seen
-        places += min(0, (self.max_buffered - self._ceiling(run)) // covers)
+        places = min(places, _CREDIT_ITEMS, self.ahead // covers, (self.max_buffered - self.held()) // covers)
         if places > 0:
-            after = _Run(run.items, run.charge, run.first, run.base, run.due, run.served)
+            after = _Run(run.items, run.charge, run.first, run.base, run.due, None)
             after.places = after.granted = places
             after.covers, after.opened = covers, now
-            if not self.nested:  # nested payloads go first; no signal comes between this
+            if not self.admitted:  # nested payloads go first; no signal comes between this
                 self.run = after  # and this
-        run.claim = 0
 
     def _pace(self, now: float) -> float:
         """The recent pace, in payloads a second."""
@@ -466,7 +455,7 @@ class _Buffer:
         return pace
 
     def _commit(
-        self, new: Sequence[bytes], sizes: list[int], charge: int, now: float, served: int, counted: int, nested: int
+        self, new: Sequence[bytes], sizes: list[int], charge: int, now: float, counted: int, admitted: int
     ) -> None:
         """Count payloads; close the batches that end among them (I2)."""
         if new:
@@ -482,9 +471,8 @@ class _Buffer:
                 end = min(max(first + 1, end), first + self.max_items)
                 batches.append(end - first)
                 first, base, due = end, totals[end - run.items], now + self.interval
-        after = _Run(items, total, first, base, due if first < items else _FOREVER, served)
-        after.before = (run, counted, nested, new, sizes, batches, len(self.pieces), len(self.batches))
-        self.run = after
+        before = (run, counted, admitted, new, sizes, batches, len(self.pieces), len(self.batches))
+        self.run = _Run(items, total, first, base, due if first < items else _FOREVER, before)
         self.repair()
 
     def _join(self) -> None:
@@ -503,7 +491,7 @@ class _Buffer:
         """Finish the last commit and the last take; may be run again."""
         run, taken, origin = self.run, self.taken, self.origin
         if run.before is not None:
-            before, counted, nested, new, sizes, batches, at, n = run.before
+            before, counted, admitted, new, sizes, batches, at, n = run.before
             if (run.charge - before.charge) >> 32:
                 self.sizes = array("Q", self.sizes)
             self.pieces[at:] = new
@@ -511,7 +499,7 @@ class _Buffer:
             self.sizes.fromlist(sizes)
             del self.batches[n:]
             self.batches.fromlist(batches)
-            del before[:counted], self.nested[:nested]  # once: no signal comes between this
+            del before[:counted], self.admitted[:admitted]  # once: no signal comes between this
             run.before = None  # and this
         held = self.held()
         self.peak = max(self.peak, held)
@@ -525,9 +513,8 @@ class _Buffer:
         """After a seal: close the open batch, if it has a payload."""
         run = self.run
         if run.first < run.items:
-            after = _Run(run.items, run.charge, run.items, run.charge, _FOREVER, run.served)
-            after.before = (run, 0, 0, (), [], [run.items - run.first], len(self.pieces), len(self.batches))
-            self.run = after
+            before: _Commit = (run, 0, 0, (), [], [run.items - run.first], len(self.pieces), len(self.batches))
+            self.run = _Run(run.items, run.charge, run.items, run.charge, _FOREVER, before)
             self.repair()
 
     def take(self, fate: str = "delivered") -> Batch:
@@ -586,7 +573,7 @@ class _Waiter:
     woken = True  # it need not wait
     until = _FOREVER  # a consumer: when it looks again
     data = b""  # a producer: its payload,
-    ticket = 0  # and its place in the line
+    accepted = 0  # and how many of its payloads were accepted
     target = -1  # flush and shutdown: payloads to be delivered
     _condition: threading.Condition | None = None
 
@@ -748,7 +735,6 @@ class Dispatcher:
         self._halted = False  # stopped before it was drained
         self._now = 0.0  # when the section began, or its last wait ended
         self._line: deque[_Waiter] = deque()  # producers without room
-        self._tickets = 0  # given to producers in the line
         self._resting: deque[_Waiter] = deque()  # whose payload was accepted, until their turn
         self._turn = 0  # bytes taken when turns were last given
         self._consumers: deque[_Waiter] = deque()
@@ -789,7 +775,7 @@ class Dispatcher:
         lock: nothing is taken out of them that is not offered. What `enqueue` or the iterable raises has `.accepted`,
         the number of payloads accepted before.
         """
-        accepted = [0]  # a list, so that an interrupted section has counted
+        waiter = _Waiter()  # counts them, also in an interrupted section
         try:
             deadline = _deadline(timeout)
             chunks: Iterable[Sequence[Any]] = ([payload] for payload in payloads)
@@ -799,17 +785,17 @@ class Dispatcher:
                 rest = chunk
                 ready = countOf(map(type, rest), bytes) == len(rest) and not self._nested()
                 while rest:
-                    n = self._enqueue_chunk(rest, deadline > 0, accepted) if ready else 0
+                    n = self._enqueue_chunk(rest, deadline > 0, waiter) if ready else 0
                     self._ensure_thread()
                     if not n:  # it does not fit, or is to be copied
                         self._enqueue(self._own(rest[0]), deadline)
-                        accepted[0] += 1
+                        waiter.accepted += 1
                     rest = rest[n or 1 :]
         except BaseException as exc:
             with contextlib.suppress(Exception):  # foreign exceptions may have slots
-                exc.accepted = accepted[0]  # type: ignore[attr-defined]
+                exc.accepted = waiter.accepted  # type: ignore[attr-defined]
             raise
-        return accepted[0]
+        return waiter.accepted
 
     async def aenqueue(self, payload: Buffer, timeout: float | None = None) -> None:
         """As `enqueue`, and in the same line; waits by default, without blocking the event loop.
@@ -988,7 +974,7 @@ class Dispatcher:
                 while gone.line is not None and gone in gone.line:
                     gone.line.remove(gone)
                 del self._gone[:1]
-            if buffer.nested or buffer.run.before is not None:
+            if buffer.admitted or buffer.run.before is not None:
                 buffer.seal(self._now)
             if self._refused:
                 n = len(self._refused)
@@ -1089,7 +1075,7 @@ class Dispatcher:
             buffer, charge = self._buffer, len(data) or 1
             self._left = True
             open_for_it = self._phase is _RUNNING and charge <= self._max_buffered
-            if (run is None or run.withdraw(data)) and not (open_for_it and buffer.accept_nested(data)):
+            if (run is None or run.withdraw(data)) and not (open_for_it and buffer.accept((data,), _Waiter())):
                 buffer.pressed |= open_for_it
                 raise self._refusal(charge)
             return
@@ -1100,21 +1086,17 @@ class Dispatcher:
         """Lock held. Accept, refuse or have wait (None) a payload, which may have been appended to run too late."""
         buffer = self._buffer
         buffer.seal(self._now)
-        if run is not None and not waiter.ticket and not run.withdraw(data):
-            return True
-        if 0 < waiter.ticket <= buffer.run.served:
+        if waiter.accepted or (run is not None and waiter.line is None and not run.withdraw(data)):
             return True
         charge = len(data) or 1
         if self._phase is not _RUNNING or charge > self._max_buffered:
             raise self._refusal(charge)
-        if (over or not self._line) and buffer.accept((data,), self._now):
+        if (over or not self._line) and buffer.accept((data,), waiter):
             return True
         if over:
             buffer.pressed = True
             raise self._refusal(charge)
-        if not waiter.ticket:
-            self._tickets += 1
-            waiter.ticket = self._tickets
+        if waiter.line is None:
             waiter.data = data
             if not self._line and not self._resting:
                 self._turn = buffer.taken.charge
@@ -1122,20 +1104,16 @@ class Dispatcher:
         return None
 
     @_section
-    def _enqueue_chunk(self, chunk: Sequence[bytes], waits: bool, accepted: list[int]) -> int:
-        """Accept as many payloads of a chunk as fit now, in order; return how many, and add them to accepted[0]."""
+    def _enqueue_chunk(self, chunk: Sequence[bytes], waits: bool, waiter: _Waiter) -> int:
+        """Accept as many payloads of a chunk as fit now, in order; return how many."""
         buffer = self._buffer
         buffer.seal(self._now)
         if self._phase is not _RUNNING or (waits and self._line):
             return 0
-        n, run, before = len(chunk), buffer.run, accepted[0]
-        try:
-            while n and not buffer.accept(chunk[:n], self._now):
-                charges = list(accumulate(len(payload) or 1 for payload in chunk[: n - 1]))
-                n = bisect_right(charges, self._max_buffered - buffer.held())
-        finally:
-            if buffer.run is not run:  # also when an interrupt came right after the commit
-                accepted[0] = before + n
+        n = len(chunk)
+        while n and not buffer.accept(chunk[:n], waiter):
+            charges = list(accumulate(len(payload) or 1 for payload in chunk[: n - 1]))
+            n = bisect_right(charges, self._max_buffered - buffer.held())
         return n
 
     def _serve(self) -> None:
@@ -1143,9 +1121,10 @@ class Dispatcher:
         buffer, line, running = self._buffer, self._line, self._phase is _RUNNING
         while line:
             waiter = line[0]
-            late = running and waiter.ticket > buffer.run.served
-            if late and not buffer.accept((waiter.data,), self._now, waiter.ticket):
+            late = running and not waiter.accepted
+            if late and not buffer.accept((waiter.data,), waiter):
                 return
+            buffer.seal(self._now)
             if waiter.thread and running:
                 waiter.line = self._resting
                 self._resting.append(waiter)
@@ -1493,7 +1472,7 @@ def _after_fork(keep: bool = False) -> None:
         d._reset()
         if keep and run.granted:
             new = run[: run.granted]
-            d._buffer.accept(new, _monotonic())
+            d._buffer.accept(new, _Waiter())
             del run[: len(new)]
     _pid = _getpid()
 

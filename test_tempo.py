@@ -1841,14 +1841,15 @@ class BufferModel(Lists):
         items = [self.payload(size) for size in sizes]
         fits = self.fits(*items)
         self.buffer.seal(self.now)
-        assert self.buffer.accept(items, self.now) is fits
+        assert self.buffer.accept(items, tempo._Waiter()) is fits
+        self.buffer.seal(self.now)
         for item in items if fits else []:
             self.accept(item)
 
     @rule(size=SIZES)
     def admit_in_a_section(self, size: int) -> None:
         item = self.payload(size)
-        if self.buffer.accept_nested(item):
+        if self.buffer.accept((item,), tempo._Waiter()):
             assert self.fits(item)
             self.accept(item)
 

@@ -566,21 +566,27 @@ class _Buffer:
 
 
 class _Waiter:
-    """One blocked thread, with a Condition over the lock. Lock held in all methods."""
+    """A blocked thread, with a Condition over the lock, or a coroutine. Lock held in all methods.
 
-    thread = True  # not a coroutine
+    A coroutine is woken through its event loop. Keeps neither loop nor task alive.
+    """
+
     line: deque[_Waiter] | None = None  # where it stands, or stood
     woken = True  # it need not wait
     until = _FOREVER  # a consumer: when it looks again
     data = b""  # a producer: its payload,
     accepted = 0  # and how many of its payloads were accepted
     target = -1  # flush and shutdown: payloads to be delivered
+    future: weakref.ref[Any] | None = None  # a coroutine: what it waits for
     _condition: threading.Condition | None = None
 
     def wake(self) -> None:
         """Wake it. The caller takes it out of its line, or the next section wakes it again."""
         if self._condition is not None:
             self._condition.notify()
+        elif self.future is not None and (future := self.future()) is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                future.get_loop().call_soon_threadsafe(future.cancel)  # so that it is done
         self.woken = True
 
     def wait(self, mutex: _Mutex, seconds: float) -> None:
@@ -593,20 +599,6 @@ class _Waiter:
             if not mutex.held():  # interrupted after wait() released it
                 mutex.lock.acquire()
             raise
-
-
-class _AsyncWaiter(_Waiter):
-    """One waiting coroutine, woken through its event loop. Keeps neither loop nor task alive."""
-
-    thread = False
-    future: Callable[[], Any]  # a weak reference
-
-    def wake(self) -> None:
-        future = self.future()
-        if future is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                future.get_loop().call_soon_threadsafe(future.cancel)  # so that it is done
-        self.woken = True
 
 
 class _Mutex:
@@ -1003,7 +995,7 @@ class Dispatcher:
         """Run step(waiter, over, *args) until it has a result; wait after each None. A coroutine gets the None."""
         mutex, me, leaves = self._mutex or self._find_mutex(), threading.get_ident(), True
         try:
-            while (result := step(waiter, self._now >= deadline, *args)) is None and waiter.thread:
+            while (result := step(waiter, self._now >= deadline, *args)) is None and waiter.future is None:
                 self._settle()
                 try:
                     _WAITS[me] = True
@@ -1025,7 +1017,7 @@ class Dispatcher:
         """As _block, for a coroutine: between taking a batch and returning it there is no await."""
         import asyncio  # noqa: PLC0415 - slow to import, and a caller has it loaded already
 
-        waiter = _AsyncWaiter()
+        waiter = _Waiter()
         try:
             while True:
                 future = asyncio.get_running_loop().create_future()
@@ -1125,7 +1117,7 @@ class Dispatcher:
             if late and not buffer.accept((waiter.data,), waiter):
                 return
             buffer.seal(self._now)
-            if waiter.thread and running:
+            if waiter.future is None and running:
                 waiter.line = self._resting
                 self._resting.append(waiter)
             else:

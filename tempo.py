@@ -639,8 +639,6 @@ def _section(work: _Method) -> _Method:
                     except BaseException:
                         self._settle()
                         raise
-                    finally:
-                        self._busy = 0
         except BaseException:
             if _WITH_LEAKS and not before and mutex.held():
                 mutex.lock.release()  # pragma: no cover - not on 3.11 to 3.13

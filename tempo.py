@@ -386,9 +386,6 @@ class _Buffer:
         """When the front batch may be taken: -inf when it is closed, inf when there is none."""
         return -_FOREVER if self.taken.items < self.run.first else self.run.due
 
-    def empty(self) -> bool:
-        return self.taken.items == self.run.items
-
     def seal(self, now: float) -> None:
         """Withdraw the credit; count what was accepted with it, then what else was admitted."""
         if self.run.before is not None:
@@ -972,7 +969,7 @@ class Dispatcher:
                 del self._refused[:n]
             if self._line:
                 self._serve()
-            if self._phase is _SHUTTING_DOWN and buffer.empty() and buffer.taken.batch is None:
+            if self._phase is _SHUTTING_DOWN and not buffer.held() and buffer.taken.batch is None:
                 self._phase = _STOPPED
             if self._drainers or self._resting or self._consumers:
                 self._call()
@@ -1240,7 +1237,7 @@ class Dispatcher:
             self._halted = True
             self._phase = _STOPPED
         buffer.seal(self._now)  # again: a nested call may have come before it saw the phase
-        while not buffer.empty():
+        while buffer.held():
             buffer.take("discarded")
         mine[0], buffer.undelivered = buffer.undelivered, ()  # between stores no signal is looked for
 

@@ -50,7 +50,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from io import BytesIO
 from itertools import accumulate, chain
-from operator import countOf
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, cast, overload
 
 if TYPE_CHECKING:
@@ -82,12 +81,11 @@ _EXIT_TIMEOUT: Final = 5.0  # seconds
 _CREDIT_ITEMS: Final = 1024  # most payloads that one run accepts without the lock
 _CREDIT_BYTES: Final = 64 * KiB  # plus 1/8 of the buffer: most bytes of credit
 _SMALL: Final = 512  # bytes: what credit covers at first; smaller payloads are joined
-_SAMPLE: Final = 64  # payloads of a batch; credit covers the largest next,
+_SAMPLE: Final = 64  # payloads over which the pace is measured, and of a batch; credit covers the largest next,
 _RARE: Final = 8  # if at most so many times their mean
 _LOOSE: Final = 256  # small payloads joined at a time
 _KEPT: Final = 16  # what is gone is removed when above 1/_KEPT of what is held
 _CHUNK: Final = 512  # payloads that enqueue_many() admits at a time
-_PACE_ITEMS: Final = 64  # payloads over which the pace is measured
 _REFUSALS: Final = 256  # refusals noted before one takes the lock
 
 # Interrupts may keep `with` from releasing: on 3.10 as an exception enters its handler, from 3.14 on before the block.
@@ -352,7 +350,6 @@ class _Buffer:
         self.max_buffered = max_buffered
         self.max_batch = max_batch
         self.max_items = max_items
-        self.ahead = max_buffered // 8 + _CREDIT_BYTES  # most bytes of credit
         self.most = max(_SMALL, min(max_batch, max_buffered) // 16)  # largest payload that credit covers
         # Guarded by the lock.
         self.taken = _Taken()
@@ -434,7 +431,8 @@ class _Buffer:
         places = min((run.base + self.max_batch - run.charge - 1) // covers, self.max_items - n - 1)
         if told and places < _CREDIT_ITEMS:
             places = max(places, int(self._pace(now) * self.interval / 8))
-        places = min(places, _CREDIT_ITEMS, self.ahead // covers, (self.max_buffered - self.held()) // covers)
+        room = min(self.max_buffered // 8 + _CREDIT_BYTES, self.max_buffered - self.held())
+        places = min(places, _CREDIT_ITEMS, room // covers)
         if places > 0:
             after = _Run(run.items, run.charge, run.first, run.base, run.due, None)
             after.places = after.granted = places
@@ -446,8 +444,8 @@ class _Buffer:
         """The recent pace, in payloads a second."""
         items, since, pace = self.pace
         n, seconds = self.run.items - items, now - since
-        if n >= _PACE_ITEMS or seconds > self.interval / 8:
-            pace = n / max(seconds, 1e-9) if n >= _PACE_ITEMS else 0.0
+        if n >= _SAMPLE or seconds > self.interval / 8:
+            pace = n / max(seconds, 1e-9) if n >= _SAMPLE else 0.0
             self.pace = (self.run.items, now, pace)
         return pace
 
@@ -770,7 +768,7 @@ class Dispatcher:
                 chunks = (payloads[i : i + _CHUNK] for i in range(0, len(payloads), _CHUNK))
             for chunk in chunks:
                 rest = chunk
-                ready = countOf(map(type, rest), bytes) == len(rest) and not self._nested()
+                ready = list(map(type, rest)).count(bytes) == len(rest) and not self._nested()
                 while rest:
                     n = self._enqueue_chunk(rest, deadline > 0, waiter) if ready else 0
                     self._ensure_thread()

@@ -940,8 +940,7 @@ class Dispatcher:
     def _plan(self, timeout: float | None) -> float:
         """The deadline of flush or shutdown; -1.0 where it may not wait: not inside `for batch in d`, either."""
         deadline = _deadline(timeout)
-        loops = [loop for reference in list(self._loops) if (loop := reference()) is not None]
-        if not self._patient() or [loop for loop in loops if loop.inside()]:
+        if not self._patient() or any(loop.inside() for loop in _alive(self._loops)):
             return -1.0
         self._ensure_thread(must=True)  # or a forked child would wait for nobody
         return deadline
@@ -1437,8 +1436,8 @@ _pid = _getpid()
 _exiting = False  # from the exit hook on
 
 
-def _dispatchers() -> list[Dispatcher]:
-    return [d for reference in list(_DISPATCHERS) if (d := reference()) is not None]
+def _alive(references: list[weakref.ref[_T]]) -> list[_T]:
+    return [one for reference in list(references) if (one := reference()) is not None]
 
 
 def _after_fork(keep: bool = False) -> None:
@@ -1451,7 +1450,7 @@ def _after_fork(keep: bool = False) -> None:
                 mutex.lock._at_fork_reinit()
             else:
                 mutex.__init__(threading.RLock())  # type: ignore[misc]
-    for d in _dispatchers():
+    for d in _alive(_DISPATCHERS):
         run = d._buffer.run
         run.places = 0
         d._reset()
@@ -1467,8 +1466,8 @@ def _at_exit() -> None:
     global _exiting  # noqa: PLW0603
     _exiting = True
     begin = _monotonic()
-    pulled = [d for d in _dispatchers() if d._push is None]
-    started = [(d, d._push, begin + d._push.exit_timeout) for d in _dispatchers() if d._push is not None]
+    pulled = [d for d in _alive(_DISPATCHERS) if d._push is None]
+    started = [(d, d._push, begin + d._push.exit_timeout) for d in _alive(_DISPATCHERS) if d._push is not None]
     for d, _, _ in started:
         d._asked.append("shutdown")
         d._stats()

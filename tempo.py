@@ -412,6 +412,8 @@ class _Buffer:
                 total = by.accepted + len(new)
                 self.admitted += [(new, sizes, charge)]
                 by.accepted = total  # no signal comes between these
+                if len(sizes) == 1 and self.covers < charge <= self.most:
+                    self.covers = charge  # so that large ones of a first batch come without the lock
         finally:
             run.claim -= charge
         return fits

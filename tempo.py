@@ -889,9 +889,9 @@ class Dispatcher:
         """Refuse new work, release blocked producers, and wait until everything accepted is delivered.
 
         Waits at most `timeout`; all callers wait for the same drain. In the handler, or inside `for batch in d` (in
-        this thread, and the iterator is alive), it returns at once; the drain goes on when the handler returns or
-        the loop comes back. Raises DrainTimeout: out of time, the dispatcher is stopped; Stopped: `stop` was called
-        meanwhile; RuntimeError: as for `flush`, see `ashutdown`.
+        this thread, and the iterator is alive), it returns at once; the drain goes on when the handler returns or the
+        loop comes back. Raises DrainTimeout: out of time, the dispatcher is stopped; Stopped: `stop` was called
+        meanwhile, or another `shutdown` ran out of time; RuntimeError: as for `flush`, see `ashutdown`.
         """
         deadline, done = self._finish("shutdown", timeout, "await ashutdown(), async with")
         if not done and deadline >= 0:
@@ -971,22 +971,16 @@ class Dispatcher:
         return not (inside or (_exiting and sys.is_finalizing()))
 
     def _plan(self, timeout: float | None) -> float:
-        """The deadline of flush or shutdown; -1.0 where it may not wait: in the body of a loop over the batches, too.
-
-        Who waits needs the handler's thread, which a forked child may not have yet.
-        """
+        """The deadline of flush or shutdown; -1.0 where it may not wait: not inside `for batch in d`, either."""
         deadline = _deadline(timeout)
         loops = [loop for reference in list(self._loops) if (loop := reference()) is not None]
         if not self._patient() or [loop for loop in loops if loop.inside()]:
             return -1.0
-        self._ensure_thread(must=True)
+        self._ensure_thread(must=True)  # or a forked child would wait for nobody
         return deadline
 
     def _settle(self) -> None:
-        """Lock held. Derive all that follows from what was accepted, taken and asked for.
-
-        May be run again: what an exception cuts short, the next section makes good.
-        """
+        """Lock held. Derive all that follows from what was accepted, taken and asked for. May be run again."""
         buffer, me = self._buffer, self._busy
         while True:
             self._left = False
@@ -1024,10 +1018,7 @@ class Dispatcher:
 
     @_section
     def _block(self, waiter: _Waiter, deadline: float, step: Callable[..., _T | None], *args: Any) -> _T:
-        """Run step(waiter, over, *args) until it has a result; after each None wait, with the lock released.
-
-        A coroutine waits elsewhere, and gets the None.
-        """
+        """Run step(waiter, over, *args) until it has a result; wait after each None. A coroutine gets the None."""
         mutex, me, leaves = self._mutex or self._find_mutex(), threading.get_ident(), True
         try:
             while (result := step(waiter, self._now >= deadline, *args)) is None and waiter.thread:
@@ -1076,13 +1067,10 @@ class Dispatcher:
             line.append(waiter)
 
     def _call(self) -> None:
-        """Lock held. Wake who waits for a drain, producers that rest, and consumers: also who would sleep for too long.
-
-        A resting producer goes on for each eighth of the buffer that is taken, and all when a consumer is idle.
-        """
+        """Lock held. Wake drainers, consumers that would sleep too long, and resting producers by turns."""
         due, taken, stopped = self._due(), self._buffer.taken.charge, self._phase is _STOPPED
         _wake(self._drainers, [waiter for waiter in self._drainers if stopped or self._delivered(waiter.target)])
-        turns = (taken - self._turn) // max(1, self._max_buffered // 8)
+        turns = (taken - self._turn) // max(1, self._max_buffered // 8)  # one for each eighth of the buffer taken
         if self._consumers or self._phase is not _RUNNING:
             turns = len(self._resting)
         if turns:
@@ -1113,10 +1101,7 @@ class Dispatcher:
         self._ensure_thread()
 
     def _put(self, waiter: _Waiter, over: bool, data: bytes, run: _Run | None) -> bool | None:
-        """Lock held. Accept a payload, or have it wait in line (None), or refuse it.
-
-        run: where it was appended to, perhaps too late.
-        """
+        """Lock held. Accept, refuse or have wait (None) a payload, which may have been appended to run too late."""
         buffer = self._buffer
         buffer.seal(self._now)
         if run is not None and not waiter.ticket and not run.withdraw(data):
@@ -1197,10 +1182,7 @@ class Dispatcher:
         return QueueFull(charge, self._buffer.held() if held < 0 else held, self._max_buffered)
 
     def _take(self, waiter: _Waiter, over: bool, fate: str, failed: list[bool | None] | None = None) -> Batch | None:
-        """Lock held. Take a batch if one is due, or stand in line (None); Stopped when there will be none.
-
-        failed: in push mode, whether the handler raised (None: it did not get its batch yet); becomes None.
-        """
+        """Lock held. Take a batch that is due, or stand in line (None). failed[0]: the handler raised, or had none."""
         buffer = self._buffer
         if failed is not None:
             if self._thread is not threading.current_thread():
@@ -1224,10 +1206,7 @@ class Dispatcher:
         return buffer.take(fate)
 
     def _close(self, what: str, instead: str = "") -> None:
-        """Lock held. Close the open batch, and for "shutdown" the dispatcher: it takes no more work.
-
-        instead: what to call where the wait would block, for ever, the event loop in which the consumers may be.
-        """
+        """Lock held. Close the open batch, for "shutdown" the dispatcher. instead: what would not block a loop."""
         buffer = self._buffer
         buffer.seal(self._now)  # first: with the credit gone, a nested call goes by the phase
         if instead and self._push is None and not self._delivered(buffer.run.items) and _asyncio("get_running_loop"):
@@ -1248,10 +1227,7 @@ class Dispatcher:
         return deadline, self._block(_Waiter(), deadline, self._drain, what, instead)
 
     def _drain(self, waiter: _Waiter, over: bool, what: str, instead: str = "") -> bool | None:
-        """Lock held. Whether all that was accepted at the first look is delivered; None: wait.
-
-        what, instead: as in `_close`.
-        """
+        """Lock held. Whether all that was accepted at the first look is delivered; None: wait."""
         buffer = self._buffer
         if waiter.target < 0:
             if what == "shutdown" and self._phase is _STOPPED:
@@ -1333,10 +1309,7 @@ class Dispatcher:
     # -- Push mode ---------------------------------------------------------------------------------------------------
 
     def _start(self, push: _Push) -> None:
-        """Start the handler's thread: for the first time, or again in a forked child.
-
-        Thread.start() waits for the new thread, and takes locks of its own: not with the lock held.
-        """
+        """Start the handler's thread, without the lock: Thread.start() waits, and takes other locks."""
         name = getattr(push.handler, "__qualname__", type(push.handler).__qualname__)
         first, me, thread = self._push is None, threading.get_ident(), None
         waits = me in _WAITS  # already, if this interrupted a wait
@@ -1514,10 +1487,7 @@ def _dispatchers() -> list[Dispatcher]:
 
 
 def _after_fork(keep: bool = False) -> None:
-    """In a forked child: give every dispatcher fresh primitives and an empty buffer; what was accepted is the parent's.
-
-    keep: no hook ran at the fork; what this process has appended since is kept.
-    """
+    """In a forked child: make every dispatcher empty, but keep what the child appended if no hook ran at the fork."""
     global _pid  # noqa: PLW0603
     _WAITS.clear()
     for mutex in list(_MUTEXES.values()):

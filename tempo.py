@@ -186,8 +186,8 @@ class DrainTimeout(Error, TimeoutError):
         self.in_flight = in_flight
 
     def __str__(self) -> str:
-        payloads = sum(map(len, self.undelivered))
-        text = f"not drained in time: {len(self.undelivered)} batches ({payloads} payloads) undelivered"
+        n, nbytes = sum(map(len, self.undelivered)), sum(batch.nbytes for batch in self.undelivered)
+        text = f"not drained in time: {len(self.undelivered)} batches ({n} payloads, {nbytes} bytes) undelivered"
         return f"{text}, {self.in_flight} payloads still with the handler" if self.in_flight else text
 
 
@@ -777,12 +777,8 @@ class Dispatcher:
             if len(run) <= run.places:  # read after the append (see Theory)
                 return
             self._enqueue(payload, deadline, run)
-        elif (
-            not deadline
-            and type(payload) is bytes
-            and (spare := self._buffer.spare) < (charge := len(payload) or 1) <= self._max_buffered
-        ):
-            raise self._refusal(charge, self._max_buffered - spare)
+        elif not deadline and type(payload) is bytes and self._buffer.spare < (charge := len(payload) or 1):
+            raise self._refusal(charge)
         else:
             self._enqueue(self._own(payload), deadline)
 
@@ -1170,8 +1166,8 @@ class Dispatcher:
                 return view.tobytes()
         raise TypeError(f"payload must be {needed}, not {type(payload).__name__}")
 
-    def _refusal(self, charge: int, held: int = -1) -> Error:
-        """Note a refused payload, for a section to count, and return why. held: the bytes that are buffered."""
+    def _refusal(self, charge: int) -> Error:
+        """Note a refused payload, for a section to count, and return why."""
         self._refused.append(charge)
         if len(self._refused) >= _REFUSALS and not self._nested():
             self._stats()
@@ -1179,7 +1175,7 @@ class Dispatcher:
             return (Stopped if phase is _STOPPED else ShuttingDown)(f"the dispatcher is {phase.replace('_', ' ')}")
         if charge > self._max_buffered:
             return PayloadTooLarge(f"payload of {charge} bytes exceeds max_buffered_bytes={self._max_buffered}")
-        return QueueFull(charge, self._buffer.held() if held < 0 else held, self._max_buffered)
+        return QueueFull(charge, self._buffer.held(), self._max_buffered)
 
     def _take(self, waiter: _Waiter, over: bool, fate: str, failed: list[bool | None] | None = None) -> Batch | None:
         """Lock held. Take a batch that is due, or stand in line (None). failed[0]: the handler raised, or had none."""
@@ -1299,10 +1295,8 @@ class Dispatcher:
             *t.discarded[:2],
             *(self._rejected[0] + len(refused), self._rejected[1] + sum(refused)),
             *t.failed,
-            t.batches - t.discarded[2],
-            max(buffer.peak, charge - t.charge),
-            len(self._line),
-            len(self._consumers),
+            *(t.batches - t.discarded[2], max(buffer.peak, charge - t.charge)),
+            *(len(self._line), len(self._consumers)),
             self._phase,
         )
 
@@ -1406,15 +1400,12 @@ class Dispatcher:
         try:
             yield exit_timeout if quiet else None
         except DrainTimeout as exc:
-            lost = exc.undelivered
             if self._push is not None and self._push.on_error is not None:
-                for batch in lost:
+                for batch in exc.undelivered:
                     self._report(exc, batch)
             elif sys.stderr is not None:
-                n, nbytes = sum(map(len, lost)), sum(batch.nbytes for batch in lost)
-                text = f"tempo: {n} payloads ({nbytes} bytes) were not delivered"
                 with contextlib.suppress(OSError, ValueError):
-                    print(f"{text}, {exc.in_flight} payloads are with the handler", file=sys.stderr)
+                    print(f"tempo: {exc}", file=sys.stderr)
         except Stopped:
             if not quiet:
                 raise

@@ -1333,7 +1333,7 @@ def test_errors_and_names_of_the_module_are_the_contracts() -> None:
         "DrainTimeout": (tempo.Error, TimeoutError),
     }  # fmt: skip
     assert {name: getattr(tempo, name).__bases__ for name in errors} == errors
-    assert str(tempo.DrainTimeout([])) == "not drained in time: 0 batches (0 payloads) undelivered"
+    assert str(tempo.DrainTimeout([])) == "not drained in time: 0 batches (0 payloads, 0 bytes) undelivered"
     assert inspect.signature(tempo.Dispatcher.start).parameters["exit_timeout"].default == 5.0
     assert sorted(tempo.__all__) == sorted([*errors, "Batch", "Dispatcher", "Stats", "GiB", "KiB", "MiB"])
     assert (tempo.KiB, tempo.MiB, tempo.GiB) == (1 << 10, 1 << 20, 1 << 30)

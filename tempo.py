@@ -801,7 +801,7 @@ class Dispatcher:
         self._ensure_thread()
 
     def batches(self) -> Iterator[Batch]:
-        """Return a blocking iterator, as `iter(d)`: each batch goes to one consumer. Ends once drained or stopped."""
+        """Return a blocking iterator, as `iter(d)`: each batch to one consumer. Ends after the drain or at `stop`."""
         return _Batches(self)
 
     __iter__ = batches
@@ -858,9 +858,9 @@ class Dispatcher:
         """Refuse new work, release blocked producers, and wait until everything accepted is delivered.
 
         Waits at most `timeout`; all callers wait for the same drain. In the handler, or inside `for batch in d` (in
-        this thread, and the iterator is alive), it returns at once: the drain goes on when these do. Raises
-        DrainTimeout: out of time, the dispatcher is stopped; Stopped: `stop` was called meanwhile, or another
-        `shutdown` ran out of time; RuntimeError: as for `flush`, see `ashutdown`.
+        this thread, and the iterator is alive), it returns at once; the drain goes on when the handler returns or the
+        loop comes back. Raises DrainTimeout: out of time, the dispatcher is stopped; Stopped: `stop` was called
+        meanwhile, or another `shutdown` ran out of time; RuntimeError: as for `flush`, see `ashutdown`.
         """
         deadline, done = self._finish("shutdown", timeout, "await ashutdown(), async with")
         if not done and deadline >= 0:

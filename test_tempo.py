@@ -170,9 +170,10 @@ class Worker(threading.Thread):
 class Clock:
     """A clock that moves when it is told to."""
 
-    now = 1000.0
+    now, looks = 1000.0, 0
 
     def __call__(self) -> float:
+        self.looks += 1
         return self.now
 
 
@@ -1447,6 +1448,32 @@ def test_waiting_threads_look_up_once_a_second(monkeypatch: pytest.MonkeyPatch) 
     assert [refusal(worker.result) for worker in waiting] == [tempo.Stopped] * 5
     looks = [timeout for timeout in times if timeout is not None]  # the start of a thread waits without one
     assert set(looks) == {1.0} and len(looks) <= 8 * len(waiting)
+
+
+@each(
+    ("kwargs", "sizes", "pace", "every", "most"),
+    [
+        ({}, [100], 0.0, 3000, 8),
+        ({"max_buffered_bytes": 300_000}, [100], 0.0, 3000, 38),
+        ({"max_buffered_bytes": LARGE}, [5000], 0.0, 12, 261),
+        ({"max_batch_bytes": 1000, "interval": 0.5}, [100], 0.00025, 3000, 62),
+        ({"max_batch_items": 20, "interval": 8.0}, [100], 0.001, 3000, 16),
+        ({"max_batch_items": 600}, [100], 0.1, 3000, 8),
+        ({"max_buffered_bytes": 16 * tempo.MiB}, [2000], 0.0, 3000, 3),
+        ({}, [10], 0.0, 1000, 5),
+        ({}, [65536], 0.0, 15, 800),
+        ({}, [100] * 9 + [700], 0.0, 50, 61),
+    ],
+)
+def test_enqueue_locks_seldom(kwargs: Any, sizes: Any, pace: float, every: int, most: int, clock: Clock) -> None:
+    d, looks = make(**kwargs), 0
+    for i in range(3000):
+        looks -= clock.looks
+        d.enqueue(bytes(sizes[i % len(sizes)]))
+        looks += clock.looks  # a section looks once
+        clock.now += pace
+        drained(d) if i % every == every - 1 else None
+    assert looks <= most
 
 
 # Behaviour: memory is truly bounded

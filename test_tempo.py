@@ -1164,14 +1164,14 @@ def test_shutdown_that_would_block_its_own_event_loop_for_ever_is_refused(how: s
 # stop()
 
 
-@LIMITS
-def test_stop_hands_back_once_what_was_not_delivered(limit: int) -> None:
-    d = holding(b"aa", b"bb", b"cc", b"", b"e", b"", max_buffered_bytes=limit, max_batch_bytes=4)
-    d.get(timeout=0)
-    assert lists(d.stop()) == [[b"cc", b"", b"e"], [b""]]
-    assert d.stop() == []
-    s = balanced(d)
-    assert (s.accepted, s.delivered, s.discarded, s.discarded_bytes, s.state) == (6, 2, 4, 5, "stopped")
+def test_stop_by_two_threads_at_once_hands_back_to_one_of_them() -> None:
+    for steps in each_step():
+        d, gate = holding(b"a", b"b", max_batch_bytes=1), Gate()
+        worker = Worker(steps.run, gate, d.stop)
+        wait_until(lambda: gate.entered.is_set() or not worker.is_alive())
+        mine = [] if inside.locked(d) else d.stop()
+        gate.go_on.set()
+        assert sorted([payloads(mine), payloads(worker.result())]) == [[], [b"a", b"b"]]
 
 
 # stats()
@@ -1452,19 +1452,12 @@ def test_waiting_threads_look_up_once_a_second(monkeypatch: pytest.MonkeyPatch) 
 
 @each(
     ("kwargs", "sizes", "pace", "every", "most"),
-    [
-        ({}, [100], 0.0, 3000, 8),
-        ({"max_buffered_bytes": 300_000}, [100], 0.0, 3000, 38),
-        ({"max_buffered_bytes": LARGE}, [5000], 0.0, 12, 261),
-        ({"max_batch_bytes": 1000, "interval": 0.5}, [100], 0.00025, 3000, 62),
-        ({"max_batch_items": 20, "interval": 8.0}, [100], 0.001, 3000, 16),
-        ({"max_batch_items": 600}, [100], 0.1, 3000, 8),
-        ({"max_buffered_bytes": 16 * tempo.MiB}, [2000], 0.0, 3000, 3),
-        ({}, [10], 0.0, 1000, 5),
-        ({}, [65536], 0.0, 15, 800),
-        ({}, [100] * 9 + [700], 0.0, 50, 61),
-    ],
-)
+    [({}, [100], 0.0, 3000, 8), ({"max_buffered_bytes": 300_000}, [100], 0.0, 3000, 38),
+     ({"max_batch_bytes": 1000, "interval": 0.5}, [100], 0.00025, 3000, 62), ({}, [65536], 0.0, 15, 800),
+     ({"max_batch_items": 20, "interval": 8.0}, [100], 0.001, 3000, 16), ({}, [10], 0.0, 1000, 5),
+     ({"max_buffered_bytes": LARGE}, [5000], 0.0, 12, 261), ({}, [100] * 9 + [700], 0.0, 50, 61),
+     ({"max_buffered_bytes": 16 * tempo.MiB}, [2000], 0.0, 3000, 3), ({"max_batch_items": 600}, [100], 0.1, 3000, 8)],
+)  # fmt: skip
 def test_enqueue_locks_seldom(kwargs: Any, sizes: Any, pace: float, every: int, most: int, clock: Clock) -> None:
     d, looks = make(**kwargs), 0
     for i in range(3000):
@@ -1767,17 +1760,6 @@ class Model(Lists):
             assert self.state == "stopped"
         else:
             self.take(batch)
-
-    @precondition(lambda self: self.state == "running" and not (self.line or self.closed or self.open))
-    @rule(size=SIZES, way=WAYS)
-    def wait_for_a_batch(self, size: int, way: str) -> None:
-        item = self.payload(min(size, self.limit))
-        waiting = taker(self.d, way)
-        self.accept(item)
-        self.d.enqueue(item)
-        self.d.flush(0)
-        self.cut()
-        self.take(waiting.result())
 
     @rule(how=st.sampled_from(["flush", "aflush"]))
     def flush(self, how: str) -> None:
@@ -2102,24 +2084,16 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
-WAITS: dict[str, tuple[list[bytes], Callable[[tempo.Dispatcher], object]]] = {
-    "enqueue": ([bytes(100)], lambda d: d.enqueue(b"interrupted", timeout=None)),
-    "enqueue_many": ([bytes(100)], lambda d: d.enqueue_many([b"interrupted"], timeout=None)),
-    "get": ([], lambda d: d.get()),
-    "batches": ([], lambda d: next(d.batches())),
-    "get as the timer": ([b"open"], lambda d: d.get()),
-    "flush": ([b"flushed"], lambda d: d.flush()),
-    "shutdown": ([b"drained"], lambda d: d.shutdown()),
-}
-
-
-@each("wait", WAITS)
-def test_interrupt_of_a_wait_leaves_nothing_behind(wait: str) -> None:
-    content, work = WAITS[wait]
+@each(
+    ("content", "how", "args"),
+    [([bytes(100)], "enqueue", (b"interrupted", None)), ([bytes(100)], "enqueue_many", ([b"interrupted"], None)),
+     ([], "get", ()), ([b"open"], "get", ()), ([b"flushed"], "flush", ()), ([b"drained"], "shutdown", ())],
+)  # fmt: skip
+def test_interrupt_of_a_wait_leaves_nothing_behind(content: list[bytes], how: str, args: Any) -> None:
     d = holding(*content, max_buffered_bytes=100)
     with pytest.raises(KeyboardInterrupt), signal_in_a_wait(d, interrupt):
-        work(d)
-    if wait == "shutdown":
+        getattr(d, how)(*args)
+    if how == "shutdown":
         assert (d.stats().state, payloads(d), d.stats().state) == ("shutting_down", content, "stopped")
     else:
         assert works(d) == content
@@ -2217,16 +2191,6 @@ def test_shutdown_by_a_signal_at_any_step_of_a_loop_over_batches_does_not_wait_f
         batches = d.batches()
         worker = Worker(lambda: [next(batches), steps.run(d.shutdown, next, batches)])
         assert payloads(worker.result()) == [b"a", b"b"]
-
-
-def test_stop_by_two_threads_at_once_hands_back_to_one_of_them() -> None:
-    for steps in each_step():
-        d, gate = holding(b"a", b"b", max_batch_bytes=1), Gate()
-        worker = Worker(steps.run, gate, d.stop)
-        wait_until(lambda: gate.entered.is_set() or not worker.is_alive())
-        mine = [] if inside.locked(d) else d.stop()
-        gate.go_on.set()
-        assert sorted([payloads(mine), payloads(worker.result())]) == [[], [b"a", b"b"]]
 
 
 def test_aenqueue_out_of_time_is_refused_for_good_wherever_its_thread_stands() -> None:

@@ -1784,22 +1784,6 @@ class Model(Lists):
         while self.closed:
             self.count("discarded", self.pop())
 
-    @precondition(lambda self: self.number > 20 and self.state == "running")
-    @rule()
-    def start_and_drain(self) -> None:
-        came = started(self.d)
-        wait_until(lambda: not self.d.stats().waiting_producers)
-        self.d.shutdown(LIMIT)
-        for item, waiting in self.line:
-            assert waiting.result() in (None, 1)
-            self.accept(item)
-        self.cut()
-        assert came == list(itertools.chain(*self.closed))
-        self.count("delivered", came)
-        self.closed, self.line, self.used = [], [], 0
-        self.batches, self.peak = self.d.stats().batches, self.d.stats().peak_buffered_bytes
-        self.state = "stopped"
-
     @invariant()
     def stats_are_the_models(self) -> None:
         inside.check(self.d)

@@ -750,8 +750,8 @@ class Dispatcher:
             if len(run) <= run.places:  # read after the append (see Theory)
                 return
             self._enqueue(payload, deadline, run)
-        elif not deadline and type(payload) is bytes and self._buffer.spare < (charge := len(payload) or 1):
-            raise self._refusal(charge)
+        elif not deadline and type(payload) is bytes and (spare := self._buffer.spare) < (charge := len(payload) or 1):
+            raise self._refusal(charge, self._max_buffered - spare)
         else:
             self._enqueue(self._own(payload), deadline)
 
@@ -1131,7 +1131,7 @@ class Dispatcher:
                 return view.tobytes()
         raise TypeError(f"payload must be {needed}, not {type(payload).__name__}")
 
-    def _refusal(self, charge: int) -> Error:
+    def _refusal(self, charge: int, held: int = -1) -> Error:
         """Note a refused payload, for a section to count, and return why."""
         self._refused.append(charge)
         if len(self._refused) >= _REFUSALS and not self._nested():
@@ -1140,7 +1140,7 @@ class Dispatcher:
             return (Stopped if phase is _STOPPED else ShuttingDown)(f"the dispatcher is {phase.replace('_', ' ')}")
         if charge > self._max_buffered:
             return PayloadTooLarge(f"payload of {charge} bytes exceeds max_buffered_bytes={self._max_buffered}")
-        return QueueFull(charge, self._buffer.held(), self._max_buffered)
+        return QueueFull(charge, self._buffer.held() if held < 0 else held, self._max_buffered)
 
     def _take(self, waiter: _Waiter, over: bool, fate: str, failed: list[bool | None] | None = None) -> Batch | None:
         """Lock held. Take a batch that is due, or stand in line (None). failed[0]: the handler raised, or had none."""

@@ -1756,6 +1756,17 @@ class Model(Lists):
         else:
             self.take(batch)
 
+    @precondition(lambda self: self.state == "running" and not (self.line or self.closed or self.open))
+    @rule(size=SIZES, way=WAYS)
+    def wait_for_a_batch(self, size: int, way: str) -> None:
+        item = self.payload(min(size, self.limit))
+        waiting = taker(self.d, way)
+        self.accept(item)
+        self.d.enqueue(item)
+        self.d.flush(0)
+        self.cut()
+        self.take(waiting.result())
+
     @rule(how=st.sampled_from(["flush", "aflush"]))
     def flush(self, how: str) -> None:
         self.cut()
@@ -1782,6 +1793,22 @@ class Model(Lists):
         assert lists(left or []) == self.closed
         while self.closed:
             self.count("discarded", self.pop())
+
+    @precondition(lambda self: self.number > 20 and self.state == "running")
+    @rule()
+    def start_and_drain(self) -> None:
+        came = started(self.d)
+        wait_until(lambda: not self.d.stats().waiting_producers)
+        self.d.shutdown(LIMIT)
+        for item, waiting in self.line:
+            assert waiting.result() in (None, 1)
+            self.accept(item)
+        self.cut()
+        assert came == list(itertools.chain(*self.closed))
+        self.count("delivered", came)
+        self.closed, self.line, self.used = [], [], 0
+        self.batches, self.peak = self.d.stats().batches, self.d.stats().peak_buffered_bytes
+        self.state = "stopped"
 
     @invariant()
     def stats_are_the_models(self) -> None:

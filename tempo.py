@@ -1002,9 +1002,7 @@ class Dispatcher:
             leaves = result is not None
             return result  # type: ignore[return-value]
         finally:
-            if (
-                leaves and waiter.line is not None
-            ):  # in this section: by the next one its payload may be accepted for it
+            if leaves and waiter.line is not None:  # at once, or its payload may still be accepted for it
                 self._gone.append(waiter)
 
     async def _await(self, deadline: float, step: Callable[..., _T | None], *args: Any) -> _T:

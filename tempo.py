@@ -126,11 +126,11 @@ _monotonic: Callable[[], float] = functools.partial(time.monotonic)
 # order: by the GIL, or by the list's lock, for the run is the list (CPython 3.13: listobject.c, PyMember_SetOne).
 #
 # Nested calls. A finalizer or signal handler may call tempo in a section of its thread; `_busy` and the lock show it.
-# Such calls never wait and never touch what is half done. `enqueue` appends to the open run, or to `admitted` after
-# a check that counts all credit and what the section is about to use (run.claim), and closes the run, so that what
-# follows stays behind it. flush and shutdown are noted in `_asked`. The section settles until nothing is left. One lock
-# serves all dispatchers: a finalizer in a section of one may call another while a third thread does the reverse. It is
-# an RLock: a signal handler may come right after the acquire.
+# Such calls never wait and never touch what is half done. `enqueue` appends to the open run, or closes it, so that what
+# follows stays behind, and appends to `admitted` if there is room beyond all credit. flush and shutdown are noted in
+# `_asked`. The section settles until nothing is left. One lock serves all dispatchers: a finalizer in a section of one
+# may call another while a third thread does the reverse. It is an RLock: a signal handler may come right after the
+# acquire. Signals come after calls and backward jumps, never between stores.
 #
 # Waiting. A waiter has a Condition over the lock, or a future of an event loop. It stands in a line until it is woken,
 # or until the end of the section that ends its call. Whoever makes room accepts the payloads of producers in `_line`,
@@ -314,7 +314,7 @@ class _Taken(NamedTuple):
 class _Run(list[bytes]):
     """Payloads that producers append without the lock (I3), and totals of what was accepted before."""
 
-    __slots__ = ("base", "before", "charge", "claim", "covers", "due", "first", "granted", "items", "opened", "places")
+    __slots__ = ("base", "before", "charge", "covers", "due", "first", "granted", "items", "opened", "places")
 
     def __init__(self, items: int, charge: int, first: int, base: int, due: float, before: _Commit | None) -> None:
         self.items = items  # accepted before this run: payloads
@@ -325,7 +325,6 @@ class _Run(list[bytes]):
         # For `repair`, of the commit that created this run: the run before; how many entries were counted at the front
         # of that and of buffer.admitted; these payloads, their sizes, the lengths of closed batches; where to put them.
         self.before = before
-        self.claim = 0  # bytes that a section is about to use
         # Credit: the first `places` payloads, of at most `covers` bytes each, are accepted.
         self.places = 0  # 0: sealed
         self.granted = 0  # as places, and stays
@@ -355,7 +354,7 @@ class _Buffer:
         self.taken = _Taken()
         # I2: payloads back to back (pieces before `joined` stay as is), their sizes, the lengths of closed batches.
         self.pieces: list[bytes] = []
-        self.sizes = array("I")
+        self.sizes = array("H")
         self.batches = array("I")
         self.joined = self.origin = self.taken  # what was gone when the front was last removed
         self.covers = _SMALL  # bytes: of the next credit
@@ -365,7 +364,8 @@ class _Buffer:
         self.pace = (0, 0.0, 0.0)  # payloads and time where it began; the last pace
         # Touched without the lock (see Theory).
         self.run = _Run(0, 0, 0, 0, _FOREVER, None)
-        self.admitted: list[tuple[Sequence[bytes], list[int], int]] = []  # not counted; sizes, charge
+        self.admitted: deque[tuple[Sequence[bytes], list[int], int]] = deque()  # not counted; sizes, charge
+        self.pending = 0  # bytes of these
         self.spare = _NO_LIMIT  # room left, while a payload waits or was refused
 
     def held(self) -> int:
@@ -376,8 +376,8 @@ class _Buffer:
         """Payloads and bytes accepted so far, counted or not."""
         run = self.run
         counted = run.before[2] if run.before is not None else 0  # and not removed yet
-        new = list(chain(run[: run.granted], *[payloads for payloads, _, _ in self.admitted[counted:]]))
-        return run.items + len(new), run.charge + sum([len(payload) or 1 for payload in new])
+        new = list(chain(run[: run.granted], *[payloads for payloads, _, _ in [*self.admitted][counted:]]))
+        return run.items + len(new), run.charge + _charge(list(map(len, new)))
 
     def due(self) -> float:
         """When the front batch may be taken: -inf when it is closed, inf when there is none."""
@@ -397,31 +397,23 @@ class _Buffer:
             self._commit(*self.admitted[0], now, 0, 1)
 
     def accept(self, new: Sequence[bytes], by: _Waiter) -> bool:
-        """Accept payloads if all of them fit (I1), for the next seal to count; exact after a seal.
-
-        In a nested call too: all credit and claims count as buffered.
-        """
+        """Accept payloads if all fit (I1), for the next seal to count; in a nested call credit counts in full."""
         run, sizes = self.run, list(map(len, new))
-        charge = _charge(sizes)
-        run.claim += charge  # first: a nested call must see it; it leaves the claim as it was
-        try:
-            fits = self._ceiling(run) <= self.max_buffered
-            if fits:
-                run.places = 0  # what follows stays behind these payloads
-                run.granted = min(run.granted, len(run))
-                total = by.accepted + len(new)
-                self.admitted += [(new, sizes, charge)]
-                by.accepted = total  # no signal comes between these
-                if len(sizes) == 1 and self.covers < charge <= self.most:
-                    self.covers = charge  # so that large ones of a first batch come without the lock
-        finally:
-            run.claim -= charge
-        return fits
-
-    def _ceiling(self, run: _Run) -> int:
-        """Bytes buffered, or to come by credit, claims and nested calls."""
-        pending = sum([charge for _, _, charge in self.admitted]) if self.admitted else 0
-        return run.charge - self.taken.charge + run.granted * run.covers + run.claim + pending
+        charge, total = _charge(sizes), by.accepted + len(new)
+        entry = [(new, sizes, charge)]
+        run.places = 0  # what follows stays behind these payloads
+        run.granted = granted = min(run.granted, len(run))
+        # From here on no signal comes: a nested call accepts before or after.
+        held = run.charge - self.taken.charge + granted * run.covers + self.pending
+        if held + charge > self.max_buffered:
+            return False
+        self.admitted += entry
+        self.pending += charge
+        by.accepted = total
+        # To here.
+        if len(sizes) == 1 and self.covers < charge <= self.most:
+            self.covers = charge  # so that large ones of a first batch come without the lock
+        return True
 
     def grant(self, now: float, told: bool) -> None:
         """Open a new run, if the open batch has a payload (I3, I4). told: no consumer waits."""
@@ -469,38 +461,45 @@ class _Buffer:
                 batches.append(end - first)
                 first, base, due = end, totals[end - run.items], now + self.interval
         before = (run, counted, admitted, new, sizes, batches, len(self.pieces), len(self.batches))
-        self.run = _Run(items, total, first, base, due if first < items else _FOREVER, before)
+        after = _Run(items, total, first, base, due if first < items else _FOREVER, before)
+        self.run = after  # no signal comes between these
+        self.pending -= charge if admitted else 0
         self.repair()
 
     def _join(self) -> None:
         """Join the last pieces if they are many and small: an object for each is too much."""
-        run, joined, pieces, first = self.run, self.joined, self.pieces, self.origin.pieces
-        n = run.items - joined.items
+        run, pieces, first = self.run, self.pieces, self.origin.pieces
+        n = run.items - self.joined.items
         if n > _LOOSE:
-            at = max(joined.pieces, self.taken.pieces) - first
-            parts = pieces[at:]
-            if run.charge - joined.charge < _SMALL * n:
-                parts = [b"".join(pieces[i : i + _LOOSE]) for i in range(at, len(pieces), _LOOSE)]
-            mark = _Taken(run.items, run.charge, pieces=first + at + len(parts))
-            pieces[at:], self.joined = parts, mark  # no signal comes between these
+            small = run.charge - self.joined.charge < _SMALL * n
+            at = max(self.joined.pieces, self.taken.pieces) - first
+            while at < len(pieces):
+                some = pieces[at : at + _LOOSE]
+                parts = [b"".join(some)] if small else some
+                end, to = at + len(some), at + len(parts)
+                mark = _Taken(run.items - len(pieces) + end, run.charge, pieces=first + to)
+                pieces[at:end], self.joined = parts, mark  # no signal comes between these
+                at = to
 
     def repair(self) -> None:
         """Finish the last commit and the last take; may be run again."""
         run, taken, origin = self.run, self.taken, self.origin
         if run.before is not None:
             before, counted, admitted, new, sizes, batches, at, n = run.before
-            if (run.charge - before.charge) >> 32:
-                self.sizes = array("Q", self.sizes)
+            added = run.charge - before.charge
+            if added >> 8 * self.sizes.itemsize:
+                self.sizes = array("Q" if added >> 32 else "I", self.sizes)
             self.pieces[at:] = new
             del self.sizes[before.items - origin.items :]
             self.sizes.fromlist(sizes)
             del self.batches[n:]
             self.batches.fromlist(batches)
-            del before[:counted], self.admitted[:admitted]  # once: no signal comes between this
+            self.peak = max(self.peak, self.held())
+            del before[:counted]  # once: no signal comes between this
+            if admitted:
+                del self.admitted[0]
             run.before = None  # and this
-        held = self.held()
-        self.peak = max(self.peak, held)
-        if taken.charge - origin.charge > held // _KEPT:  # not each time: what is behind moves
+        if taken.charge - origin.charge > (run.charge - taken.charge) // _KEPT:  # not each time: what is behind moves
             rest = _Taken(*taken[:5])
             del self.pieces[: taken.pieces - origin.pieces], self.sizes[: taken.items - origin.items]
             del self.batches[: taken.batches - origin.batches]
@@ -523,11 +522,12 @@ class _Buffer:
             self.cut()
         n = self.batches[taken.batches - self.origin.batches]
         end = taken.items + n
-        sizes = self.sizes[taken.items - self.origin.items : end - self.origin.items]
-        at, joined = taken.pieces - self.origin.pieces, self.joined
+        origin, joined = self.origin, self.joined
+        sizes = self.sizes[taken.items - origin.items : end - origin.items]
+        at = taken.pieces - origin.pieces
         whole, rest = joined.pieces + end - joined.items - taken.pieces, 0
         if end < joined.items:
-            some = self.pieces[at : min(at + n, joined.pieces - self.origin.pieces)]
+            some = self.pieces[at : min(at + n, joined.pieces - origin.pieces)]
             ends, stop = list(accumulate(map(len, some))), taken.offset + sum(sizes)
             whole = bisect_right(ends, stop)
             rest = stop - ends[whole - 1] if whole else stop
@@ -544,6 +544,10 @@ class _Buffer:
         if fate == "discarded":
             discarded = (discarded[0] + n, discarded[1] + charge, discarded[2] + 1)
             undelivered = (batch, undelivered)
+        run = self.run
+        if run.granted:  # and not sealed, for the batch was closed already
+            credit = _charge(list(map(len, run[: run.granted])))
+            self.peak = max(self.peak, run.charge - taken.charge + credit)
         gone = (end, taken.charge + charge, taken.batches + 1, taken.pieces + whole, rest)
         self.taken, self.undelivered = _Taken(*gone, discarded, taken.failed, flight, own), undelivered
         self.pressed = False
@@ -749,11 +753,11 @@ class Dispatcher:
             run.append(payload)
             if len(run) <= run.places:  # read after the append (see Theory)
                 return
-            self._enqueue(payload, deadline, run)
+            self._enqueue(payload, deadline, run, _Waiter())
         elif not deadline and type(payload) is bytes and (spare := self._buffer.spare) < (charge := len(payload) or 1):
             raise self._refusal(charge, self._max_buffered - spare)
         else:
-            self._enqueue(self._own(payload), deadline)
+            self._enqueue(self._own(payload), deadline, None, _Waiter())
 
     def enqueue_many(self, payloads: Iterable[Buffer], timeout: float | None = _NO_WAIT) -> int:
         """Accept payloads in order, as `enqueue`, at a fraction of the cost; return how many. One deadline for all.
@@ -762,7 +766,7 @@ class Dispatcher:
         lock: nothing is taken out of them that is not offered. What `enqueue` or the iterable raises has `.accepted`,
         the number of payloads accepted before.
         """
-        waiter = _Waiter()  # counts them, also in an interrupted section
+        many, one = _Waiter(), _Waiter()  # they count, also in an interrupted section
         try:
             deadline = _deadline(timeout)
             chunks: Iterable[Sequence[Any]] = ([payload] for payload in payloads)
@@ -772,17 +776,17 @@ class Dispatcher:
                 rest = chunk
                 ready = list(map(type, rest)).count(bytes) == len(rest) and not self._nested()
                 while rest:
-                    n = self._enqueue_chunk(rest, deadline > 0, waiter) if ready else 0
+                    n = self._enqueue_chunk(rest, deadline > 0, many) if ready else 0
                     self._ensure_thread()
                     if not n:  # it does not fit, or is to be copied
-                        self._enqueue(self._own(rest[0]), deadline)
-                        waiter.accepted += 1
+                        self._enqueue(self._own(rest[0]), deadline, None, one)
+                        many.accepted, one = many.accepted + 1, _Waiter()
                     rest = rest[n or 1 :]
         except BaseException as exc:
             with contextlib.suppress(Exception):  # foreign exceptions may have slots
-                exc.accepted = waiter.accepted  # type: ignore[attr-defined]
+                exc.accepted = many.accepted + one.accepted  # type: ignore[attr-defined]
             raise
-        return waiter.accepted
+        return many.accepted
 
     async def aenqueue(self, payload: Buffer, timeout: float | None = None) -> None:
         """As `enqueue`, and in the same line; waits by default, without blocking the event loop.
@@ -1053,17 +1057,17 @@ class Dispatcher:
 
     # -- Producers' half ---------------------------------------------------------------------------------------------
 
-    def _enqueue(self, data: bytes, deadline: float, run: _Run | None = None) -> None:
+    def _enqueue(self, data: bytes, deadline: float, run: _Run | None, waiter: _Waiter) -> None:
         """Enqueue the exact way. run: where the payload was appended to, perhaps too late."""
         if self._nested():
             buffer, charge = self._buffer, len(data) or 1
             self._left = True
             open_for_it = self._phase is _RUNNING and charge <= self._max_buffered
-            if (run is None or run.withdraw(data)) and not (open_for_it and buffer.accept((data,), _Waiter())):
+            if (run is None or run.withdraw(data)) and not (open_for_it and buffer.accept((data,), waiter)):
                 buffer.pressed |= open_for_it
                 raise self._refusal(charge)
             return
-        self._block(_Waiter(), deadline if deadline and self._patient() else 0.0, self._put, data, run)
+        self._block(waiter, deadline if deadline and self._patient() else 0.0, self._put, data, run)
         self._ensure_thread()
 
     def _put(self, waiter: _Waiter, over: bool, data: bytes, run: _Run | None) -> bool | None:

@@ -1364,6 +1364,12 @@ def test_batch_closes_at_its_limits(many: bool, kwargs: Any, sent: Any, closed: 
     assert ([len(batch) for batch in came], payloads(came)) == (closed + left, sent)
 
 
+def test_stats_peak_has_what_was_accepted_without_the_lock_before_a_batch_was_taken() -> None:
+    d = holding(*[bytes(100)] * 150, max_batch_bytes=1000)
+    d.get()
+    assert d.stats().peak_buffered_bytes == 15_000
+
+
 @LIMITS
 def test_interval_counts_from_a_batchs_first_payload_and_closes_it(limit: int, clock: Clock) -> None:
     d = holding(b"a", max_buffered_bytes=limit, interval=5.0, max_batch_bytes=4)
@@ -2059,6 +2065,17 @@ def signal_in_a_wait(d: tempo.Dispatcher, handler: Callable[[], object]) -> Iter
     finally:
         worker.result()
         signal.signal(signal.SIGINT, before)
+
+
+def test_enqueue_many_interrupted_behind_the_acceptance_of_the_one_that_waited_has_counted_it() -> None:
+    def handler() -> None:
+        d.get(timeout=0)  # makes room: what waits is accepted, and its thread rests
+        raise KeyboardInterrupt
+
+    d = holding(*[bytes(100)] * 16, max_buffered_bytes=1600, max_batch_bytes=100)
+    with pytest.raises(KeyboardInterrupt) as caught, signal_in_a_wait(d, handler):
+        d.enqueue_many([bytes(100)] * 3, timeout=None)
+    assert (caught.value.accepted, d.stats().accepted) == (1, 17)  # type: ignore[attr-defined]
 
 
 @each("nested", ["enqueue", "enqueue elsewhere", "shutdown", "flush", "stop"])

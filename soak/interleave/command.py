@@ -56,8 +56,8 @@ def play(schedule: Schedule, plan: Plan, stops: tuple[int, ...], order: int = 0)
     of two goes on first. Raises AssertionError, and what else came out of tempo.
     """
     schedule.by_line = len(stops) > 1
-    schedule.at_signals = plan.calls[-1] == "interrupt"
-    kind = "atake all" if plan.nested and not schedule.at_signals else "take all"  # the first one never looks up
+    schedule.nested = plan.calls[1] if plan.nested else ""
+    kind = "atake all" if plan.nested and plan.calls[-1] != "interrupt" else "take all"  # the first one never looks up
     scene = Scene(schedule, plan.state, kind if plan.consumer else "", plan.nested)
     try:
         actors = [scene.begin(call) for call in plan.calls[: len(stops)]]

@@ -69,7 +69,7 @@ class Schedule:
         self.turn.acquire()
         self.actors: list[Actor] = []
         self.by_line = False  # stops are counted in lines, not in bytecodes
-        self.at_signals = False  # or only in those before which the interpreter looks for signals
+        self.nested = ""  # what is called in a call: only where a signal handler or a finalizer may run
         self.returned = self.over = False
         __import__("tempo")  # so that what it imports is there, with the real threading
         threads, clock, self.module = ModuleType("threading"), ModuleType("time"), ModuleType("tempo_in_a_schedule")
@@ -121,8 +121,9 @@ class Schedule:
         return self._local
 
     def _local(self, frame: FrameType, event: str, arg: object) -> Any:
-        returned, self.returned = self.returned, event == "return"  # behind a call of Python code it does not look
-        passed = not self.at_signals or (not returned and frame.f_lasti in signal_points(frame.f_code))
+        # Behind a call of Python code 3.11 does not look for signals; an interrupt may not come there, other calls may.
+        behind, self.returned = self.returned and self.nested == "interrupt", event == "return"
+        passed = not self.nested or (not behind and frame.f_lasti in signal_points(frame.f_code))
         if event in ("opcode", "line") and passed:
             self.point()
         return self._local
@@ -192,8 +193,11 @@ class Loop(asyncio.BaseEventLoop):
         pass
 
 
+LOOKS = ("CALL", "RESUME", "JUMP_BACKWARD", "FOR_ITER", "BUILD", "LIST", "UNPACK")
+
+
 @cache
 def signal_points(code: CodeType) -> set[int]:
-    """Return the offsets of bytecodes before which CPython looks for signals: behind calls, and at the beginning."""
+    """Return the offsets of bytecodes before which CPython may look for signals or collect: never between stores."""
     pairs = pairwise(dis.get_instructions(code))
-    return {after.offset for one, after in pairs if one.opname.startswith(("CALL", "RESUME"))}
+    return {after.offset for one, after in pairs if one.opname.startswith(LOOKS)}

@@ -33,10 +33,8 @@ TWINS = [
          "run is not None and waiter.line is None and not run.withdraw(data)", "False"),
     Twin("commit finished twice", "interrupt inside enqueue in 'empty'", "self.pieces[at:] = new",
          "self.pieces += new"),
-    Twin("claim not published", "enqueue inside enqueue in 'one short of the buffer'",
-         "run.claim += charge  # first: a nested call must see it; it leaves the claim as it was\n        try:\n"
-         "            fits = self._ceiling(run) <= self.max_buffered",
-         "try:\n            fits = self._ceiling(run) + charge <= self.max_buffered\n            run.claim += charge"),
+    Twin("signal between the check and the store", "enqueue inside enqueue in 'one short of the buffer'",
+         "granted * run.covers + self.pending\n", "granted * run.covers + self.pending\n        held = int(held)\n"),
     Twin("wake-up of a consumer dropped", "enqueue / enqueue in 'one short of a batch' with",
          "_wake(self._consumers, idle)", "pass"),
     Twin("wake-up of a drain dropped", "flush / get in 'open",
@@ -51,5 +49,5 @@ TWINS = [
     Twin("what a nested call leaves is not looked for again", "enqueue inside stats in 'empty' with",
          "if not self._left:\n                return", "if True:\n                return"),
     Twin("nested call does not close the run", "enqueue two inside flush in 'closed",
-         "run.places = 0  # what follows stays behind these payloads\n                run.granted =", "_ ="),
+         "run.places = 0  # what follows stays behind these payloads\n        run.granted = granted =", "granted ="),
 ]  # fmt: skip

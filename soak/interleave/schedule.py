@@ -121,9 +121,11 @@ class Schedule:
         return self._local
 
     def _local(self, frame: FrameType, event: str, arg: object) -> Any:
-        # Behind a call of Python code 3.11 does not look for signals; an interrupt may not come there, other calls may.
-        behind, self.returned = self.returned and self.nested == "interrupt", event == "return"
-        passed = not self.nested or (not behind and frame.f_lasti in signal_points(frame.f_code))
+        behind, self.returned = self.returned, event == "return"
+        if self.nested == "interrupt":  # behind a call of Python code CPython 3.11 does not look for signals
+            passed = not behind and frame.f_lasti in points(frame.f_code, ("CALL", "RESUME"))
+        else:
+            passed = not self.nested or frame.f_lasti in points(frame.f_code, LOOKS)
         if event in ("opcode", "line") and passed:
             self.point()
         return self._local
@@ -197,7 +199,7 @@ LOOKS = ("CALL", "RESUME", "JUMP_BACKWARD", "FOR_ITER", "BUILD", "LIST", "UNPACK
 
 
 @cache
-def signal_points(code: CodeType) -> set[int]:
-    """Return the offsets of bytecodes before which CPython may look for signals or collect: never between stores."""
+def points(code: CodeType, looks: tuple[str, ...]) -> set[int]:
+    """Return the offsets behind bytecodes where CPython may look for signals or collect: never between stores."""
     pairs = pairwise(dis.get_instructions(code))
-    return {after.offset for one, after in pairs if one.opname.startswith(LOOKS)}
+    return {after.offset for one, after in pairs if one.opname.startswith(looks)}

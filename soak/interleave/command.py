@@ -38,7 +38,7 @@ class Plan(NamedTuple):
 
 CALLS = ("enqueue", "enqueue waiting", "aenqueue", "enqueue_many", "get", "wait", "flush", "shutdown", "stop", "stats")
 INSIDE = ("enqueue", "enqueue waiting", "enqueue two", "enqueue_many", "stats", "interrupt")
-# Left out: asyncio loses a callback; and who waits for room within a call that has taken a batch lets others overtake it.
+# Left out: asyncio loses a callback; a batch that its taker still has while it waits for room is overtaken by others.
 ODD = {("aenqueue", "interrupt"), ("get", "enqueue waiting"), ("wait", "enqueue waiting")}
 NESTED = [pair for pair in product(CALLS, INSIDE) if pair not in ODD]
 TRIPLES = (("enqueue", "enqueue", "get"), ("enqueue", "enqueue", "wait"),

@@ -747,17 +747,18 @@ class Dispatcher:
         may be refused early, by an eighth of the buffer and 64 KiB at most. Raises, with nothing accepted, QueueFull:
         no room in time; PayloadTooLarge: it never fits; ShuttingDown, Stopped: no more work is taken.
         """
-        deadline = 0.0 if timeout is _NO_WAIT else _deadline(timeout)
+        if timeout is not _NO_WAIT and timeout is not None:
+            timeout = _seconds("timeout", timeout)
         run = self._buffer.run
         if type(payload) is bytes and len(payload) <= run.covers:
             run.append(payload)
             if len(run) <= run.places:  # read after the append (see Theory)
                 return
-            self._enqueue(payload, deadline, run, _Waiter())
-        elif not deadline and type(payload) is bytes and (spare := self._buffer.spare) < (charge := len(payload) or 1):
+            self._enqueue(payload, _deadline(timeout), run, _Waiter())
+        elif timeout == 0 and type(payload) is bytes and (spare := self._buffer.spare) < (charge := len(payload) or 1):
             raise self._refusal(charge, self._max_buffered - spare)
         else:
-            self._enqueue(self._own(payload), deadline, None, _Waiter())
+            self._enqueue(self._own(payload), _deadline(timeout), None, _Waiter())
 
     def enqueue_many(self, payloads: Iterable[Buffer], timeout: float | None = _NO_WAIT) -> int:
         """Accept payloads in order, as `enqueue`, at a fraction of the cost; return how many. One deadline for all.
@@ -793,7 +794,8 @@ class Dispatcher:
 
         Cancelled before its payload was accepted, it leaves nothing behind.
         """
-        deadline = _deadline(timeout)
+        if timeout is not None:
+            timeout = _seconds("timeout", timeout)
         run: _Run | None = self._buffer.run
         if run is not None and type(payload) is bytes and len(payload) <= run.covers:
             run.append(payload)
@@ -801,7 +803,7 @@ class Dispatcher:
                 return
         else:
             run = None
-        await self._await(deadline if self._patient() else 0.0, self._put, self._own(payload), run)
+        await self._await(_deadline(timeout) if self._patient() else 0.0, self._put, self._own(payload), run)
         self._ensure_thread()
 
     def batches(self) -> Iterator[Batch]:

@@ -608,6 +608,7 @@ class _Mutex:
     def __init__(self, lock: Any) -> None:
         self.lock = lock
         self._condition = threading.Condition(lock)
+        self.owner = 0  # identity of the thread that had it last; asked first, since held() is slow
 
     def held(self) -> bool:
         try:
@@ -630,7 +631,7 @@ def _section(work: _Method) -> _Method:
         before = _WITH_LEAKS and mutex.held()
         try:
             with mutex.lock:
-                self._busy = threading.get_ident()
+                mutex.owner = self._busy = threading.get_ident()
                 try:
                     self._now = _monotonic()
                     return work(self, *args)
@@ -942,7 +943,7 @@ class Dispatcher:
     def _patient(self) -> bool:
         """Whether the caller may wait: it is not the handler, nor called from a section or a wait, and others run."""
         me, thread, mutex = threading.get_ident(), self._thread, self._mutex or self._find_mutex()
-        inside = me in _WAITS or (thread and thread.ident == me) or mutex.held()
+        inside = me in _WAITS or (thread and thread.ident == me) or (mutex.owner == me and mutex.held())
         return not (inside or (_exiting and sys.is_finalizing()))
 
     def _plan(self, timeout: float | None) -> float:
@@ -1002,7 +1003,7 @@ class Dispatcher:
                     # Never for long: a wake-up that this thread's own signal handler sends may be lost.
                     waiter.wait(mutex, min(deadline - self._now, waiter.until - self._now, _LOOK_UP))
                 finally:
-                    self._busy = me
+                    mutex.owner = self._busy = me
                     _WAITS.pop(me, None)
                 self._now = _monotonic()
             leaves = result is not None

@@ -104,7 +104,8 @@ _monotonic: Callable[[], float] = functools.partial(time.monotonic)
 # takes the front as a Batch. _Buffer knows neither threads nor clocks; the Dispatcher has lock, waiters and life cycle.
 #
 # Truth. Accepted: the totals in buffer.run, its accepted part, and buffer.admitted. Gone: buffer.taken. Each changes by
-# one store; all else is derived after it, and may be derived again: what an exception cuts short, `_Buffer.repair` and
+# one store, or by stores between which no signal comes (CPython looks for signals after calls and backward jumps). All
+# else is derived after it, and may be derived again: what an exception cuts short, `_Buffer.repair` and
 # `Dispatcher._settle` make good, in the same section or in the next one.
 #   I1  0 <= buffered <= max_buffered_bytes, where buffered = accepted - gone, in bytes as charged.
 #   I2  buffer.pieces, sizes and batches hold payloads [origin.items, run.items) in order, once `repair` has moved there
@@ -127,10 +128,10 @@ _monotonic: Callable[[], float] = functools.partial(time.monotonic)
 #
 # Nested calls. A finalizer or signal handler may call tempo in a section of its thread; `_busy` and the lock show it.
 # Such calls never wait and never touch what is half done. `enqueue` appends to the open run, or closes it, so that what
-# follows stays behind, and appends to `admitted` if there is room beyond all credit. flush and shutdown are noted in
-# `_asked`. The section settles until nothing is left. One lock serves all dispatchers: a finalizer in a section of one
-# may call another while a third thread does the reverse. It is an RLock: a signal handler may come right after the
-# acquire. Signals come after calls and backward jumps, never between stores.
+# follows stays behind, and appends to `admitted` if there is room; each payload of the run then counts `covers` bytes.
+# flush and shutdown are noted in `_asked`. The section settles until nothing is left. One lock serves all dispatchers:
+# a finalizer in a section of one may call another while a third thread does the reverse. It is an RLock: a signal
+# handler may come right after the acquire.
 #
 # Waiting. A waiter has a Condition over the lock, or a future of an event loop. It stands in a line until it is woken,
 # or until the end of the section that ends its call. Whoever makes room accepts the payloads of producers in `_line`,
@@ -356,7 +357,7 @@ class _Buffer:
         self.pieces: list[bytes] = []
         self.sizes = array("H")
         self.batches = array("I")
-        self.joined = self.origin = self.taken  # what was gone when the front was last removed
+        self.joined = self.origin = self.taken  # the end of joined pieces; what was removed at the front
         self.covers = _SMALL  # bytes: of the next credit
         self.pressed = False  # a payload was refused room since a batch was taken
         self.undelivered: tuple[Any, ...] = ()  # discarded, not returned: last batch, tuple before
@@ -397,13 +398,13 @@ class _Buffer:
             self._commit(*self.admitted[0], now, 0, 1)
 
     def accept(self, new: Sequence[bytes], by: _Waiter) -> bool:
-        """Accept payloads if all fit (I1), for the next seal to count; in a nested call credit counts in full."""
+        """Accept payloads if all fit (I1), for the next seal to count. Exact after a seal; see Nested calls."""
         run, sizes = self.run, list(map(len, new))
         charge, total = _charge(sizes), by.accepted + len(new)
         entry = [(new, sizes, charge)]
         run.places = 0  # what follows stays behind these payloads
         run.granted = granted = min(run.granted, len(run))
-        # From here on no signal comes: a nested call accepts before or after.
+        # From here no signal comes (see Truth): a nested call accepts before this, or after.
         held = run.charge - self.taken.charge + granted * run.covers + self.pending
         if held + charge > self.max_buffered:
             return False
@@ -515,7 +516,7 @@ class _Buffer:
 
     def take(self, fate: str = "delivered") -> Batch:
         """Take the front batch (I5); if it is open, after a seal. fate: "delivered", "in_flight" or "discarded"."""
-        if self.run.before is not None:
+        if self.run.before is not None:  # two interrupts in a row
             self.repair()
         taken = self.taken
         if taken.items == self.run.first:
@@ -947,7 +948,7 @@ class Dispatcher:
         return not (inside or (_exiting and sys.is_finalizing()))
 
     def _plan(self, timeout: float | None) -> float:
-        """The deadline of flush or shutdown; -1.0 where it may not wait: not inside `for batch in d`, either."""
+        """Return the deadline of flush or shutdown; -1.0: it may not wait, also if inside `for batch in d`."""
         deadline = _deadline(timeout)
         if not self._patient() or any(loop.inside() for loop in _alive(self._loops)):
             return -1.0
@@ -1058,8 +1059,6 @@ class Dispatcher:
         hurried = self._phase is not _RUNNING or self._line or self._buffer.pressed
         return -_FOREVER if due < _FOREVER and hurried else due
 
-    # -- Producers' half ---------------------------------------------------------------------------------------------
-
     def _enqueue(self, data: bytes, deadline: float, run: _Run | None, waiter: _Waiter) -> None:
         """Enqueue the exact way. run: where the payload was appended to, perhaps too late."""
         if self._nested():
@@ -1137,7 +1136,7 @@ class Dispatcher:
         raise TypeError(f"payload must be {needed}, not {type(payload).__name__}")
 
     def _refusal(self, charge: int, held: int = -1) -> Error:
-        """Note a refused payload, for a section to count, and return why."""
+        """Note a refused payload, for a section to count, and return why. held: buffered bytes, if the caller knows."""
         self._refused.append(charge)
         if len(self._refused) >= _REFUSALS and not self._nested():
             self._stats()
@@ -1148,7 +1147,7 @@ class Dispatcher:
         return QueueFull(charge, self._buffer.held() if held < 0 else held, self._max_buffered)
 
     def _take(self, waiter: _Waiter, over: bool, fate: str, failed: list[bool | None] | None = None) -> Batch | None:
-        """Lock held. Take a batch that is due, or stand in line (None). failed[0]: the handler raised, or had none."""
+        """Lock held. Take a due batch, or stand in line (None). failed[0]: whether the handler raised."""
         buffer = self._buffer
         if failed is not None:
             if self._thread is not threading.current_thread():

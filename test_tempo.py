@@ -2110,13 +2110,18 @@ interrupt = functools.partial(signal.default_int_handler, 0, None)
 @each(
     ("content", "how", "args"),
     [([bytes(100)], "enqueue", (b"interrupted", None)), ([bytes(100)], "enqueue_many", ([b"interrupted"], None)),
-     ([], "get", ()), ([b"open"], "get", ()), ([b"flushed"], "flush", ()), ([b"drained"], "shutdown", ())],
+     ([], "get", ()), ([b"open"], "get", ()), ([b"flushed"], "flush", ()), ([b"drained"], "shutdown", ()),
+     ([], "__next__", ())],
 )  # fmt: skip
 def test_interrupt_of_a_wait_leaves_nothing_behind(content: list[bytes], how: str, args: Any) -> None:
     d = holding(*content, max_buffered_bytes=100)
+    iterator = iter(d)
     with pytest.raises(KeyboardInterrupt), signal_in_a_wait(d, interrupt):
-        getattr(d, how)(*args)
-    if how == "shutdown":
+        getattr(iterator if how == "__next__" else d, how)(*args)
+    if how == "__next__":  # the loop is left, though the iterator is alive
+        d.enqueue(b"x")
+        assert type(raised(d.shutdown, 0)) is tempo.DrainTimeout
+    elif how == "shutdown":
         assert (d.stats().state, payloads(d), d.stats().state) == ("shutting_down", content, "stopped")
     else:
         assert works(d) == content

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""All calls mixed, by eight producers and one to four consumers, with limits and sizes drawn by chance, in rounds.
+"""All calls mixed, by eight producers and a handler or one to four consumers, with random limits and sizes, in rounds.
 
     python3 -m soak.tests.mixed --seconds 3600        # for instance on a build without a GIL
     python3 -m soak.tests.mixed --flushers 4          # who waits how long while four threads call flush(0) in a loop

@@ -816,7 +816,7 @@ def test_all_calls_mixed_lose_repeat_and_reorder_nothing() -> None:
         mixed.play(chance)
 
 
-def test_flushes_in_a_loop_keep_nobody_waiting() -> None:
+def test_flushes_in_a_loop_let_producers_and_consumers_come_to_the_end() -> None:
     assert set(mixed.longest_waits(rounds(1), flushers=2)) == {"producer", "consumer", "flusher"}
 
 

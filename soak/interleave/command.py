@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import signal
 import sys
@@ -16,11 +17,10 @@ from typing import Any, NamedTuple
 
 from soak import cli
 from soak.interleave.scenes import STATES, Scene
-from soak.interleave.schedule import FOREVER, Schedule
+from soak.interleave.schedule import FOREVER, Actor, Schedule
 from soak.interleave.twins import TWINS, Twin
 
 POSSIBLE = sys.implementation.name == "cpython" and sys.version_info[:2] != (3, 12)  # to stop a thread at a bytecode
-EXAMPLE = "example: python3 -m soak interleave --seconds 60\n"
 
 
 class Plan(NamedTuple):
@@ -73,9 +73,8 @@ def play(schedule: Schedule, plan: Plan, stops: tuple[int, ...], order: int = 0)
         stopped = [actor.steps >= stop for actor, stop in zip(actors, stops, strict=True)]
         if not plan.nested:
             schedule.run(scene.begin(plan.calls[-1]))
-        for actor in reversed(actors) if order else actors:
-            if actor.ready():
-                schedule.run(actor)
+        for actor in filter(Actor.ready, reversed(actors) if order else actors):
+            schedule.run(actor)
         scene.check()
         return [*stopped, False].index(False)
     finally:
@@ -128,7 +127,7 @@ def until_broken(outcomes: Iterable[int | str], seconds: float = FOREVER) -> tup
 
 def add_parser(commands: Any) -> None:
     purpose = "Stop tempo's calls at each of their bytecodes, let others run, check; then find the broken twins."
-    add = cli.add_command(commands, "interleave", main, purpose, EXAMPLE)
+    add = cli.add_command(commands, "interleave", main, purpose, "example: python3 -m soak interleave --seconds 60\n")
     add("--only", default="", metavar="TEXT", help="only plans whose name contains this, and no twins")
     add("--twins", action="store_true", help="only the broken twins")
     add("--seconds", type=float, metavar="N", help="only a random sample, for so long")
@@ -136,7 +135,6 @@ def add_parser(commands: Any) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    begin = time.monotonic()
     plans = [plan for plan in PLANS if options.only in str(plan)]
     if not plans:
         options.parser.error(f"argument --only: {options.only!r} is in the name of no plan")
@@ -153,7 +151,6 @@ def main(options: argparse.Namespace) -> int:
         bad = int(broken != "")
     else:
         bad = walk_all([*([] if options.twins else plans), *([] if options.only else TWINS)])
-    print(f"{time.monotonic() - begin:.0f} s")
     return int(bad > 0)
 
 
@@ -165,11 +162,20 @@ def walk_one(work: Plan | Twin) -> tuple[int, str]:
     return until_broken(outcome for plan in plans for outcome in walk(schedule, plan))
 
 
+def begin_process(cores: Any) -> None:
+    """Keep to one core, since one thread runs at a time; let Ctrl-C, which is for the first process, end this one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {cores.get()})
+
+
 def walk_all(works: list[Plan | Twin]) -> int:
     """Walk on all cores; return how many plans broke, and twins did not."""
-    total = bad = 0
-    quiet = (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the processes without a word: it is for this one
-    with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=signal.signal, initargs=quiet) as pool:
+    total, bad, cores, spawn = 0, 0, os.cpu_count() or 1, get_context("spawn")
+    queue = spawn.Queue()
+    for core in range(cores):
+        queue.put(core)
+    with ProcessPoolExecutor(cores, spawn, begin_process, (queue,)) as pool:
         for work, (runs, broken) in zip(works, pool.map(walk_one, works)):
             well = (broken != "") == isinstance(work, Twin)
             print(f"{'' if well else 'FAILED  '}{work}: {runs:,} runs, {broken or 'all held'}", flush=True)

@@ -17,7 +17,6 @@ SIZE = 500  # bytes of a payload: credit covers it from the beginning
 MORE = 4 * SIZE  # bytes of one for which there may be no room while there is some for others
 WAITS = {"take all", "atake all", "wait"}  # calls that wait for a batch
 
-
 # Limits of buffer and batch, and what was accepted after the consumer began to wait, in payloads; calls under way.
 STATES: dict[str, tuple[int, int | None, int, list[str]]] = {
     "empty": (64, None, 0, []),
@@ -83,8 +82,7 @@ class Scene:
 
     def hidden(self) -> int:
         """Return how many calls may have a batch which is not on record yet: calls of get that do not wait."""
-        blocked = [actor.name for actor in self.schedule.actors if actor.state == "blocked"]
-        return self.taking - blocked.count("take all") - blocked.count("wait")
+        return self.taking - sum(a.state == "blocked" and a.name in ("take all", "wait") for a in self.schedule.actors)
 
     def offer(self, producer: str, sizes: list[int], call: Callable[[list[bytes]], object]) -> None:
         """Make a call that offers payloads, and put on record what came of it."""

@@ -626,6 +626,8 @@ def test_enqueue_refuses_what_never_fits_at_once_even_where_others_wait(how: str
     d.get()
     blocked.result()
     assert refusal(send, d, how, kind(bytes(SMALL)), timeout=0) is tempo.QueueFull
+    d.get()
+    assert refusal(send, d, how, kind(bytes(SMALL)), timeout=0) is None
 
 
 @LIMITS
@@ -1068,6 +1070,21 @@ def test_flush_and_shutdown_wait_until_the_handler_has_returned(how: str) -> Non
         gate.go_on.set()
         assert waiting.result() in (True, None)
         assert (d.stats().delivered, d.stats().in_flight) == (1, 0)
+
+
+def test_flush_does_not_wait_for_the_batch_that_the_handler_has_next() -> None:
+    first, second = Gate(), Gate()
+    handlers = iter([first, second])
+    with make(max_batch_bytes=1) as d:
+        d.start(lambda _: next(handlers)())
+        d.enqueue(b"a")
+        assert first.entered.wait(LIMIT)
+        flush = Worker(d.flush)
+        wait_until(lambda: inside.waits(d))
+        d.enqueue(b"b")
+        first.go_on.set()
+        assert second.entered.wait(LIMIT) and flush.result() is True
+        second.go_on.set()
 
 
 @FLUSHES

@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import os
 import random
-import re
 import resource
 import shlex
 import shutil
@@ -53,9 +52,9 @@ def new_session(path: Path) -> None:
     subprocess.run(["cr-filter-operators", unfinished, CONFIG], cwd=ROOT, check=True)
     lines = (ROOT / "tempo.py").read_text(encoding="utf-8").splitlines()
     tuning = set()
-    for name in SETTINGS.sub("filters", "tuning")["constants"]:
-        found = [number for number, line in enumerate(lines, 1) if re.match(rf"{name}\b[^=]*= ", line)]
-        assert found, f"{CONFIG.name}: tempo.py has no constant {name}"
+    for text in SETTINGS.sub("filters", "tuning")["lines"]:
+        found = [number for number, line in enumerate(lines, 1) if line.lstrip().startswith(text)]
+        assert found, f"{CONFIG.name}: no line of tempo.py begins with {text!r}"
         tuning.update(found)
     with use_db(str(unfinished)) as db:
         skipped = [item.job_id for item in db.pending_work_items if item.mutations[0].start_pos[0] in tuning]

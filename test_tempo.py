@@ -603,11 +603,11 @@ def test_enqueue_refused_tells_what_was_needed_and_leaves_nothing_behind(how: st
     d = holding(b"x" * (limit - 2), max_buffered_bytes=limit)
     before = d.stats()
     error = raised(send, d, how, b"abc", timeout=timeout)
-    for same in (error, pickle.loads(pickle.dumps(error))):
+    for same in (error, pickle.loads(pickle.dumps(error)), raised(d.enqueue, b"abc")):
         assert (type(same), same.accepted) == (tempo.QueueFull, 0)
         assert (same.needed, same.buffered_bytes, same.max_buffered_bytes) == (3, limit - 2, limit)
         assert all(str(number) in str(same) for number in (3, limit - 2, limit))
-    assert balanced(d) == before._replace(rejected=1, rejected_bytes=3)
+    assert balanced(d) == before._replace(rejected=2, rejected_bytes=6)
     d.enqueue(b"ab")
     assert raised(d.enqueue, b"").needed == 1
 
@@ -1978,7 +1978,7 @@ INSIDE: dict[str, tuple[Callable[[tempo.Dispatcher], Any], Any]] = {  # nested c
     "get": (lambda d: d.get(), queue.Empty),
     "start": (lambda d: d.start(print), RuntimeError),
     "flush": (lambda d: d.flush(), False),
-    "shutdown": (lambda d: d.shutdown(), None),
+    "shutdown": (lambda d: (d.flush(), d.shutdown()), (False, None)),
     "stop": (lambda d: d.stop(), RuntimeError),
     "stats": (lambda d: (d.stats().accepted, d.stats().rejected, d.stats().state), (2, 0, "running")),
 }

@@ -1929,12 +1929,13 @@ class BufferModel(Lists):
     def take(self, fate: str, failed: bool, short: bool) -> None:
         """short: after a seal that was cut short, and nothing since made it good."""
         self.buffer.seal(self.now)
-        if short and self.closed and self.fits(item := self.payload(5)):
+        if short and self.fits(item := self.payload(5)):
             assert self.buffer.accept([item], tempo._Waiter())
             vars(self.buffer).update(repair=interrupt)
             assert type(raised(self.buffer.seal, self.now)) is KeyboardInterrupt
             vars(self.buffer).pop("repair")
             self.accept(item)
+            self.buffer.seal(self.now) if not self.closed else None
         assert (self.buffer.due() == -INF) is bool(self.closed)
         if self.closed:
             assert self.buffer.take(fate).tolist() == self.pop()
@@ -1978,7 +1979,7 @@ INSIDE: dict[str, tuple[Callable[[tempo.Dispatcher], Any], Any]] = {  # nested c
     "get": (lambda d: d.get(), queue.Empty),
     "start": (lambda d: d.start(print), RuntimeError),
     "flush": (lambda d: d.flush(), False),
-    "shutdown": (lambda d: (d.flush(), d.shutdown()), (False, None)),
+    "shutdown": (lambda d: [call(d, "flush"), call(d, "shutdown")], [False, None]),
     "stop": (lambda d: d.stop(), RuntimeError),
     "stats": (lambda d: (d.stats().accepted, d.stats().rejected, d.stats().state), (2, 0, "running")),
 }

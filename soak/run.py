@@ -8,6 +8,7 @@ itself, a calibration again. The rate over the mean of both calibrations is what
 from __future__ import annotations
 
 import argparse
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -127,6 +128,7 @@ def run(
     compared, note = baseline.choose(baseline_option, asdict(config), place)
     bound, allowance = heap.bound(config), heap.allowance(config)
     known = {key: compared.expected(key) if compared else None for key in baseline.LEAST}
+    late = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
     findings = {
         "correctness": verdict.judge_correctness(
             problems=problems,
@@ -135,7 +137,7 @@ def run(
             remarks=counted.remarks,
         ),
         "throughput": verdict.judge_throughput(figures["delivered_per_second"], ratio, known["ratio"], note),
-        "memory": verdict.judge_memory(peak_heap, bound, allowance, known["peak_heap_bytes"]),
+        "memory": verdict.judge_memory(peak_heap, bound, allowance, known["peak_heap_bytes"], late=late),
         "drain": verdict.judge_drain(figures["drain_seconds"], known["drain_seconds"]),
     }
     findings["overall"] = verdict.overall(findings)

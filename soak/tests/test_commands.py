@@ -275,6 +275,7 @@ def test_the_verdicts_fail_beyond_the_spread_of_the_baseline() -> None:
     heap_known = ("board", 1000.0, 100.0)
     assert [judged.judge_memory(peak, 5000, 0, heap_known).status for peak in (1100, 1101)] == ["pass", "fail"]
     assert [judged.judge_memory(peak, 5000, 10).status for peak in (5000, 5010, 5011)] == ["pass", "warn", "fail"]
+    assert judged.judge_memory(5011, 5000, 10, late=True).status == "warn"
     assert [judged.judge_drain(seconds, ("board", 0.01, 0.05)).status for seconds in (0.06, 0.07)] == ["pass", "fail"]
     assert [judged.judge_drain(seconds).status for seconds in (0.5, 0.6, 6.0, None)] == ["pass", "warn", "fail", "fail"]
     findings = {"a": judged.Finding("fail", ""), "b": judged.Finding("warn", "")}

@@ -1925,17 +1925,9 @@ class BufferModel(Lists):
         self.buffer.cut()
         self.cut()
 
-    @rule(fate=st.sampled_from(["delivered", "in_flight", "discarded"]), failed=st.booleans(), short=st.booleans())
-    def take(self, fate: str, failed: bool, short: bool) -> None:
-        """short: after a seal that was cut short, and nothing since made it good."""
+    @rule(fate=st.sampled_from(["delivered", "in_flight", "discarded"]), failed=st.booleans())
+    def take(self, fate: str, failed: bool) -> None:
         self.buffer.seal(self.now)
-        if short and self.fits(item := self.payload(5)):
-            assert self.buffer.accept([item], tempo._Waiter())
-            vars(self.buffer).update(repair=interrupt)
-            assert type(raised(self.buffer.seal, self.now)) is KeyboardInterrupt
-            vars(self.buffer).pop("repair")
-            self.accept(item)
-            self.buffer.seal(self.now) if not self.closed else None
         assert (self.buffer.due() == -INF) is bool(self.closed)
         if self.closed:
             assert self.buffer.take(fate).tolist() == self.pop()
@@ -2208,6 +2200,16 @@ def test_interrupt_anywhere_in_a_call_loses_and_repeats_nothing(outer: str, limi
         extra, missing = Counter(came) - Counter(accepted), Counter(accepted) - Counter(came)
         assert set(extra) <= {b"o"} and extra[b"o"] <= 2  # the interrupted call may have been accepted
         assert s.accepted == len(came) + sum(missing.values()) and (lost or not missing)
+
+
+def test_interrupts_of_a_seal_and_of_what_makes_it_good_leave_the_batch_to_the_next_take() -> None:
+    buffer = inside.buffer(make(max_batch_items=2))
+    assert buffer.accept([b"a", b"b"], tempo._Waiter())
+    vars(buffer).update(repair=interrupt)
+    assert type(raised(buffer.seal, 0.0)) is KeyboardInterrupt
+    vars(buffer).pop("repair")
+    assert buffer.take().tolist() == [b"a", b"b"]
+    inside.check_buffer(buffer)
 
 
 @each(("how", "n"), [("enqueue", 1), ("enqueue_many", 5)])

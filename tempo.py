@@ -622,7 +622,6 @@ class _Mutex:
 def _section(work: _Method) -> _Method:
     """Run a method of Dispatcher with the lock held, and settle. RuntimeError: the call is nested."""
 
-    @functools.wraps(work)
     def section(self: Dispatcher, *args: Any) -> Any:
         mutex = self._mutex
         if mutex is None or _getpid() != _pid or _exiting:
@@ -798,14 +797,13 @@ class Dispatcher:
         """
         if timeout is not None:
             timeout = _seconds("timeout", timeout)
-        run: _Run | None = self._buffer.run
-        if run is not None and type(payload) is bytes and len(payload) <= run.covers:
+        run, late = self._buffer.run, None  # late: where it may have been appended too late
+        if type(payload) is bytes and len(payload) <= run.covers:
             run.append(payload)
             if len(run) <= run.places:
                 return
-        else:
-            run = None
-        await self._await(_deadline(timeout) if self._patient() else 0.0, self._put, self._own(payload), run)
+            late = run
+        await self._await(_deadline(timeout) if self._patient() else 0.0, self._put, self._own(payload), late)
         self._ensure_thread()
 
     def batches(self) -> Iterator[Batch]:

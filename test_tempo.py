@@ -151,8 +151,8 @@ class inside:  # noqa: N801 - a namespace
         vars(tempo).update(_LOOK_UP=seconds)
 
     @staticmethod
-    def waits(d: tempo.Dispatcher) -> bool:
-        """Whether a thread waits in a call of this dispatcher."""
+    def waits() -> bool:
+        """Whether a thread waits in tempo."""
         return bool(tempo._WAITS)
 
 
@@ -1080,7 +1080,7 @@ def test_flush_does_not_wait_for_the_batch_that_the_handler_has_next() -> None:
         d.enqueue(b"a")
         assert first.entered.wait(LIMIT)
         flush = Worker(d.flush)
-        wait_until(lambda: inside.waits(d))
+        wait_until(inside.waits)
         d.enqueue(b"b")
         first.go_on.set()
         assert second.entered.wait(LIMIT) and flush.result() is True
@@ -2086,13 +2086,13 @@ def test_nested_calls_of_two_dispatchers_in_each_others_sections_do_not_deadlock
 
 
 @contextlib.contextmanager
-def signal_in_a_wait(d: tempo.Dispatcher, handler: Callable[[], object]) -> Iterator[None]:
+def signal_in_a_wait(handler: Callable[[], object]) -> Iterator[None]:
     """Interrupt the main thread by a signal once it waits in tempo."""
     if not hasattr(signal, "pthread_kill"):
         pytest.skip("there are no signals to threads here")
 
     def send_one() -> None:
-        wait_until(lambda: inside.waits(d))
+        wait_until(inside.waits)
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     before = signal.signal(signal.SIGINT, lambda *_: handler())
@@ -2110,7 +2110,7 @@ def test_enqueue_many_interrupted_behind_the_acceptance_of_the_one_that_waited_h
         raise KeyboardInterrupt
 
     d = holding(*[bytes(100)] * 16, max_buffered_bytes=1600, max_batch_bytes=100)
-    with pytest.raises(KeyboardInterrupt) as caught, signal_in_a_wait(d, handler):
+    with pytest.raises(KeyboardInterrupt) as caught, signal_in_a_wait(handler):
         d.enqueue_many([bytes(100)] * 3, timeout=None)
     assert (caught.value.accepted, d.stats().accepted) == (1, 17)  # type: ignore[attr-defined]
 
@@ -2131,7 +2131,7 @@ def test_nested_call_from_a_signal_does_not_wait_for_the_wait_that_it_interrupts
             getattr(d, nested)()
             d.shutdown()
 
-    with signal_in_a_wait(d, handler), contextlib.suppress(tempo.Stopped):
+    with signal_in_a_wait(handler), contextlib.suppress(tempo.Stopped):
         outcomes.append(d.get(timeout=LIMIT).tolist())
     enqueued = nested.startswith("enqueue")
     assert outcomes == ([None, tempo.QueueFull, [bytes(60)]] if enqueued else [[b"x"]] if nested != "stop" else [])
@@ -2153,7 +2153,7 @@ interrupt = functools.partial(signal.default_int_handler, 0, None)
 def test_interrupt_of_a_wait_leaves_nothing_behind(content: list[bytes], how: str, args: Any) -> None:
     d = holding(*content, max_buffered_bytes=100)
     iterator = iter(d)
-    with pytest.raises(KeyboardInterrupt), signal_in_a_wait(d, interrupt):
+    with pytest.raises(KeyboardInterrupt), signal_in_a_wait(interrupt):
         getattr(iterator if how == "__next__" else d, how)(*args)
     if how == "__next__":  # the loop is left, though the iterator is alive
         d.enqueue(b"x")
@@ -2434,7 +2434,7 @@ def test_fork_by_a_signal_handler_in_a_call_leaves_the_child_working_when_it_ret
     try:
         if "wait" in outer:
             inside.look_up(1.0)
-            with signal_in_a_wait(d, fork):
+            with signal_in_a_wait(fork):
                 assert d.flush() if outer == "wait in flush" else d.get(timeout=LIMIT).tolist() == [b"c"]
                 os._exit(0) if not pid else None
         else:
@@ -2518,9 +2518,7 @@ FLUSHED = """
 TRIED_AGAIN = """
     threading.Thread.start = real
     d.enqueue(b"x")
-    while not any(thread.name.startswith("tempo-") for thread in threading.enumerate()):  # its alarm ends it
-        time.sleep(0.001)
-    os._exit(0)
+    os._exit(threading.active_count() == 1)
 """
 FINALIZERS = """
 class Finalizer:

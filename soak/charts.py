@@ -12,6 +12,7 @@ import importlib
 import io
 import logging
 import math
+import statistics
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ _LIGHT = "#1c2128 #57606b #d5dae0 #0072b2 #c04a00 #f3f5f7 #fefefe #00664e #7a520
 _DARK = "#e8ebef #a3adb8 #3a424c #56b4e9 #ff9f5a #12161b #1b2128 #4fd1a5 #f0bd4a #ff9584 #12161a"
 LIGHT, DARK = (dict(zip(NAMES, colours.split())) for colours in (_LIGHT, _DARK))
 WIDTH, HEIGHT = 4.4, 2.5  # inches of one chart, so that its letters have a readable size on a telephone
+MOST_POINTS = 300  # of a curve: more would be closer than a pixel
 
 Point = tuple[float, float]
 Draw = Callable[[Any, Theme], None]
@@ -37,11 +39,18 @@ class Chart(NamedTuple):
     draw: Draw
 
 
+def means_of(points: Sequence[Point]) -> int:
+    """Return how many points are drawn as one, their mean."""
+    return math.ceil(len(points) / MOST_POINTS)
+
+
 def curve(points: Sequence[Point], label: str, limit: tuple[float, str] | None = None) -> Draw:
     """Return what draws a figure over the time of the load (seconds), from 0 up, and its limit (value, words)."""
+    size = means_of(points)
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
 
     def draw(axes: Any, theme: Theme) -> None:
-        times, values = zip(*points)
+        times, values = zip(*((some[-1][0], statistics.fmean(value for _, value in some)) for some in groups))
         axes.plot(times, values, color=theme["main"], linewidth=1.6)
         top = max([*values, limit[0] if limit else 0.0])
         axes.set(ylim=(0, top * 1.06 or 1), xlim=(0, times[-1] or 1), ylabel=label)

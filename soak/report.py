@@ -186,7 +186,8 @@ def charts_of(report: Report) -> list[Chart]:
         title: str, caption: str, what: str, points: list[Point], limit: tuple[float, str] | None = None
     ) -> None:
         if any(value for _, value in points):
-            found.append(Chart(title, f"{caption} {len(points):,} samples.", charts.curve(points, what, limit)))
+            caption += f" {len(points):,} samples, as means of {charts.means_of(points)}."
+            found.append(Chart(title, caption, charts.curve(points, what, limit)))
 
     bare, limit = get("calibration"), get("config", "max_buffered_bytes")
     caption = "The load pass. Dashed: what the same producers reach when they only format the events (the calibration)."

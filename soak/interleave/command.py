@@ -171,11 +171,11 @@ def begin_process(cores: Any) -> None:
 
 def walk_all(works: list[Plan | Twin]) -> int:
     """Walk on all cores; return how many plans broke, and twins did not."""
-    total, bad, cores, spawn = 0, 0, os.cpu_count() or 1, get_context("spawn")
-    queue = spawn.Queue()
-    for core in range(cores):
+    cores, spawn = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0), get_context("spawn")
+    total, bad, queue = 0, 0, spawn.Queue()
+    for core in cores:
         queue.put(core)
-    with ProcessPoolExecutor(cores, spawn, begin_process, (queue,)) as pool:
+    with ProcessPoolExecutor(len(cores), spawn, begin_process, (queue,)) as pool:
         for work, (runs, broken) in zip(works, pool.map(walk_one, works)):
             well = (broken != "") == isinstance(work, Twin)
             print(f"{'' if well else 'FAILED  '}{work}: {runs:,} runs, {broken or 'all held'}", flush=True)

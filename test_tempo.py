@@ -307,6 +307,8 @@ def take(d: tempo.Dispatcher, way: str) -> Any:
     """Receive one batch, in one of the ways of CONSUMERS."""
     if way == "async for":
         return run_async(next_batch(d))
+    if way == "batches" and not CPYTHON:  # the iterator lives until it is collected; its thread is in a loop so long
+        return Worker(next, d.batches()).result()
     return d.get() if way == "get" else next(d.batches())
 
 
@@ -1899,8 +1901,8 @@ class BufferModel(Lists):
                 else:
                     run.append(b"of another thread")
                     self.buffer.seal(self.now)
-                    assert run.withdraw(item)
-                    assert not run.withdraw(item)
+                    assert run.withdraw([item])
+                    assert not run.withdraw([item])
 
     @rule(sizes=st.lists(SIZES, min_size=1, max_size=20))
     def admit(self, sizes: list[int]) -> None:
@@ -2258,6 +2260,80 @@ def test_enqueue_stopped_at_each_step_is_accepted_once_or_refused(ends: bool, li
         assert came == [b"first", *[same] * (others + (refused is None))]
         assert balanced(d).accepted == len(came)
         inside.check(d)
+
+
+@each("others", [0, 1, 2, 3])
+def test_enqueue_many_stopped_at_each_step_is_accepted_once_and_in_order(others: int) -> None:
+    sent = [b"one", b"two"]
+    for steps in each_step():
+        d = holding(b"first", max_batch_items=5)  # three more come without the lock
+        gate = Gate()
+        worker = Worker(steps.run, gate, d.enqueue_many, sent)
+        wait_until(lambda: gate.entered.is_set() or not worker.is_alive())
+        offered = [sent[1]] * (0 if inside.locked(d) else others)  # the very same object
+        for payload in offered:
+            d.enqueue(payload)
+        gate.go_on.set()
+        assert worker.result() == 2
+        came = payloads(drained(d))
+        assert sorted(came) == sorted([b"first", *sent, *offered]) and sent[1] in came[came.index(sent[0]) :]
+        inside.check(d)
+
+
+@each("sent", [[b"one", b"two"], [b"1", b"2"]], ids=["payloads", "bytes"])
+def test_enqueue_many_that_comes_too_late_loses_nothing_to_an_enqueue_of_the_same_object(sent: list[bytes]) -> None:
+    def seal(*sizes: Any) -> Any:  # between the look at the places and the append
+        vars(tempo).pop("min", None)
+        d.stats()
+        return min(*sizes)
+
+    for mine, other in ((mine, Steps(n, tempo)) for mine in each_step() for n in (3, 4)):
+        d, gates = holding(b"first"), (Gate(), Gate())
+        single = Worker(other.run, gates[0], d.enqueue, sent[1])
+        wait_until(gates[0].entered.is_set)
+        assert list(inside.buffer(d).run) == sent[1:]  # appended, and not looked at, or not decided
+        vars(tempo)["min"] = seal
+        many = Worker(mine.run, gates[1], d.enqueue_many, sent)
+        wait_until(lambda: gates[1].entered.is_set() or not many.is_alive())
+        gates[0].go_on.set()
+        single.join(0.0 if inside.locked(d) else LIMIT)
+        gates[1].go_on.set()
+        assert (many.result(), single.result()) == (2, None)
+        vars(tempo).pop("min", None)
+        assert payloads(drained(d)) in ([b"first", sent[1], *sent], [b"first", *sent, sent[1]])
+        inside.check(d)
+
+
+@each("others", [0, 1, 2, 3])
+def test_enqueue_many_interrupted_at_any_step_tells_how_many_were_accepted(others: int) -> None:
+    for steps in each_step():
+
+        def take_places(sizes: Iterable[int]) -> int:  # as others do, between the look at the places and the append
+            del vars(tempo)["max"]
+            for _ in range(others):
+                d.enqueue(b"other")
+            return max(sizes)
+
+        d = holding(b"first", max_batch_items=5)  # three more come without the lock
+        vars(tempo)["max"] = take_places
+        error = raised(steps.run, interrupt, d.enqueue_many, [b"same"] * 2)
+        vars(tempo).pop("max", None)
+        came = payloads(drained(d))
+        inside.check(d)
+        assert came.count(b"same") == (getattr(error, "accepted", 0) if error else 2)
+
+
+def test_enqueue_many_takes_a_list_that_gets_shorter_meanwhile() -> None:
+    d, few = make(), [b"few"] * (tempo._CHUNK + 1)
+    inside.in_section(few.pop)
+    assert d.enqueue_many(few) == len(few) == tempo._CHUNK
+
+
+def test_enqueue_many_takes_no_lock_where_enqueue_takes_none(clock: Clock) -> None:
+    d = holding(b"a")
+    before = clock.looks
+    assert d.enqueue_many([b"bb", b"cc"]) + d.enqueue_many(iter([b"dd"])) == 3
+    assert (clock.looks, payloads(d.stop())) == (before, [b"a", b"bb", b"cc", b"dd"])
 
 
 def test_shutdown_by_a_signal_at_any_step_of_a_loop_over_batches_does_not_wait_for_itself() -> None:

@@ -789,7 +789,7 @@ class Dispatcher:
                     if len(run) > run.places:  # read after the append (see Theory)
                         self._withdraw(run, sent)
                     rest, total = rest[len(sent) :], many.accepted + len(sent)
-                    many.accepted, late = total, None  # no signal comes between these either
+                    many.accepted, late, sent = total, None, []  # no signal comes between these either
                 while rest:
                     n = self._enqueue_chunk(rest, deadline > 0, many) if ready else 0
                     self._ensure_thread()

@@ -2329,6 +2329,17 @@ def test_enqueue_many_takes_a_list_that_gets_shorter_meanwhile() -> None:
     assert d.enqueue_many(few) == len(few) == tempo._CHUNK
 
 
+@pytest.mark.skipif(not CPYTHON, reason="counts references")
+def test_enqueue_many_that_waits_keeps_no_payload_that_was_taken() -> None:
+    d, payload = holding(b"first", max_buffered_bytes=1000), bytes(100)
+    source = iter([payload, bytes(900), bytes(1000)])
+    before = sys.getrefcount(payload)
+    worker = begun(d, "waiting_producers", d.enqueue_many, source, timeout=None)
+    assert d.get().tolist() == [b"first", payload]
+    assert (sys.getrefcount(payload), worker.is_alive()) == (before, True)
+    assert (d.get().nbytes, worker.result(), payloads(drained(d))) == (900, 3, [bytes(1000)])
+
+
 def test_enqueue_many_takes_no_lock_where_enqueue_takes_none(clock: Clock) -> None:
     d = holding(b"a")
     before = clock.looks

@@ -86,7 +86,7 @@ _RARE: Final = 8  # if at most so many times their mean
 _LOOSE: Final = 256  # small payloads joined at a time
 _KEPT: Final = 16  # what is gone is removed when above 1/_KEPT of what is held
 _CHUNK: Final = 512  # payloads that enqueue_many() admits at a time
-_FEW: Final = 128  # that it appends without the lock; more are cheaper with it
+_FEW: Final = 128  # most that it appends without the lock: of more, the copies cost more than the lock
 _REFUSALS: Final = 256  # refusals noted before one takes the lock
 
 # Interrupts may keep `with` from releasing: on 3.10 as an exception enters its handler, from 3.14 on before the block.
@@ -124,9 +124,9 @@ _monotonic: Callable[[], float] = functools.partial(time.monotonic)
 # 0, then reads run[:granted]. A producer that sees places >= len(run) appended before that, and is counted. Any other
 # takes the lock and looks for its payload in that run, from which what was counted is removed: if it is not there, it
 # was accepted; otherwise it is taken out and goes the exact way. What an interrupted producer leaves behind the seal
-# goes with the run. A list may straddle the seal: its last payloads are late then. list.append, list +=, reading and
-# deleting slices, and stores to the run's slots must be atomic and seen in order: by the GIL, or by the list's lock,
-# for the run is the list (CPython 3.13: listobject.c, PyMember_SetOne).
+# goes with the run. enqueue_many appends copies of a short list at once; the seal may part them: the last are late.
+# list.append, list +=, reading and deleting slices, and stores to the run's slots must be atomic and seen in order: by
+# the GIL, or by the list's lock, for the run is the list (CPython 3.13: listobject.c, PyMember_SetOne).
 #
 # Nested calls. A finalizer or signal handler may call tempo in a section of its thread; `_busy` and the lock show it.
 # Such calls never wait and never touch what is half done. `enqueue` appends to the open run, or closes it, so that what
@@ -338,7 +338,7 @@ class _Run(list[bytes]):
         """Lock held. Take out of both what came too late, the last of `sent`; what stays was counted, so accepted."""
         for i in range(len(self) - 1, -1, -1):  # from the end: an object may be enqueued twice
             if sent and self[i] is sent[-1]:
-                del self[i], sent[-1]  # no signal comes between these
+                del self[i], sent[-1]  # no signal comes between these, so that it may be run again
         return not sent
 
 
@@ -763,15 +763,14 @@ class Dispatcher:
             self._enqueue(self._own(payload), _deadline(timeout), None, _Waiter())
 
     def enqueue_many(self, payloads: Iterable[Buffer], timeout: float | None = _NO_WAIT) -> int:
-        """Accept payloads in order, as `enqueue`, lists of bytes at less cost; return how many. One deadline for all.
+        """Accept payloads in order, as `enqueue`, long lists at less cost; return how many. One deadline for all.
 
         Lists and tuples are admitted 512 at a time. Other iterables, subclasses too, are read one by one, without the
         lock: nothing is taken out of them that is not offered. What `enqueue` or the iterable raises has `.accepted`,
         the number of payloads accepted before.
         """
         many, one = _Waiter(), _Waiter()  # they count, also in an interrupted section
-        late: _Run | None = None  # where `sent` was appended, perhaps too late
-        sent: list[bytes] = []
+        sent: list[bytes] = []  # appended to `run`, not yet in many.accepted
         try:
             deadline = _deadline(timeout)
             chunks: Iterable[Sequence[Any]] = ([payload] for payload in payloads)
@@ -782,14 +781,12 @@ class Dispatcher:
                 ready = list(map(type, rest)).count(bytes) == len(rest) and not self._nested()
                 sizes = list(map(len, rest)) if ready and len(rest) <= _FEW else []
                 if 0 < len(sizes) <= run.places - len(run) and min(sizes) > 1 and max(sizes) <= run.covers:
-                    # Copies, which no other call takes for its own: it would leave a gap. One byte cannot be copied.
-                    sent = list(map(BytesIO(b"".join(rest)).read, sizes))
-                    run += sent
-                    late = run  # no signal comes between these
+                    # Copies: a call that withdrew the same object would leave a gap. One byte cannot be copied.
+                    run += (sent := list(map(BytesIO(b"".join(rest)).read, sizes)))  # no signal between these stores
                     if len(run) > run.places:  # read after the append (see Theory)
                         self._withdraw(run, sent)
                     rest, total = rest[len(sent) :], many.accepted + len(sent)
-                    many.accepted, late, sent = total, None, []  # no signal comes between these either
+                    many.accepted, sent = total, []  # nor between these
                 while rest:
                     n = self._enqueue_chunk(rest, deadline > 0, many) if ready else 0
                     self._ensure_thread()
@@ -798,8 +795,8 @@ class Dispatcher:
                         many.accepted, one = many.accepted + 1, _Waiter()
                     rest = rest[n or 1 :]
         except BaseException as exc:
-            if late is not None:
-                self._withdraw(late, sent)
+            if sent:
+                self._withdraw(run, sent)
                 many.accepted += len(sent)
             with contextlib.suppress(Exception):  # foreign exceptions may have slots
                 exc.accepted = many.accepted + one.accepted  # type: ignore[attr-defined]
@@ -1109,8 +1106,8 @@ class Dispatcher:
 
     @_section
     def _withdraw(self, run: _Run, sent: list[bytes]) -> None:
-        """Withdraw what came too late (see _Run). May be run again."""
-        self._buffer.seal(self._now)
+        """Take out of both what came too late (see _Run)."""
+        self._buffer.seal(self._now)  # so that what is in the run is late (I3)
         run.withdraw(sent)
 
     @_section

@@ -141,6 +141,17 @@ class inside:  # noqa: N801 - a namespace
         cls.set_clock(clock)
 
     @staticmethod
+    def before_the_append(do: Callable[[], object]) -> None:
+        """Do something once a list is found to fit into the credit, before it is appended there without the lock."""
+
+        def smallest(*sizes: Any) -> Any:
+            vars(tempo).pop("min", None)
+            do()
+            return min(*sizes)
+
+        vars(tempo)["min"] = smallest
+
+    @staticmethod
     def resting(d: tempo.Dispatcher) -> list[bytes]:
         """The accepted payloads whose producers wait for their turn to return."""
         return [waiter.data for waiter in d._resting]
@@ -2282,17 +2293,12 @@ def test_enqueue_many_stopped_at_each_step_is_accepted_once_and_in_order(others:
 
 @each("sent", [[b"one", b"two"], [b"1", b"2"]], ids=["payloads", "bytes"])
 def test_enqueue_many_that_comes_too_late_loses_nothing_to_an_enqueue_of_the_same_object(sent: list[bytes]) -> None:
-    def seal(*sizes: Any) -> Any:  # between the look at the places and the append
-        vars(tempo).pop("min", None)
-        d.stats()
-        return min(*sizes)
-
     for mine, other in ((mine, Steps(n, tempo)) for mine in each_step() for n in (3, 4)):
         d, gates = holding(b"first"), (Gate(), Gate())
         single = Worker(other.run, gates[0], d.enqueue, sent[1])
         wait_until(gates[0].entered.is_set)
         assert list(inside.buffer(d).run) == sent[1:]  # appended, and not looked at, or not decided
-        vars(tempo)["min"] = seal
+        inside.before_the_append(d.stats)  # which seals
         many = Worker(mine.run, gates[1], d.enqueue_many, sent)
         wait_until(lambda: gates[1].entered.is_set() or not many.is_alive())
         gates[0].go_on.set()
@@ -2307,17 +2313,10 @@ def test_enqueue_many_that_comes_too_late_loses_nothing_to_an_enqueue_of_the_sam
 @each("others", [0, 1, 2, 3])
 def test_enqueue_many_interrupted_at_any_step_tells_how_many_were_accepted(others: int) -> None:
     for steps in each_step():
-
-        def take_places(sizes: Iterable[int]) -> int:  # as others do, between the look at the places and the append
-            del vars(tempo)["max"]
-            for _ in range(others):
-                d.enqueue(b"other")
-            return max(sizes)
-
         d = holding(b"first", max_batch_items=5)  # three more come without the lock
-        vars(tempo)["max"] = take_places
+        inside.before_the_append(functools.partial(d.enqueue_many, [b"other"] * others))
         error = raised(steps.run, interrupt, d.enqueue_many, [b"same"] * 2)
-        vars(tempo).pop("max", None)
+        vars(tempo).pop("min", None)
         came = payloads(drained(d))
         inside.check(d)
         assert came.count(b"same") == (getattr(error, "accepted", 0) if error else 2)

@@ -32,7 +32,7 @@ TWINS = [
     Twin("late payload not looked for", "enqueue / stats in 'open",
          "run is not None and waiter.line is None and not run.withdraw([data])", "False"),
     Twin("late payloads of a list not looked for", "enqueue_many / stats in 'open",
-         "self._withdraw(run, sent)", "pass"),
+         "if len(run) > run.places:", "if False:"),
     Twin("commit done twice", "interrupt inside enqueue in 'empty'", "self.pieces[at:] = new", "self.pieces += new"),
     Twin("signal between the check and the store", "enqueue inside enqueue in 'one short of the buffer'",
          "granted * run.covers + self.pending\n", "granted * run.covers + self.pending\n        held = int(held)\n"),

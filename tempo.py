@@ -770,6 +770,7 @@ class Dispatcher:
         the number of payloads accepted before.
         """
         many, one = _Waiter(), _Waiter()  # they count, also in an interrupted section
+        run = self._buffer.run
         sent: list[bytes] = []  # appended to `run`, not yet in many.accepted
         try:
             deadline = _deadline(timeout)

@@ -86,7 +86,8 @@ _RARE: Final = 8  # if at most so many times their mean
 _LOOSE: Final = 256  # small payloads joined at a time
 _KEPT: Final = 16  # what is gone is removed when above 1/_KEPT of what is held
 _CHUNK: Final = 512  # payloads that enqueue_many() admits at a time
-_FEW: Final = 128  # most that it appends without the lock: of more, the copies cost more than the lock
+_FEW: Final = 128  # most payloads that it appends without the lock,
+_FEW_BYTES: Final = 16 * KiB  # and bytes: the copies of more cost more than the lock
 _REFUSALS: Final = 256  # refusals noted before one takes the lock
 
 # Interrupts may keep `with` from releasing: on 3.10 as an exception enters its handler, from 3.14 on before the block.
@@ -105,9 +106,10 @@ _monotonic: Callable[[], float] = functools.partial(time.monotonic)
 # takes the front as a Batch. _Buffer knows neither threads nor clocks; the Dispatcher has lock, waiters and life cycle.
 #
 # Truth. Accepted: the totals in buffer.run, its accepted part, and buffer.admitted. Gone: buffer.taken. Each changes by
-# one store, or by stores between which no signal comes (CPython looks for signals after calls and backward jumps). All
-# else is derived after it, and may be derived again: what an exception cuts short, `_Buffer.repair` and
-# `Dispatcher._settle` make good, in the same section or in the next one.
+# one store, or by stores between which no signal comes (CPython looks for signals after calls and backward jumps; PyPy
+# anywhere: there a nested call may exceed the bound, an interrupt miscount). All else is derived after it, and may be
+# derived again: what an exception cuts short, `_Buffer.repair` and `Dispatcher._settle` make good, in the same section
+# or in the next one.
 #   I1  0 <= buffered <= max_buffered_bytes, where buffered = accepted - gone, in bytes as charged.
 #   I2  buffer.pieces, sizes and batches hold payloads [origin.items, run.items) in order, once `repair` has moved there
 #       what a commit notes in run.before.
@@ -123,8 +125,9 @@ _monotonic: Callable[[], float] = functools.partial(time.monotonic)
 # Without the lock. A producer reads run.covers, appends, and reads run.places; the section that seals stores places =
 # 0, then reads run[:granted]. A producer that sees places >= len(run) appended before that, and is counted. Any other
 # takes the lock and looks for its payload in that run, from which what was counted is removed: if it is not there, it
-# was accepted; otherwise it is taken out and goes the exact way. What an interrupted producer leaves behind the seal
-# goes with the run. enqueue_many appends copies of a short list at once; the seal may part them: the last are late.
+# was accepted; otherwise it is taken out (or the same object, if others enqueued it too) and goes the exact way. What
+# an interrupted producer leaves behind the seal goes with the run. enqueue_many appends copies of a short list at once;
+# the seal may part them: the last are late.
 # list.append, list +=, reading and deleting slices, and stores to the run's slots must be atomic and seen in order: by
 # the GIL, or by the list's lock, for the run is the list (CPython 3.13: listobject.c, PyMember_SetOne).
 #
@@ -781,17 +784,19 @@ class Dispatcher:
                 rest, run = chunk, self._buffer.run
                 ready = list(map(type, rest)).count(bytes) == len(rest) and not self._nested()
                 sizes = list(map(len, rest)) if ready and len(rest) <= _FEW else []
-                if 0 < len(sizes) <= run.places - len(run) and min(sizes) > 1 and max(sizes) <= run.covers:
+                few = 0 < len(sizes) <= run.places - len(run) and sum(sizes) <= _FEW_BYTES
+                if few and min(sizes) > 1 and max(sizes) <= run.covers:
                     # Copies: a call that withdrew the same object would leave a gap. One byte cannot be copied.
-                    run += (sent := list(map(BytesIO(b"".join(rest)).read, sizes)))  # no signal between these stores
+                    run += (copies := list(map(BytesIO(b"".join(rest)).read, sizes)))
+                    sent = copies  # no signal comes between these
                     if len(run) > run.places:  # read after the append (see Theory)
                         self._withdraw(run, sent)
                     rest, total = rest[len(sent) :], many.accepted + len(sent)
-                    many.accepted, sent = total, []  # nor between these
+                    many.accepted, sent, copies = total, [], []  # nor between these
                 while rest:
                     n = self._enqueue_chunk(rest, deadline > 0, many) if ready else 0
                     self._ensure_thread()
-                    if not n:  # it does not fit, or is to be copied
+                    if not n:  # no room, a line, or to be copied: what `enqueue` would do
                         self._enqueue(self._own(rest[0]), deadline, None, one)
                         many.accepted, one = many.accepted + 1, _Waiter()
                     rest = rest[n or 1 :]

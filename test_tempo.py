@@ -2322,6 +2322,17 @@ def test_enqueue_many_interrupted_at_any_step_tells_how_many_were_accepted(other
         assert came.count(b"same") == (getattr(error, "accepted", 0) if error else 2)
 
 
+def test_enqueue_many_without_memory_for_its_append_has_accepted_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    d = holding(b"first")
+    monkeypatch.setattr(tempo._Run, "__iadd__", fails, raising=False)
+    with pytest.raises(MemoryError) as error:
+        d.enqueue_many([b"bb", b"cc"])
+    assert (error.value.accepted, payloads(drained(d))) == (0, [b"first"])  # type: ignore[attr-defined]
+
+
 def test_enqueue_many_takes_a_list_that_gets_shorter_meanwhile() -> None:
     d, few = make(), [b"few"] * (tempo._CHUNK + 1)
     inside.in_section(few.pop)
@@ -2342,8 +2353,12 @@ def test_enqueue_many_that_waits_keeps_no_payload_that_was_taken() -> None:
 def test_enqueue_many_takes_no_lock_where_enqueue_takes_none(clock: Clock) -> None:
     d = holding(b"a")
     before = clock.looks
-    assert d.enqueue_many([b"bb", b"cc"]) + d.enqueue_many(iter([b"dd"])) == 3
-    assert (clock.looks, payloads(d.stop())) == (before, [b"a", b"bb", b"cc", b"dd"])
+    large = [bytes(512)] * 32
+    assert d.enqueue_many([b"bb", b"cc"]) + d.enqueue_many(iter([b"dd"])) + d.enqueue_many(large) == 35
+    assert clock.looks == before
+    d.enqueue_many([b"ee", *large])  # to copy more would cost more than the lock
+    assert clock.looks > before
+    assert payloads(d.stop()) == [b"a", b"bb", b"cc", b"dd", *large, b"ee", *large]
 
 
 def test_shutdown_by_a_signal_at_any_step_of_a_loop_over_batches_does_not_wait_for_itself() -> None:

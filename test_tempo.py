@@ -162,9 +162,9 @@ class inside:  # noqa: N801 - a namespace
         vars(tempo).update(_LOOK_UP=seconds)
 
     @staticmethod
-    def waits() -> bool:
-        """Whether a thread waits in tempo."""
-        return bool(tempo._WAITS)
+    def waits(thread: threading.Thread) -> bool:
+        """Whether this thread waits in tempo."""
+        return thread.ident in tempo._WAITS
 
 
 class Worker(threading.Thread):
@@ -1093,7 +1093,7 @@ def test_flush_does_not_wait_for_the_batch_that_the_handler_has_next() -> None:
         d.enqueue(b"a")
         assert first.entered.wait(LIMIT)
         flush = Worker(d.flush)
-        wait_until(inside.waits)
+        wait_until(lambda: inside.waits(flush))
         d.enqueue(b"b")
         first.go_on.set()
         assert second.entered.wait(LIMIT) and flush.result() is True
@@ -2105,10 +2105,10 @@ def signal_in_a_wait(handler: Callable[[], object]) -> Iterator[None]:
         pytest.skip("there are no signals to threads here")
 
     def send_one() -> None:
-        wait_until(inside.waits)
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        wait_until(lambda: inside.waits(main))
+        signal.pthread_kill(main.ident or 0, signal.SIGINT)
 
-    before = signal.signal(signal.SIGINT, lambda *_: handler())
+    main, before = threading.main_thread(), signal.signal(signal.SIGINT, lambda *_: handler())
     worker = Worker(send_one)
     try:
         yield

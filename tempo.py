@@ -768,9 +768,9 @@ class Dispatcher:
     def enqueue_many(self, payloads: Iterable[Buffer], timeout: float | None = _NO_WAIT) -> int:
         """Accept payloads in order, as `enqueue`, long lists at less cost; return how many. One deadline for all.
 
-        Lists and tuples are admitted 512 at a time. Other iterables, subclasses too, are read one by one, without the
-        lock: nothing is taken out of them that is not offered. What `enqueue` or the iterable raises has `.accepted`,
-        the number of payloads accepted before.
+        Lists and tuples are admitted at most 512 at a time. Other iterables, subclasses too, are read one by one,
+        without the lock: nothing is taken out of them that is not offered. What `enqueue` or the iterable raises has
+        `.accepted`, the number of payloads accepted before.
         """
         many, one = _Waiter(), _Waiter()  # they count, also in an interrupted section
         run = self._buffer.run

@@ -2065,6 +2065,12 @@ def test_nested_enqueue_at_each_step_reaches_a_task_that_waits(outer: str) -> No
         run_async(main())
 
 
+def test_nested_enqueue_accepts_what_just_fits() -> None:
+    d = make(max_buffered_bytes=10)
+    inside.in_section(functools.partial(d.enqueue, bytes(10)))
+    assert (d.stats().accepted, payloads(d.stop())) == (1, [bytes(10)])
+
+
 def test_nested_enqueue_comes_before_what_another_thread_enqueues_after_it() -> None:
     def nested() -> None:
         inside.set_clock()

@@ -1076,7 +1076,7 @@ def test_flush_and_shutdown_wait_until_the_handler_has_returned(how: str) -> Non
     with make() as d:
         d.start(gate)
         d.enqueue(b"x")
-        assert inside.buffer(d).run.places  # the next one takes no lock
+        wait_until(lambda: inside.buffer(d).run.places)  # the next one takes no lock; none while the handler looks
         waiting = Worker(call, d, how)
         assert gate.entered.wait(LIMIT)
         assert call(d, "flush", timeout=0.01) is False
@@ -2114,6 +2114,7 @@ def signal_in_a_wait(handler: Callable[[], object]) -> Iterator[None]:
         wait_until(lambda: inside.waits(main))
         signal.pthread_kill(main.ident or 0, signal.SIGINT)
 
+    inside.look_up(1.0)  # Python handles a signal that came just before the wait at the next look
     main, before = threading.main_thread(), signal.signal(signal.SIGINT, lambda *_: handler())
     worker = Worker(send_one)
     try:

@@ -2298,7 +2298,7 @@ def test_enqueue_many_stopped_at_each_step_is_accepted_once_and_in_order(others:
         inside.check(d)
 
 
-@each("sent", [[b"one", b"two"], [b"1", b"2"]], ids=["payloads", "bytes"])
+@each("sent", [[b"one", b"two"], [*map(str.encode, "12")]], ids=["payloads", "bytes"])
 def test_enqueue_many_that_comes_too_late_loses_nothing_to_an_enqueue_of_the_same_object(sent: list[bytes]) -> None:
     for mine, other in ((mine, Steps(n, tempo)) for mine in each_step() for n in (3, 4)):
         d, gates = holding(b"first"), (Gate(), Gate())

@@ -2340,6 +2340,18 @@ def test_enqueue_many_without_memory_for_its_append_has_accepted_nothing(monkeyp
     assert (error.value.accepted, payloads(drained(d))) == (0, [b"first"])  # type: ignore[attr-defined]
 
 
+def test_enqueue_many_that_comes_too_late_is_looked_at_under_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    def withdraw(run: tempo._Run, sent: list[bytes]) -> bool:
+        locked.append(inside.mine())
+        return withdraw_it(run, sent)
+
+    d, locked, withdraw_it = holding(b"first"), list[bool](), tempo._Run.withdraw
+    monkeypatch.setattr(tempo._Run, "withdraw", withdraw)
+    inside.before_the_append(d.stats)  # which seals
+    d.enqueue_many([b"one", b"two"])
+    assert (locked, payloads(drained(d))) == ([True], [b"first", b"one", b"two"])
+
+
 def test_enqueue_many_takes_a_list_that_gets_shorter_meanwhile() -> None:
     d, few = make(), [b"few"] * (tempo._CHUNK + 1)
     inside.in_section(few.pop)

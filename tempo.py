@@ -682,7 +682,8 @@ class _Batches(Iterator[Batch], AsyncIterator[Batch]):
             raise
 
     def inside(self) -> bool:
-        user = self._user and self._user()
+        reference = self._user  # read once: the loop may end meanwhile
+        user = reference and reference()
         return user is not None and (user is threading.current_thread() or user is _asyncio("current_task"))
 
 

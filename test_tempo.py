@@ -152,6 +152,18 @@ class inside:  # noqa: N801 - a namespace
         vars(tempo)["min"] = smallest
 
     @staticmethod
+    def after_a_look_at_a_loop(patch: pytest.MonkeyPatch, do: Callable[[], object]) -> None:
+        """Do something each time that a call has seen who is in a loop over batches."""
+
+        def look(loop: Any) -> Any:
+            user = vars(loop)["_user"]
+            do()
+            return user
+
+        put = property(look, lambda loop, user: vars(loop).update(_user=user))
+        patch.setattr(tempo._Batches, "_user", put, raising=False)
+
+    @staticmethod
     def resting(d: tempo.Dispatcher) -> list[bytes]:
         """The accepted payloads whose producers wait for their turn to return."""
         return [waiter.data for waiter in d._resting]
@@ -1083,6 +1095,14 @@ def test_flush_and_shutdown_wait_until_the_handler_has_returned(how: str) -> Non
         gate.go_on.set()
         assert waiting.result() in (True, None)
         assert (d.stats().delivered, d.stats().in_flight) == (1, 0)
+
+
+def test_flush_stands_a_loop_that_ends_while_it_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    d = make()
+    consumer = Worker(list, d)
+    wait_until(lambda: inside.waits(consumer))
+    inside.after_a_look_at_a_loop(monkeypatch, lambda: (d.stop(), consumer.result()))
+    assert d.flush() is True
 
 
 def test_flush_does_not_wait_for_the_batch_that_the_handler_has_next() -> None:

@@ -54,8 +54,9 @@ PLANS = [
 def play(schedule: Schedule, plan: Plan, stops: tuple[int, ...], order: int = 0) -> int:
     """Interleave the plan's calls once; return how many were stopped, up to the first that ended before.
 
-    stops: after how many bytecodes (of three calls: lines) the first is stopped, and the second of three. order: which
-    of two goes on first. Raises AssertionError, and what else came out of tempo.
+    stops: after how many bytecodes (of three calls: lines) the first is stopped, and the second of three. order: 1: of
+    two that are stopped the second goes on first, and one that is stopped after all others. Raises AssertionError, and
+    what else came out of tempo.
     """
     schedule.by_line = len(stops) > 1
     schedule.nested = plan.calls[1] if plan.nested else ""
@@ -73,7 +74,8 @@ def play(schedule: Schedule, plan: Plan, stops: tuple[int, ...], order: int = 0)
         stopped = [actor.steps >= stop for actor, stop in zip(actors, stops, strict=True)]
         if not plan.nested:
             schedule.run(scene.begin(plan.calls[-1]))
-        for actor in filter(Actor.ready, reversed(actors) if order else actors):
+        others = reversed(actors) if len(stops) > 1 else schedule.actors
+        for actor in filter(Actor.ready, others if order else actors):
             schedule.run(actor)
         scene.check()
         return [*stopped, False].index(False)
@@ -91,9 +93,10 @@ def attempt(schedule: Schedule, plan: Plan, stops: tuple[int, ...], order: int =
 
 def walk(schedule: Schedule, plan: Plan) -> Iterator[int | str]:
     """Play the plan with its calls stopped at each of their bytecodes."""
+    orders = 2 if len(plan.calls) > 2 or (plan.consumer and not plan.nested) else 1
     for first in count(1):
         for rest in ((second,) for second in count(1)) if len(plan.calls) > 2 else [()]:
-            for order in range(len(plan.calls) - 1):
+            for order in range(orders):
                 outcome = attempt(schedule, plan, (first, *rest), order)
                 yield outcome
             if outcome == 0:

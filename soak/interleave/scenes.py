@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from functools import partialmethod
 from typing import Any, NamedTuple
 
@@ -124,21 +124,22 @@ class Scene:
         with contextlib.closing(Loop(self.schedule)) as loop:
             loop.run_until_complete(work)
 
-    def get(self, producer: str, timeout: float | None = 0.0) -> bool:
-        """Take a batch; return whether there may be more."""
+    def get(self, producer: str, timeout: float | None = 0.0, loop: Iterator[Any] | None = None) -> bool:
+        """Take a batch, perhaps as a loop does; return whether there may be more."""
         self.took, self.taking, batch = True, self.taking + 1, []
         try:
-            batch = self.d.get(timeout).tolist()
+            batch = (next(loop) if loop else self.d.get(timeout)).tolist()
             self.received.append((self.schedule.now, batch))
-        except (queue.Empty, self.tempo.Stopped) as end:
-            assert self.closing if isinstance(end, self.tempo.Stopped) else timeout is not None, f"get raised {end!r}"
+        except (queue.Empty, self.tempo.Stopped, StopIteration) as end:
+            assert timeout is not None if isinstance(end, queue.Empty) else self.closing, f"get raised {end!r}"
         self.taking -= 1  # not after an interrupt, which may have lost a batch
         return bool(batch)
 
     wait = partialmethod(get, timeout=None)
 
     def take_all(self, producer: str) -> None:
-        while self.get(producer, None):
+        loop = iter(self.d)
+        while self.get(producer, None, loop):
             pass
 
     def atake_all(self, producer: str) -> None:

@@ -169,7 +169,7 @@ class inside:  # noqa: N801 - a namespace
         return [waiter.data for waiter in d._resting]
 
     @staticmethod
-    def look_up(seconds: float) -> None:
+    def look_up(seconds: float = tempo._LOOK_UP) -> None:
         """How soon a thread that waits looks without a wake-up, which it needs only where signal handlers run."""
         vars(tempo).update(_LOOK_UP=seconds)
 
@@ -237,7 +237,7 @@ def nothing_is_left_behind() -> Iterator[None]:
     yield
     sys.setswitchinterval(interval)
     inside.set_clock()
-    inside.look_up(1.0)
+    inside.look_up()
     wait_until(lambda: set(threading.enumerate()) <= before)
 
 
@@ -634,7 +634,7 @@ def test_enqueue_refused_tells_what_was_needed_and_leaves_nothing_behind(how: st
         assert all(str(number) in str(same) for number in (3, limit - 2, limit))
     assert balanced(d) == before._replace(rejected=2, rejected_bytes=6)
     d.enqueue(b"ab")
-    assert raised(d.enqueue, b"").needed == 1
+    assert raised(d.enqueue, b"").needed == raised(d.enqueue, b"", timeout).needed == 1
 
 
 @each("kind", [bytes, bytearray, memoryview, lambda data: array.array("B", data)], ids=shown)
@@ -1508,7 +1508,7 @@ def test_waiting_threads_look_up_once_a_second(monkeypatch: pytest.MonkeyPatch) 
         times.append(timeout)
         return wait(condition, timeout)
 
-    inside.look_up(1.0)
+    inside.look_up()
     times: list[Any] = []
     empty, open_, no_room, soon = make(), holding(b"not due"), full(SMALL), holding(b"due", interval=0.2)
     wait = threading.Condition.wait
@@ -2134,7 +2134,7 @@ def signal_in_a_wait(handler: Callable[[], object]) -> Iterator[None]:
         wait_until(lambda: inside.waits(main))
         signal.pthread_kill(main.ident or 0, signal.SIGINT)
 
-    inside.look_up(1.0)  # Python handles a signal that came just before the wait at the next look
+    inside.look_up()  # Python handles a signal that came just before the wait at the next look
     main, before = threading.main_thread(), signal.signal(signal.SIGINT, lambda *_: handler())
     worker = Worker(send_one)
     try:
@@ -2573,7 +2573,7 @@ def test_fork_by_a_signal_handler_in_a_call_leaves_the_child_working_when_it_ret
     d = make(max_batch_bytes=1) if outer == "wait in get" else holding(b"a", b"b", max_batch_items=2)
     try:
         if "wait" in outer:
-            inside.look_up(1.0)
+            inside.look_up()
             with signal_in_a_wait(fork):
                 assert d.flush() if outer == "wait in flush" else d.get(timeout=LIMIT).tolist() == [b"c"]
                 os._exit(0) if not pid else None

@@ -2573,7 +2573,6 @@ def test_fork_by_a_signal_handler_in_a_call_leaves_the_child_working_when_it_ret
     d = make(max_batch_bytes=1) if outer == "wait in get" else holding(b"a", b"b", max_batch_items=2)
     try:
         if "wait" in outer:
-            inside.look_up()
             with signal_in_a_wait(fork):
                 assert d.flush() if outer == "wait in flush" else d.get(timeout=LIMIT).tolist() == [b"c"]
                 os._exit(0) if not pid else None

@@ -141,8 +141,8 @@ _monotonic: Callable[[], float] = functools.partial(time.monotonic)
 # Waiting. A waiter has a Condition over the lock, or a future of an event loop. It stands in a line until it is woken,
 # or until the end of the section that ends its call. Whoever makes room accepts the payloads of producers in `_line`,
 # first come first served; their threads then rest, since under a GIL all of them awake would keep the consumer from
-# running. No thread waits longer than _LOOK_UP: a wake-up from its signal handler, between its last look and the wait,
-# is lost.
+# running. No thread waits longer than _LOOK_UP: between its last look and the wait, a wake-up from its signal handler
+# is lost, and a signal is not handled before the wait ends.
 #
 # States. running -> shutting_down -> stopped, or running -> stopped; never back. The run is sealed before the phase
 # changes, and no credit is given after it.
@@ -682,8 +682,7 @@ class _Batches(Iterator[Batch], AsyncIterator[Batch]):
             raise
 
     def inside(self) -> bool:
-        reference = self._user  # read once: the loop may end meanwhile
-        user = reference and reference()
+        user = (reference := self._user) and reference()  # read once: the loop may end meanwhile
         return user is not None and (user is threading.current_thread() or user is _asyncio("current_task"))
 
 

@@ -153,15 +153,9 @@ class inside:  # noqa: N801 - a namespace
 
     @staticmethod
     def after_a_look_at_a_loop(patch: pytest.MonkeyPatch, do: Callable[[], object]) -> None:
-        """Do something each time that a call has seen who is in a loop over batches."""
-
-        def look(loop: Any) -> Any:
-            user = vars(loop)["_user"]
-            do()
-            return user
-
-        put = property(look, lambda loop, user: vars(loop).update(_user=user))
-        patch.setattr(tempo._Batches, "_user", put, raising=False)
+        """Do something each time that a call has read who is in a loop over batches."""
+        user = property(lambda loop: (vars(loop)["_user"], do())[0], lambda loop, new: vars(loop).update(_user=new))
+        patch.setattr(tempo._Batches, "_user", user, raising=False)
 
     @staticmethod
     def resting(d: tempo.Dispatcher) -> list[bytes]:
@@ -1088,7 +1082,7 @@ def test_flush_and_shutdown_wait_until_the_handler_has_returned(how: str) -> Non
     with make() as d:
         d.start(gate)
         d.enqueue(b"x")
-        wait_until(lambda: inside.buffer(d).run.places)  # the next one takes no lock; none while the handler looks
+        wait_until(lambda: inside.buffer(d).run.places)  # credit: the next one takes no lock
         waiting = Worker(call, d, how)
         assert gate.entered.wait(LIMIT)
         assert call(d, "flush", timeout=0.01) is False
@@ -1097,7 +1091,7 @@ def test_flush_and_shutdown_wait_until_the_handler_has_returned(how: str) -> Non
         assert (d.stats().delivered, d.stats().in_flight) == (1, 0)
 
 
-def test_flush_stands_a_loop_that_ends_while_it_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flush_is_true_though_a_consumers_loop_ends_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     d = make()
     consumer = Worker(list, d)
     wait_until(lambda: inside.waits(consumer))
@@ -2361,12 +2355,12 @@ def test_enqueue_many_without_memory_for_its_append_has_accepted_nothing(monkeyp
 
 
 def test_enqueue_many_that_comes_too_late_is_looked_at_under_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
-    def withdraw(run: tempo._Run, sent: list[bytes]) -> bool:
+    def noted(*args: Any) -> bool:
         locked.append(inside.mine())
-        return withdraw_it(run, sent)
+        return withdraw(*args)
 
-    d, locked, withdraw_it = holding(b"first"), list[bool](), tempo._Run.withdraw
-    monkeypatch.setattr(tempo._Run, "withdraw", withdraw)
+    d, locked, withdraw = holding(b"first"), list[bool](), tempo._Run.withdraw
+    monkeypatch.setattr(tempo._Run, "withdraw", noted)
     inside.before_the_append(d.stats)  # which seals
     d.enqueue_many([b"one", b"two"])
     assert (locked, payloads(drained(d))) == ([True], [b"first", b"one", b"two"])

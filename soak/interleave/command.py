@@ -54,9 +54,9 @@ PLANS = [
 def play(schedule: Schedule, plan: Plan, stops: tuple[int, ...], order: int = 0) -> int:
     """Interleave the plan's calls once; return how many were stopped, up to the first that ended before.
 
-    stops: after how many bytecodes (of three calls: lines) the first is stopped, and the second of three. order: 1: of
-    two that are stopped the second goes on first, and one that is stopped after all others. Raises AssertionError, and
-    what else came out of tempo.
+    stops: after how many bytecodes (of three calls: lines) the first is stopped, and the second of three. order: 1
+    lets the second of two stopped calls go on first, and a single one last of all. Raises AssertionError, and what else
+    came out of tempo.
     """
     schedule.by_line = len(stops) > 1
     schedule.nested = plan.calls[1] if plan.nested else ""
